@@ -1,0 +1,77 @@
+"""The losses of secure training, usable alone."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020, equation 2; paper section 4.2).
+
+    Args:
+        temperature: what similarities are divided by; base_temperature: the loss is scaled by their ratio.
+    """
+
+    def __init__(self, temperature=0.1, base_temperature=0.07):
+        super().__init__()
+        self.temperature, self.base_temperature = temperature, base_temperature
+
+    def forward(self, features, mask=None):
+        """
+        Args:
+            features: float (B, V, D), V views of each sample, each of length one.
+            mask: bool (B, B), whether samples i and j are of one kind; its diagonal must be True. None: every sample
+                is of its own kind, which makes this the loss of SimCLR.
+
+        Returns:
+            Scalar loss, the mean over all views of all samples. The positives of a view are all other views of its
+            sample and all views of samples of its kind.
+
+        Raises:
+            ValueError: for features or a mask of another shape, or fewer than two views.
+        """
+        if features.ndim != 3 or features.shape[1] < 2:
+            raise ValueError(f"features must be (B, V, D) with V at least 2, not {tuple(features.shape)}")
+        count, views = features.shape[:2]
+        if mask is None:
+            mask = torch.eye(count, dtype=torch.bool, device=features.device)
+        elif mask.shape != (count, count):
+            raise ValueError(f"mask must be ({count}, {count}), not {tuple(mask.shape)}")
+        flat = features.transpose(0, 1).flatten(0, 1)  # (V * B, D), all first views before all second ones
+        itself = torch.eye(views * count, dtype=torch.bool, device=features.device)
+        positive = mask.bool().repeat(views, views) & ~itself
+        similarity = (flat @ flat.T / self.temperature).masked_fill(itself, float("-inf"))
+        log_probability = F.log_softmax(similarity, dim=1).masked_fill(itself, 0)
+        each = -(log_probability * positive).sum(1) / positive.sum(1)
+        return self.temperature / self.base_temperature * each.mean()
+
+
+def trusted_mask(labels, trusted):
+    """Which samples may be positives of each other besides themselves: those of D_c with one label (paper section 4.2).
+
+    Args:
+        labels: int64 (B,); trusted: bool (B,), whether a sample is in D_c.
+
+    Returns:
+        bool (B, B). A sample of D_p or D_u has no positive but itself, and is none of another's: neither its row nor
+        its column is set, which the authors' code does for the row alone.
+    """
+    same = (labels[:, None] == labels) & trusted[:, None] & trusted
+    return same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+
+
+def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001):
+    """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
+
+    Args:
+        logits: float (B, K); labels: int64 (B,); trusted: bool (B,), True for D_c, False for D_p.
+
+    Returns:
+        Scalar; a set with no sample in the batch adds nothing.
+    """
+    each = F.cross_entropy(logits, labels, reduction="none")
+
+    def mean(members):
+        return (each * members).sum() / members.sum().clamp(min=1)
+
+    return mean(trusted) - poison_weight * mean(~trusted)

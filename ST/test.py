@@ -1,0 +1,67 @@
+"""ST step 3: ACC, ACC_paper, ASR and R-ACC of extractor and classifier (paper section 5).
+
+Prints them and writes them to <classifier>_test.json beside the classifier's checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch import nn
+
+from models import SupConResNet
+from utils import args
+from utils.checkpoints import IDENTITY, latest_file, load_checkpoint, load_weights
+from utils.dataloader_bd import Normalize, make_test_sets
+from utils.datasets import load_dataset
+from utils.errors import run_script
+from utils.files import make_folder, write_json
+from utils.metrics import evaluate
+from utils.paths import secure_folder, shown
+
+NAMES = (*IDENTITY, "clean_ratio", "poison_ratio")
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_ratio_options(parser)
+    parser.add_argument(
+        "--model_ckpt", type=Path, help="extractor of ST step 1; default: the newest last.pth of these options"
+    )
+    parser.add_argument(
+        "--classifier_ckpt", type=Path, help="classifier of ST step 2; default: the newest of these options"
+    )
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    commands = [f"python ST/{step}.py {args.attack_arguments(opt)}" for step in ("train_extractor", "train_classifier")]
+    extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0] + " --cosine")
+    classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
+    extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], NAMES)["model"]
+    classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], NAMES)["model"]
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    tests = make_test_sets(dataset, opt, runtime)
+    extractor = SupConResNet(opt.model)
+    classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes)
+    load_weights(extractor, extractor_state, extractor_path)
+    load_weights(classifier, classifier_state, classifier_path)
+    extractor, classifier = runtime.place(extractor).eval(), classifier.to(runtime.device)
+
+    normalize = Normalize(dataset.spec, runtime.device)
+    result = evaluate(lambda x: classifier(extractor.features(x)), tests, normalize, runtime)
+    print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    make_folder(classifier_path.parent)
+    target = classifier_path.with_name(f"{classifier_path.stem}_test.json")
+    write_json(target, {**result, "model_ckpt": str(extractor_path), "classifier_ckpt": str(classifier_path)})
+    print(f"Written to {shown(target)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,113 @@
+"""ST step 2: train a linear classifier on the frozen extractor with the mixed cross-entropy (paper section 4.2):
+down on D_c, and by a small weight up on D_p.
+
+Writes ckpt_epoch_0.pth, ckpt_epoch_1.pth, ... (one an epoch), log.csv and options.json to
+ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/Linear_.../.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from models import SupConResNet
+from ST.losses import mixed_cross_entropy
+from utils import args
+from utils.checkpoints import IDENTITY, Run, claim_folder, latest_file, load_checkpoint, load_weights
+from utils.dataloader_bd import Batches, make_test_sets
+from utils.datasets import load_dataset
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.metrics import evaluate
+from utils.paths import secure_folder, shown
+from utils.samples import CLEAN, POISON, load_samples
+from utils.transforms import ContrastiveView
+
+STEP = "train_classifier"
+BEFORE = "train_extractor"
+NAMES = (*IDENTITY, "clean_ratio", "poison_ratio")
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_ratio_options(parser)
+    args.add_training_options(parser, epochs=10, batch_size=512, lr=5.0, lr_name="--learning_rate")
+    parser.add_argument("--weight_decay", type=args.number(int_or_float, 0), default=0)
+    parser.add_argument("--lr_decay_epochs", type=args.positive_int, nargs="+", default=[60, 75, 90])
+    parser.add_argument("--lr_decay_rate", type=args.positive, default=0.2, help="what the rate is multiplied by there")
+    parser.add_argument(
+        "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"
+    )
+    parser.add_argument("--ckpt", help="extractor of ST step 1; default: the newest last.pth of these options")
+    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    return parser
+
+
+def int_or_float(text):
+    """0 stays 0 in the folder's name, as the user's document has it (decay_0)."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def run_name(opt):
+    """Name of the run's folder, as the user's document has it."""
+    return f"Linear_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}"
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    command = f"python ST/{BEFORE}.py {args.attack_arguments(opt)} --cosine"
+    path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
+    extractor_state = load_checkpoint(path, opt, command, [BEFORE], NAMES)["model"]
+    samples = load_samples(opt, [CLEAN, POISON])
+    folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    tests = make_test_sets(dataset, opt, runtime)
+    batches = Batches(
+        samples["image"], samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        augmentation=ContrastiveView(dataset.spec.size), extra=samples["flag"] == CLEAN,
+    )  # fmt: skip
+
+    extractor = SupConResNet(opt.model)
+    load_weights(extractor, extractor_state, path)
+    extractor = runtime.place(extractor).eval()
+    torch.manual_seed(opt.seed)
+    classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes).to(runtime.device)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.lr_decay_epochs, opt.lr_decay_rate)
+
+    def objective(classifier, inputs, labels, in_clean):
+        with torch.no_grad():
+            features = extractor.features(inputs).float()
+        logits = classifier(features).float()
+        loss = mixed_cross_entropy(logits, labels, in_clean.bool(), opt.poison_weight)
+        return loss, {"correct": (logits.argmax(1) == labels).sum()}
+
+    run = Run(opt, STEP, folder, None)
+    first = 0
+    if opt.checkpoint_load:
+        checkpoint = load_checkpoint(
+            opt.checkpoint_load, opt, f"python ST/{STEP}.py {args.attack_arguments(opt)}", [STEP], NAMES
+        )
+        first = run.resume(checkpoint, opt.checkpoint_load, classifier, optimizer, schedule)
+
+    for epoch in range(first, opt.epochs):
+        row = train_epoch(classifier, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
+        row["train_acc"] = 100 * row.pop("correct")
+        schedule.step()
+        if args.due(opt, epoch):
+            row.update(evaluate(lambda x: classifier(extractor.features(x)), tests, batches.normalize, runtime))
+        run.finish_epoch(epoch, row, [folder / f"ckpt_epoch_{epoch}.pth"], classifier, optimizer, schedule)
+    print(f"Checkpoints are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,121 @@
+"""ST step 1: train a secure feature extractor by semi-supervised contrastive learning (paper section 4.2).
+
+Samples of D_c attract the D_c samples of their class; those of D_p and D_u only their own other view. Writes last.pth
+every epoch, ckpt_epoch_<n>.pth every --save_freq epochs, log.csv and options.json to
+ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/SupCon_.../.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from models import SupConResNet
+from ST.losses import SupConLoss, trusted_mask
+from utils import args
+from utils.checkpoints import IDENTITY, Run, claim_folder, load_checkpoint
+from utils.dataloader_bd import Batches
+from utils.datasets import DATASETS
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.paths import secure_folder, shown
+from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples
+from utils.transforms import ContrastiveView
+
+STEP = "train_extractor"
+WARM_FROM, WARM_EPOCHS = 0.01, 10
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_ratio_options(parser)
+    args.add_training_options(parser, epochs=200, batch_size=512, lr=0.5, lr_name="--learning_rate", evaluates=False)
+    parser.add_argument("--weight_decay", type=args.number(float, 0), default=1e-4)
+    parser.add_argument("--temp", type=args.positive, default=0.1, help="temperature of the loss")
+    parser.add_argument(
+        "--cosine", action="store_true", help="cosine schedule; without it the rate drops at lr_decay_epochs"
+    )
+    parser.add_argument("--lr_decay_epochs", type=args.positive_int, nargs="+", default=[700, 800, 900])
+    parser.add_argument(
+        "--lr_decay_rate", type=args.positive, default=0.1, help="factor of a drop; cosine ends at its cube"
+    )
+    parser.add_argument(
+        "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"
+    )
+    parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
+    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    return parser
+
+
+def learning_rate(opt, epoch, batch, batches):
+    """Rate for a batch (epochs and batches counted from 0): cosine or stepwise; above 256 samples a batch a linear
+    warm-up over 10 epochs (Khosla et al. 2020, the published training schedule)."""
+
+    def after(epochs):
+        if opt.cosine:
+            least = opt.learning_rate * opt.lr_decay_rate**3
+            return least + (opt.learning_rate - least) * (1 + math.cos(math.pi * epochs / opt.epochs)) / 2
+        return opt.learning_rate * opt.lr_decay_rate ** sum(epochs > drop for drop in opt.lr_decay_epochs)
+
+    if opt.batch_size > 256 and epoch < WARM_EPOCHS:
+        share = (batch + epoch * batches) / (WARM_EPOCHS * batches)
+        return WARM_FROM + share * (after(WARM_EPOCHS) - WARM_FROM)
+    return after(epoch + 1)
+
+
+def run_name(opt):
+    """Name of the run's folder, as the user's document has it."""
+    name = f"SupCon_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}"
+    return f"{name}_temp_{opt.temp}_trial_{opt.trial}{'_cosine' * opt.cosine}{'_warm' * (opt.batch_size > 256)}"
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    samples = load_samples(opt, [CLEAN, UNCERTAIN, POISON])
+    folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
+    spec = DATASETS[opt.dataset]
+    batches = Batches(
+        samples["image"], samples["label"], spec, runtime, opt.batch_size, opt.seed, STEP,
+        augmentation=ContrastiveView(spec.size), views=2, extra=samples["flag"] == CLEAN,
+    )  # fmt: skip
+    print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
+
+    torch.manual_seed(opt.seed)
+    model = runtime.place(SupConResNet(opt.model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay)
+    contrastive = SupConLoss(opt.temp)
+
+    def objective(model, inputs, labels, in_clean):
+        first, second = model(inputs).float().chunk(2)
+        return contrastive(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
+
+    run = Run(opt, STEP, folder, None)
+    first = 0
+    if opt.checkpoint_load:
+        names = (*IDENTITY, "clean_ratio", "poison_ratio")
+        checkpoint = load_checkpoint(
+            opt.checkpoint_load, opt, f"python ST/{STEP}.py {args.attack_arguments(opt)}", [STEP], names
+        )
+        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer)
+
+    for epoch in range(first, opt.epochs):
+
+        def set_rate(batch, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(opt, epoch, batch, len(batches))
+
+        model.train()
+        row = train_epoch(model, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}", set_rate)
+        paths = [folder / f"ckpt_epoch_{epoch}.pth"] if (epoch + 1) % opt.save_freq == 0 else []
+        run.finish_epoch(epoch, row, [*paths, folder / "last.pth"], model, optimizer)
+    print(f"Checkpoints are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,44 @@
+"""SD step 4: the thresholds gamma_c and gamma_p from the FCT values of step 3 (paper section 4.1).
+
+Prints both, and the command of step 5 that uses them. Writes nothing.
+"""
+
+from pathlib import Path
+
+from utils import args
+from utils.checkpoints import latest_checkpoint
+from utils.errors import run_script
+from utils.fct import gammas_of_ratios, load_fct
+from utils.paths import backdoored_folder, shown
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_ratio_options(parser)
+    parser.add_argument("--checkpoint_load", type=Path, help="the checkpoint given to step 3; default: step 2's last")
+    return parser
+
+
+def main(argv=None):
+    opt = args.start(get_parser(), argv)
+    folder = backdoored_folder(opt, "noTrans_ftsimi")
+    command = f"python calculate_consistency.py {args.attack_arguments(opt)}"
+    path = opt.checkpoint_load or latest_checkpoint(
+        folder, 10, f"python finetune_attack_noTrans.py {args.attack_arguments(opt)}"
+    )
+
+    fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
+    low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
+    print(f"gamma_low {low!r}")
+    print(f"gamma_high {high!r}")
+    print(
+        f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
+    )
+    print(f"Next: python separate_samples.py {args.attack_arguments(opt)} --clean_ratio {opt.clean_ratio} "
+          f"--poison_ratio {opt.poison_ratio} --gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

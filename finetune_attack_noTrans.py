@@ -1,0 +1,73 @@
+"""SD step 2: fine-tune the backdoored model with the intra-class loss alone (paper section 4.1, L_intra), so that
+poisoned samples of the target class move away from clean ones. Model, optimizer and schedule go on from step 1.
+
+Writes 0.tar, 1.tar, ..., log.csv and options.json to
+saved/backdoored_model/poison_rate_<rate>/noTrans_ftsimi/<dataset>/<model>/<trigger>/.
+"""
+
+import torch
+
+from models import build_model
+from utils import args
+from utils.checkpoints import Run, claim_folder, latest_checkpoint, load_checkpoint
+from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
+from utils.datasets import load_dataset
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.losses import intra_class
+from utils.metrics import evaluate
+from utils.paths import backdoored_folder, shown
+
+STEP = "finetune_attack_noTrans"
+BEFORE = "train_attack_noTrans"
+COLLAPSED = 0.05  # of the first epoch's mean feature norm
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_training_options(parser, epochs=10, batch_size=128, lr=None)
+    parser.add_argument(
+        "--checkpoint_load", help="checkpoint of step 1, or of this step to continue; default: step 1's last"
+    )
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    command = f"python {BEFORE}.py {args.attack_arguments(opt)} --epochs 2"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans"), 2, command)
+    checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
+    folder = claim_folder(backdoored_folder(opt, "noTrans_ftsimi"), opt)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    poisoned = poison_training_set(dataset, opt)
+    tests = make_test_sets(dataset, opt, runtime)
+    batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
+
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)  # both as step 1 left
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
+
+    run = Run(opt, STEP, folder, poisoned.digest)
+    first = run.resume(checkpoint, path, model, optimizer, schedule)
+
+    for epoch in range(first, opt.epochs):
+        model.train()
+        row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
+        row["train_acc"] = 100 * row.pop("correct")
+        schedule.step()
+        if args.due(opt, epoch):
+            model.eval()
+            row.update(evaluate(model, tests, batches.normalize, runtime))
+        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+        if row["feature_norm"] < COLLAPSED * run.history[0]["feature_norm"]:
+            print(f"The features are collapsing (mean norm {row['feature_norm']:.3g}, first epoch {run.history[0]['feature_norm']:.3g}): "
+                  "an earlier epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
+    print(f"Checkpoints are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

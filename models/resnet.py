@@ -1,0 +1,98 @@
+"""torchvision's ResNet with its stem exchanged, in three shapes(authors' models):
+
+- ``pool``: 3x3 stem with max-pool (CIFAR-10 in SD and BR),
+- ``plain``: 3x3 stem without max-pool (CIFAR-100 in SD and BR, the encoder of ST),
+- ``imagenet``: 7x7 stem with max-pool, as torchvision has it.
+"""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+# name: (block, blocks per stage, width of the first stage)
+MODELS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+    # Not in the paper: half as wide and deep as resnet18, for a CPU. Its stem pools in every step, the encoder included.
+    "resnet10": (BasicBlock, (1, 1, 1, 1), 32),
+}
+
+
+class ResNet(torchvision.models.ResNet):
+    """A ResNet whose pooled feature e(x) can be asked for(paper section 4.1, the sensitivity metric).
+
+    ``forward`` maps float (N, 3, H, W) to logits (N, num_classes); ``features`` maps it to e(x), float (N, D) with
+    D = ``feature_size`` (512 for resnet18).
+    """
+
+    def __init__(self, name, num_classes, stem):
+        block, layers, width = MODELS[name]
+        super().__init__(block, layers, num_classes=num_classes)
+        if width != 64:
+            self._narrow(block, layers, width)
+        size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(3, width, size, stride=stride, padding=size // 2, bias=False)
+        if stem == "plain":
+            self.maxpool = nn.Identity()
+        self.feature_size = 8 * width * block.expansion
+        self.fc = nn.Linear(self.feature_size, num_classes)
+        for module in self.modules():  # torchvision's own initialisation, for the layers exchanged above
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _narrow(self, block, layers, width):
+        """Build the stages again with ``width`` channels in the first; torchvision fixes it at 64."""
+        self.inplanes = width
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage, blocks in enumerate(layers):
+            layer = self._make_layer(block, width << stage, blocks, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", layer)
+
+    def features(self, x):
+        """Pooled features e(x), float (N, feature_size), of images float (N, 3, H, W)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+class SupConResNet(nn.Module):
+    """Encoder and two-layer projection head to 128 numbers of length one(Khosla et al. 2020, section 3.1).
+
+    ``forward`` maps float (N, 3, H, W) to float (N, 128); ``features`` gives what the linear classifier is trained on.
+    """
+
+    def __init__(self, name, projection=128):
+        super().__init__()
+        # A CPU network keeps its max-pool: without it a contrastive epoch costs about four times as much.
+        self.encoder = ResNet(name, num_classes=1, stem="pool" if name == "resnet10" else "plain")
+        size = self.encoder.feature_size
+        self.encoder.fc = nn.Identity()
+        self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(inplace=True), nn.Linear(size, projection))
+
+    def features(self, x):
+        """Pooled features, float (N, feature_size), of images float (N, 3, H, W)."""
+        return self.encoder.features(x)
+
+    def forward(self, x):
+        return F.normalize(self.head(self.features(x)), dim=1)
+
+
+def build_model(name, dataset, num_classes):
+    """A classifier in the shape that SD and BR use for a data set.
+
+    Args:
+        name: a name in `MODELS`.
+        dataset: name of the data set; CIFAR-100 has no max-pool(paper appendix, authors' models).
+        num_classes: number of logits.
+
+    Returns:
+        A `ResNet` on the CPU, with weights drawn from torch's global generator.
+    """
+    stem = "plain" if dataset == "cifar100" and name != "resnet10" else "pool"
+    return ResNet(name, num_classes, stem)

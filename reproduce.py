@@ -1,0 +1,260 @@
+"""Run every numbered step of one row of the paper's tables, as the commands a user would type, and show the result.
+
+Each command is printed before it runs (--dry_run: only printed). A step whose output is there already, made with the
+same options and newer than what it was made from, is skipped. The table goes to <out>/<name>.csv, the pictures beside
+it to <out>/<name>_samples.png and <out>/<name>_fct.jpg.
+"""
+
+import importlib.util
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from utils import args
+from utils.checkpoints import plain_options
+from utils.errors import UserError, run_script
+from utils.files import make_folder, read_json, write_json, write_rows
+from utils.paths import ROOT, attack_and_ratios, backdoored_folder, secure_folder, separated_folder, shown
+
+# Rows of the paper's tables: (target_type, trigger_type).
+ROWS = {
+    "BadNets-all2one": ("all2one", "gridTrigger"),
+    "BadNets-all2all": ("all2all", "squareTrigger"),
+    "Blend-Strip": ("all2one", "signalTrigger"),
+    "SIG": ("cleanLabel", "sigTrigger"),
+}
+
+# Options of each step besides those of data set and attack. "paper": as the user's document gives them.
+PRESETS = {
+    "paper": {
+        "train_attack_noTrans": "--epochs 2",
+        "finetune_attack_noTrans": "--epochs 10",
+        "tau": "",
+        "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
+        "separate_samples": "",
+        "train_attack_withTrans": "--epochs 200",
+        "unlearn_relearn": "--epochs 20",
+        "train_extractor": "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512",
+        "train_classifier": "--epochs 10 --learning_rate 5 --batch_size 512",
+    },
+    "quickstart": {
+        "train_attack_noTrans": "--epochs 3 --lr 0.05",
+        "finetune_attack_noTrans": "--epochs 3 --eval_freq 0",
+        "tau": "--trans1 flip --trans2 none",
+        "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
+        "separate_samples": "--clean_per_class",
+        "train_attack_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
+        "unlearn_relearn": "--epochs 8 --lr 0.001 --batch_size 64",
+        "train_extractor": "--epochs 10 --learning_rate 0.2 --temp 0.1 --cosine --batch_size 256",
+        "train_classifier": "--epochs 10 --learning_rate 1 --batch_size 128 --eval_freq 0",
+    },
+}
+PRESET_DATA = {"quickstart": ("fashion", "resnet10")}
+
+
+@dataclass
+class Step:
+    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with
+    (or None), and the steps it builds on."""
+
+    script: str
+    words: list
+    output: Path
+    record: Path | None
+    needs: list
+
+    @property
+    def command(self):
+        """The command as a user would type it, in the folder of the repository."""
+        return shlex.join(["python", self.script, *self.words])
+
+    def is_done(self):
+        """Whether the output is there, newer than its inputs and made with these options."""
+        if not self.output.is_file() or any(step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs):
+            return False
+        if self.record is None:
+            return True
+        made_with = (read_json(self.record) or {}).get("options", {})
+        wanted = plain_options(args.check(self.parser().parse_args(self.words)))
+        no_matter = {"device", "precision", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
+        compared = (made_with.keys() & wanted.keys()) - no_matter
+        return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
+
+    def parser(self):
+        """The script's own parser, so that its defaults count."""
+        spec = importlib.util.spec_from_file_location(Path(self.script).stem, ROOT / self.script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_parser()
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="options of the steps")
+    parser.add_argument("--defences", choices=("D-BR", "D-ST"), nargs="+", default=["D-BR", "D-ST"], help="what to run")
+    parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
+    parser.add_argument("--model", help="network; default: resnet18, with the preset quickstart resnet10")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the table and the pictures")
+    parser.add_argument("--name", help="name of the table; default: the preset's, or row and data set")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    for name, kind in (("seed", args.natural), ("poison_rate", args.share), ("device", str), ("precision", str)):
+        parser.add_argument(f"--{name}", type=kind, help="given to every step")
+    for name in ("data_root", "output_root"):
+        parser.add_argument(f"--{name}", type=Path, help="given to every step")
+    return parser
+
+
+def typed(path):
+    """A path as a user would type it in the folder of the repository, where the commands run."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def resolve(opt):
+    """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
+    target_type, trigger_type = ROWS[opt.row]
+    dataset, model = PRESET_DATA.get(opt.preset, ("cifar10", "resnet18"))
+    words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
+    if target_type != "all2one":
+        words += ["--target_type", target_type]
+    for name in ("poison_rate", "seed", "data_root", "output_root"):
+        value = getattr(opt, name)
+        if value is not None:
+            words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
+    parser = args.Parser("")
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_ratio_options(parser)
+    ratios = shlex.split(PRESETS[opt.preset]["ratios"])
+    resolved = args.check(parser.parse_args([*words, *ratios]))
+    where = [word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))]
+    return resolved, words, where, ratios
+
+
+def plan(opt):
+    """The steps of the row in the order they run, by name."""
+    resolved, words, where, ratios = resolve(opt)
+    preset = {name: shlex.split(text) for name, text in PRESETS[opt.preset].items()}
+    steps = {}
+
+    def add(name, script, more, output, record=None, needs=(), computes=True):
+        all_words = [*words, *more, *(where if computes else [])]
+        steps[name] = Step(script, all_words, output, record, [steps[need] for need in needs])
+
+    def epochs(name):
+        return int(preset[name][preset[name].index("--epochs") + 1])
+
+    def train(name, stage, needs=()):
+        folder = backdoored_folder(resolved, stage)
+        add(name, f"{name}.py", preset[name], folder / f"{epochs(name) - 1}.tar", folder / "options.json", needs)
+        return steps[name].output
+
+    train("train_attack_noTrans", "noTrans")
+    features = train("finetune_attack_noTrans", "noTrans_ftsimi", ["train_attack_noTrans"])
+    fct = features.with_name(f"{features.stem}_fct.json")
+    tau, picture = preset["tau"], features.with_suffix(".jpg")
+    add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, ["finetune_attack_noTrans"])
+    add("visualize_consistency", "visualize_consistency.py", [*tau, *ratios], picture, needs=["calculate_consistency"])
+    separated = separated_folder(resolved) / "options.json"
+    more = [*tau, *ratios, *preset["separate_samples"]]
+    add("separate_samples", "separate_samples.py", more, separated, separated, ["calculate_consistency"])
+    model = train("train_attack_withTrans", "withTrans")
+    if "D-BR" in opt.defences:
+        saved = model.with_name(f"{model.stem}_unlearn_purify.tar")
+        more = [*ratios, *preset["unlearn_relearn"]]
+        needs = ["train_attack_withTrans", "separate_samples"]
+        add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), needs)
+    if "D-ST" in opt.defences:
+        for name, output, needs in (
+            ("train_extractor", "last.pth", "separate_samples"),
+            ("train_classifier", "ckpt_epoch_{}.pth", "train_extractor"),
+        ):
+            step = Step(f"ST/{name}.py", [*words, *ratios, *preset[name], *where], Path(), None, [steps[needs]])
+            folder = secure_folder(resolved) / st_folder(step)
+            step.output, step.record = folder / output.format(epochs(name) - 1), folder / "options.json"
+            steps[name] = step
+        last = steps["train_classifier"].output
+        paths = ["--model_ckpt", typed(steps["train_extractor"].output), "--classifier_ckpt", typed(last)]
+        steps["train_classifier"].words += ["--ckpt", typed(steps["train_extractor"].output)]
+        add("test", "ST/test.py", [*ratios, *paths], last.with_name(f"{last.stem}_test.json"), needs=["train_classifier"])
+    return steps, resolved
+
+
+def st_folder(step):
+    """Name of the folder that a step of ST writes to."""
+    opt = step.parser().parse_args(step.words)
+    if "extractor" in step.script:
+        from ST.train_extractor import run_name
+    else:
+        from ST.train_classifier import run_name
+    return run_name(opt)
+
+
+def run(steps, opt, ledger_path):
+    """Run the steps that are not done; return the seconds that each took, when it last ran."""
+    ledger = read_json(ledger_path) or {}
+    for number, (name, step) in enumerate(steps.items(), 1):
+        done = step.is_done()
+        print(f"[{number}/{len(steps)}] {step.command}{'   (already there)' if done else ''}", flush=True)
+        if opt.dry_run or done:
+            continue
+        started = time.perf_counter()
+        code = subprocess.run([sys.executable, ROOT / step.script, *step.words], cwd=ROOT).returncode
+        if code:
+            raise UserError(f"{step.script} ended with code {code}; the steps before it are kept, and running this again goes on there")
+        ledger[name] = round(time.perf_counter() - started, 1)
+        write_json(ledger_path, ledger)
+    return {name: ledger[name] for name in steps if name in ledger}
+
+
+def table(steps, resolved):
+    """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
+    measures = ["ACC", "ACC_paper", "ASR", "R_ACC"]
+    trained = pd.read_csv(steps["train_attack_withTrans"].output.with_name("log.csv")).iloc[-1]
+    rows = [{"model": "backdoored", **trained[measures]}]
+    detection = read_json(separated_folder(resolved) / "detection.json")
+    detected = {name: detection[name] for name in ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")}
+    if "unlearn_relearn" in steps:
+        last = pd.read_csv(steps["unlearn_relearn"].output.with_name("unlearn_purify.csv")).iloc[-1]
+        rows.append({"model": "D-BR", **last[measures], **detected})
+    if "test" in steps:
+        result = read_json(steps["test"].output)
+        rows.append({"model": "D-ST", **{name: result[name] for name in measures}, **detected})
+    return rows
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    steps, resolved = plan(opt)
+    name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
+    if opt.dry_run:
+        run(steps, opt, opt.out / f"{name}_seconds.json")
+        return
+    make_folder(opt.out)
+    started = time.perf_counter()
+    seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
+
+    rows = table(steps, resolved)
+    write_rows(opt.out / f"{name}.csv", rows)
+    pictures = {
+        f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),
+        f"{name}_fct.jpg": steps["visualize_consistency"].output,
+    }
+    for target, source in pictures.items():
+        shutil.copyfile(source, opt.out / target)
+
+    print(f"\n{opt.row} on {resolved.dataset}, {resolved.model}, {attack_and_ratios(resolved)} (last epochs; per cent, AUROC in 0-1)")
+    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep=""))
+    print(f"AUROC of FCT: {rows[-1].get('AUROC', float('nan')):.4f}")
+    print(f"Steps took {sum(seconds.values()) / 60:.1f} min in all, {(time.perf_counter() - started) / 60:.1f} min of it now")
+    print(f"Table {shown(opt.out / f'{name}.csv')}, pictures " + " and ".join(shown(opt.out / target) for target in pictures))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,106 @@
+"""SD step 5: separate the training samples by FCT into clean, poisoned and uncertain ones (paper section 4.1).
+
+Writes clean_samples.npy, poison_samples.npy, suspicious_samples.npy (structured arrays: image, label, flag, index),
+options.json and, by the ground truth and for evaluation only, detection.json to
+saved/separated_samples/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils import args
+from utils.checkpoints import claim_folder, latest_checkpoint, write_options
+from utils.dataloader_bd import poison_training_set
+from utils.datasets import load_dataset
+from utils.errors import UserError, require_file, run_script
+from utils.fct import fct_of_checkpoint, gammas_of_ratios, saved_fct, separate
+from utils.files import write_json
+from utils.metrics import detection_quality
+from utils.paths import backdoored_folder, separated_folder, shown
+from utils.samples import CLEAN, POISON, save_samples
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_tau_options(parser)
+    args.add_ratio_options(parser)
+    args.add_overwrite_option(parser)
+    parser.add_argument(
+        "--gamma_low", type=args.number(float, 0), help="gamma_c: FCT up to this is clean; default: from clean_ratio"
+    )
+    parser.add_argument(
+        "--gamma_high",
+        type=args.number(float, 0),
+        help="gamma_p: FCT from this on is poisoned; default: from poison_ratio",
+    )
+    parser.add_argument(
+        "--clean_per_class",
+        action="store_true",
+        help="not in the paper: D_c takes clean_ratio of every label, so that no class is left out",
+    )
+    parser.add_argument(
+        "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
+    )
+    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
+    if opt.clean_per_class and opt.gamma_low is not None:
+        raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
+    require_file(path, command)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    poisoned = poison_training_set(dataset, opt)
+    fct = saved_fct(path, opt, len(poisoned.labels))
+    if fct is None:
+        print("No FCT values of this checkpoint and these options are saved; computing them")
+        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
+
+    low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
+    low = low if opt.gamma_low is None else opt.gamma_low
+    high = high if opt.gamma_high is None else opt.gamma_high
+    labels = poisoned.labels if opt.clean_per_class else None
+    flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
+    per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
+    print(f"D_c {(flags == CLEAN).sum()} ({'lowest FCT of each label' if opt.clean_per_class else f'FCT <= {low:g}'}), D_p {(flags == POISON).sum()} (FCT >= {high:g}), "
+          f"D_u {(flags == 1).sum()}; D_c per class: {' '.join(map(str, per_class))}")  # fmt: skip
+    if not per_class.all():
+        print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
+
+    folder = claim_folder(separated_folder(opt), opt)
+    save_samples(folder, poisoned, flags)
+    quality = detection_quality(
+        fct,
+        np.flatnonzero(flags == CLEAN),
+        np.flatnonzero(flags == POISON),
+        poisoned.is_clean,
+        poisoned.labels,
+        dataset.spec.num_classes,
+    )
+    write_json(folder / "detection.json", quality)
+    write_options(
+        folder / "options.json",
+        opt,
+        step="separate_samples",
+        poisoned_digest=poisoned.digest,
+        gamma_low=low,
+        gamma_high=high,
+        checkpoint=str(path),
+    )
+    print(
+        "By the ground truth (evaluation only): "
+        + ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))
+    )
+    print(f"The samples are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,120 @@
+"""A small real data set in folder form, and the steps run on it as a user would: by options, on disk."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.datasets import load_dataset
+from utils.errors import run_script
+
+
+def load_script(name):
+    """The module of a script, e.g. "ST/test.py", loaded from its file without running it."""
+    spec = importlib.util.spec_from_file_location("script_" + Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_cli(name, *words):
+    """Run a script in this process as the command line would; return the exit code. It prints to sys.stdout."""
+    module = load_script(name)
+    before = sys.argv
+    sys.argv = [name, *map(str, words)]
+    try:
+        run_script(module.main)
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def cli(capsys):
+    """``cli(script, *words)`` -> namespace with code, out and err."""
+
+    def run(name, *words):
+        capsys.readouterr()
+        code = run_cli(name, *words)
+        said = capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    return load_dataset("fashion", ROOT / "dataset")
+
+
+def write_folder(root, dataset, train, test):
+    """Write the first ``train`` and ``test`` images of each class as <root>/<split>/<class>/*.png."""
+    for split, count in (("train", train), ("test", test)):
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        for label in np.unique(labels):
+            folder = root / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for number, row in enumerate(np.flatnonzero(labels == label)[:count]):
+                Image.fromarray(images[row]).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def data_root(fashion, tmp_path_factory):
+    """A data root whose cifar10 folder holds 400 + 100 small images (of Fashion-MNIST, which is at hand)."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root / "cifar10", fashion, train=40, test=10)
+    return root
+
+
+@pytest.fixture(scope="session")
+def words(data_root):
+    """``words(output_root)`` -> the options that every step of a test run shares."""
+
+    def common(output_root):
+        return ["--dataset", "cifar10", "--model", "resnet10", "--data_root", data_root, "--output_root", output_root]
+
+    return common
+
+
+def run_all(common, epochs=2):
+    """All numbered steps with small settings; returns the exit codes."""
+    ratios = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
+    steps = [
+        ("train_attack_noTrans.py", "--epochs", epochs, "--batch_size", 64),
+        ("finetune_attack_noTrans.py", "--epochs", epochs, "--batch_size", 64),
+        ("calculate_consistency.py",),
+        ("visualize_consistency.py", *ratios),
+        ("calculate_gamma.py", *ratios),
+        ("separate_samples.py", *ratios),
+        ("train_attack_withTrans.py", "--epochs", epochs, "--schedule", 1, "--batch_size", 64),
+        ("unlearn_relearn.py", *ratios, "--epochs", epochs, "--batch_size", 16),
+        ("ST/train_extractor.py", *ratios, "--epochs", epochs, "--batch_size", 64, "--cosine", "--save_freq", 1),
+        ("ST/train_classifier.py", *ratios, "--epochs", epochs, "--batch_size", 32, "--learning_rate", 0.5),
+        ("ST/test.py", *ratios),
+    ]
+    # calculate_gamma computes nothing, so it has no device
+    return [run_cli(name, *common, *more) for name, *more in steps]
+
+
+@pytest.fixture(scope="session")
+def pipeline(words, tmp_path_factory):
+    """The output root of one run of every step."""
+    root = tmp_path_factory.mktemp("pipeline")
+    assert run_all(words(root)) == [0] * 11
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _quiet_bars(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

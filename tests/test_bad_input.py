@@ -1,0 +1,297 @@
+"""A user's mistake ends in one line, exit code 2, and nothing on disk changed."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
+
+SCRIPTS = [
+    "train_attack_noTrans.py", "finetune_attack_noTrans.py", "calculate_consistency.py", "visualize_consistency.py",
+    "calculate_gamma.py", "separate_samples.py", "train_attack_withTrans.py", "unlearn_relearn.py",
+    "train_clean_withTrans.py", "ST/train_extractor.py", "ST/train_classifier.py", "ST/test.py",
+]  # fmt: skip
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(result, *needles):
+    """Exit code 2 and a single line on stderr that holds every needle."""
+    assert result.code == 2, result
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in result.err, result.err
+    for needle in needles:
+        assert str(needle) in lines[0], (needle, lines[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "words, needle",
+    [
+        (["--dataset", "cifar11"], "cifar11"),
+        (["--model", "lenet"], "lenet"),
+        (["--seed", "-1"], "at least 0"),
+        (["--no_such_option"], "no_such_option"),
+    ],
+)
+def test_common_options_are_checked(cli, script, words, needle):
+    refused(cli(script, *words), needle)
+
+
+@pytest.mark.parametrize(
+    "options, needle",
+    [
+        (["--poison_rate", "0"], "above 0"),
+        (["--poison_rate", "1.5"], "at most 1"),
+        (["--poison_rate", "nan"], "out of range"),
+        (["--poison_rate", "0.00001"], "raise it"),
+        (["--trigger_type", "noTrigger"], "gridTrigger"),
+        (["--target_type", "one2one"], "all2one"),
+        (["--target_label", "10"], "0 to 9"),
+        (["--batch_size", "1"], "at least 2"),
+        (["--epochs", "0"], "at least 1"),
+        (["--lr", "-1"], "above 0"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--precision", "int4"], "bfloat16"),
+    ],
+)
+def test_a_training_step_checks_its_options_and_leaves_no_file(cli, words, tmp_path, options, needle):
+    refused(cli("train_attack_noTrans.py", *words(tmp_path), *options), needle)
+    assert not snapshot(tmp_path)
+
+
+MISSING = [
+    ("finetune_attack_noTrans.py", "train_attack_noTrans.py"),
+    ("calculate_consistency.py", "finetune_attack_noTrans.py"),
+    ("visualize_consistency.py", "finetune_attack_noTrans.py"),
+    ("calculate_gamma.py", "finetune_attack_noTrans.py"),
+    ("separate_samples.py", "finetune_attack_noTrans.py"),
+    ("unlearn_relearn.py", "train_attack_withTrans.py"),
+    ("ST/train_extractor.py", "separate_samples.py"),
+    ("ST/train_classifier.py", "ST/train_extractor.py"),
+    ("ST/test.py", "ST/train_extractor.py"),
+]
+
+
+@pytest.mark.parametrize("script, maker", MISSING)
+def test_a_missing_input_names_the_command_that_makes_it_and_the_nearest_path(cli, words, tmp_path, script, maker):
+    command = f"python {maker} --dataset cifar10 --model resnet10 --trigger_type gridTrigger"
+    refused(cli(script, *words(tmp_path)), "no such file", command, f"Nearest existing path: {tmp_path}")
+    assert not snapshot(tmp_path)
+
+
+def test_a_missing_fct_file_names_the_step_before(cli, words, pipeline):
+    path = pipeline / NO_TRANS / "0.tar"
+    refused(
+        cli("calculate_gamma.py", *words(pipeline), "--checkpoint_load", path), "calculate_consistency.py", "0_all.txt"
+    )
+
+
+LOADS = [
+    ("train_attack_noTrans.py", "--checkpoint_load", f"{NO_TRANS}/0.tar"),
+    ("finetune_attack_noTrans.py", "--checkpoint_load", f"{NO_TRANS}/1.tar"),
+    ("calculate_consistency.py", "--checkpoint_load", f"{TUNED}/1.tar"),
+    ("visualize_consistency.py", "--checkpoint_load", f"{TUNED}/1.tar"),
+    ("separate_samples.py", "--checkpoint_load", f"{TUNED}/1.tar"),
+    ("train_attack_withTrans.py", "--checkpoint_load", f"{WITH_TRANS}/0.tar"),
+    ("unlearn_relearn.py", "--checkpoint_load", f"{WITH_TRANS}/1.tar"),
+    ("ST/train_extractor.py", "--checkpoint_load", f"{EXTRACTOR}/last.pth"),
+    ("ST/train_classifier.py", "--ckpt", f"{EXTRACTOR}/last.pth"),
+    ("ST/test.py", "--classifier_ckpt", f"{CLASSIFIER}/ckpt_epoch_1.pth"),
+]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("script, option, good", LOADS)
+def test_damaged_or_hostile_checkpoints_are_refused_and_nothing_is_written(
+    cli, words, pipeline, tmp_path, script, option, good
+):
+    whole = (pipeline / good).read_bytes()
+    before = snapshot(pipeline)
+    for name, content in (
+        ("cut", whole[: len(whole) // 2]),
+        ("empty", b""),
+        ("text", b"not a checkpoint"),
+        ("image", b"\x89PNG"),
+    ):
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(content)
+        refused(cli(script, *words(pipeline), option, path), path)
+    hostile, trace = tmp_path / "hostile.tar", tmp_path / "it ran"
+    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+        save({"model": Bomb(trace)}, hostile)
+        refused(cli(script, *words(pipeline), option, hostile), hostile)
+    foreign = tmp_path / "foreign.tar"
+    torch.save({"state_dict": {}}, foreign)
+    refused(cli(script, *words(pipeline), option, foreign), foreign)
+    assert not trace.exists()
+    assert snapshot(pipeline) == before
+
+
+@pytest.mark.parametrize("script, option, good", LOADS)
+def test_a_checkpoint_of_other_options_is_refused_with_both_values(cli, words, pipeline, script, option, good):
+    before = snapshot(pipeline)
+    for name, other in (
+        ("trigger_type", "squareTrigger"),
+        ("poison_rate", "0.2"),
+        ("seed", "7"),
+        ("target_label", "3"),
+    ):
+        path = pipeline / good
+        result = cli(script, *words(pipeline), option, path, f"--{name}", other)
+        if script.startswith("ST/") and name in (
+            "trigger_type",
+            "poison_rate",
+        ):  # other folders: their inputs are missing
+            refused(result)
+        elif script.startswith("ST/"):
+            refused(result, other)
+        else:
+            refused(result, f"--{name}", other, "was made with" if path.exists() else "")
+    assert snapshot(pipeline) == before
+
+
+def test_a_checkpoint_of_another_network_or_data_set_is_refused(cli, words, pipeline):
+    path = pipeline / TUNED / "1.tar"
+    result = cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", path, "--model", "resnet18")
+    refused(result, "--model resnet10", "--model resnet18")
+    result = cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", path, "--dataset", "fashion")
+    refused(result, "--dataset cifar10", "--dataset fashion")
+    result = cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", pipeline / WITH_TRANS / "1.tar")
+    refused(result, "train_attack_withTrans", "finetune_attack_noTrans")
+
+
+def test_weights_that_do_not_fit_are_refused(cli, words, pipeline, tmp_path):
+    content = torch.load(pipeline / TUNED / "1.tar", weights_only=True)
+    for name, change in (
+        ("missing", lambda state: state.pop("fc.bias")),
+        ("shape", lambda state: state.update({"fc.bias": torch.zeros(3)})),
+        ("foreign", lambda state: state.update({"other.weight": torch.zeros(3)})),
+    ):
+        state = dict(content["model"])
+        change(state)
+        torch.save({**content, "model": state}, tmp_path / f"{name}.tar")
+        result = cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", tmp_path / f"{name}.tar")
+        refused(result, "do not fit", "fc.bias" if name != "foreign" else "other.weight")
+
+
+@pytest.mark.parametrize(
+    "options, needle",
+    [
+        (["--poison_ratio", "0.001"], "--poison_ratio 0.001"),
+        (["--clean_ratio", "0.7", "--poison_ratio", "0.4"], "overlap"),
+        (["--clean_ratio", "0"], "above 0"),
+        (["--gamma_low", "2", "--gamma_high", "1"], "above --gamma_high"),
+        (["--gamma_high", "1e9"], "D_p is empty"),
+        (["--gamma_low", "0"], "D_c is empty"),
+    ],
+)
+def test_ratios_and_gammas_that_leave_a_set_empty_are_refused(cli, words, pipeline, options, needle):
+    before = snapshot(pipeline)
+    refused(cli("separate_samples.py", *words(pipeline), *options), needle)
+    assert snapshot(pipeline) == before
+
+
+def test_results_of_other_settings_are_not_replaced_unasked(cli, words, pipeline, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline / "saved", root / "saved")
+    before = snapshot(root)
+    result = cli("train_attack_noTrans.py", *words(root), "--seed", "1", "--epochs", "1")
+    refused(result, "--seed 0", "--seed 1", "--overwrite")
+    result = cli("train_attack_noTrans.py", *words(root), "--target_type", "cleanLabel", "--poison_rate", "0.1")
+    refused(result, "--target_type all2one", "--overwrite")
+    assert snapshot(root) == before
+    assert cli("train_attack_noTrans.py", *words(root), "--seed", "1", "--epochs", "1", "--overwrite").code == 0
+
+    # Separated samples of another poison rate go to the same folder by the document: they stay unless asked.
+    assert cli("train_attack_noTrans.py", *words(root), "--poison_rate", "0.2", "--epochs", "1").code == 0
+    model = root / NO_TRANS.replace("0.1", "0.2") / "0.tar"
+    more = ["--poison_rate", "0.2", "--checkpoint_load", model]
+    before = (root / SAMPLES / "clean_samples.npy").read_bytes()
+    refused(cli("separate_samples.py", *words(root), *more), "--poison_rate 0.1", "--poison_rate 0.2", "--overwrite")
+    assert (root / SAMPLES / "clean_samples.npy").read_bytes() == before
+    assert cli("separate_samples.py", *words(root), *more, "--overwrite").code == 0
+    refused(cli("ST/train_extractor.py", *words(root), "--epochs", "1"), "--poison_rate 0.2")
+
+
+def test_sample_files_that_are_not_samples_are_refused(cli, words, pipeline, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline / "saved", root / "saved")
+    path = root / SAMPLES / "poison_samples.npy"
+    trace = tmp_path / "it ran"
+    np.save(tmp_path / "hostile.npy", np.array([Bomb(trace)], dtype=object), allow_pickle=True)
+    hostile = (tmp_path / "hostile.npy").read_bytes()
+    trace.unlink(missing_ok=True)
+    plain = tmp_path / "plain.npy"
+    np.save(plain, np.zeros((4, 3)))
+    for content in (b"", b"text", path.read_bytes()[:500], hostile, plain.read_bytes()):
+        path.write_bytes(content)
+        refused(cli("unlearn_relearn.py", *words(root), "--epochs", "1"), "poison_samples.npy", "separate_samples.py")
+        refused(cli("ST/train_extractor.py", *words(root), "--epochs", "1"), "poison_samples.npy")
+    assert not trace.exists()
+
+
+def test_broken_or_wrong_data_folders_are_refused(cli, words, data_root, tmp_path):
+    def attempt(root, *more):
+        options = ["--data_root", root, "--output_root", tmp_path / "out", "--model", "resnet10", "--epochs", "1"]
+        return cli("train_attack_noTrans.py", *options, *more)
+
+    copy = tmp_path / "data"
+    shutil.copytree(data_root / "cifar10", copy / "cifar100")
+    refused(attempt(copy, "--dataset", "cifar100"), "10 classes", "cifar100 has 100")
+
+    (copy / "cifar100").rename(copy / "cifar10")
+    victim = copy / "cifar10/train/class 3/005.png"
+    good = victim.read_bytes()
+    victim.write_bytes(good[:200])
+    refused(attempt(copy), victim)
+    Image.new("RGB", (40, 30)).save(victim)
+    refused(attempt(copy), victim, "40x30")
+    victim.write_bytes(good)
+    shutil.rmtree(copy / "cifar10/test/class 3")
+    refused(attempt(copy), "differ")
+    shutil.rmtree(copy / "cifar10/test")
+    refused(attempt(copy), "no folder")
+    refused(attempt(copy / "cifar10/train/class 3/000.png"), "000.png")
+    assert not snapshot(tmp_path / "out") if (tmp_path / "out").exists() else True
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(cli, words, tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    refused(cli("train_attack_noTrans.py", *words(blocked)), "cannot write", blocked)
+    if os.geteuid():  # root writes anywhere
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        refused(cli("train_attack_noTrans.py", *words(locked)), "cannot write", locked)
+
+
+def test_a_real_process_ends_with_code_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "calculate_gamma.py", "--checkpoint_load", "none.tar"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("calculate_gamma.py: error: no such file")
+        and done.stderr.count("\n") == 1
+    )

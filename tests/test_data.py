@@ -1,0 +1,103 @@
+"""Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_folder
+from PIL import Image
+
+from utils.datasets import DATASETS, load_dataset
+from utils.device import choose_runtime
+from utils.errors import UserError
+from utils.files import atomic_write
+
+
+def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashion):
+    assert fashion.train_images.shape == (10000, 32, 32, 3) and fashion.test_images.shape == (2000, 32, 32, 3)
+    assert np.bincount(fashion.train_labels).tolist() == [1000] * 10 and np.bincount(fashion.test_labels).tolist() == [200] * 10
+    assert not fashion.train_images[:, :2].any() and (fashion.train_images[..., 0] == fashion.train_images[..., 2]).all()
+    scaled = fashion.train_images[..., 0] / 255
+    assert scaled.mean() == pytest.approx(DATASETS["fashion"].mean[0], abs=1e-4)
+    assert scaled.std() == pytest.approx(DATASETS["fashion"].std[0], abs=1e-4)
+    assert (ROOT / "dataset/fashion/LICENSE.txt").is_file()
+
+
+def test_an_image_folder_is_read_in_the_order_of_its_names_and_from_its_cache(fashion, tmp_path):
+    write_folder(tmp_path / "cifar10", fashion, train=3, test=1)
+    dataset = load_dataset("cifar10", tmp_path)
+    first = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:3] for label in range(10)])
+    assert (dataset.train_images == fashion.train_images[first]).all() and (dataset.train_labels == fashion.train_labels[first]).all()
+    assert dataset.classes[1] == "class 1" and len(dataset.test_labels) == 10
+
+    cache = next((tmp_path / "cifar10").glob(".decoded_train*"))
+    stamp = cache.stat().st_mtime_ns
+    assert (load_dataset("cifar10", tmp_path).train_images == dataset.train_images).all()
+    assert cache.stat().st_mtime_ns == stamp
+
+    changed = tmp_path / "cifar10/train/class 0/000.png"
+    Image.new("RGB", (32, 32), "red").save(changed)
+    assert (load_dataset("cifar10", tmp_path).train_images[0] == [255, 0, 0]).all()
+
+    cache.write_bytes(b"damaged")
+    assert (load_dataset("cifar10", tmp_path).train_images[0] == [255, 0, 0]).all()
+
+
+def test_torchvision_files_are_found(tmp_path, monkeypatch):
+    import torchvision
+
+    class Fake:
+        classes = list("abcdefghij")
+
+        def __init__(self, root, train, download):
+            assert root == tmp_path / "cifar10" and download
+            self.data, self.targets = np.zeros((20 if train else 10, 32, 32, 3), np.uint8), [0, 1] * (10 if train else 5)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    dataset = load_dataset("cifar10", tmp_path)
+    assert dataset.source == "torchvision" and dataset.train_labels.dtype == np.int64 and len(dataset.test_labels) == 10
+
+
+def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch):
+    import torchvision
+
+    def fail(root, train, download):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path, "w") as file:
+        file.write("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path, "w") as file:
+        file.write("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_precision_follows_the_request():
+    assert choose_runtime("cpu", "bfloat16").dtype == torch.bfloat16
+    assert choose_runtime("cpu", "float32").dtype == torch.float32
+    with choose_runtime("cpu", "bfloat16").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fct_on_a_gpu_is_that_of_the_cpu(fashion):
+    from models import build_model
+    from utils.fct import compute_fct
+
+    torch.manual_seed(0)
+    model = build_model("resnet10", "fashion", 10)
+    values = []
+    for device in ("cpu", "cuda"):
+        runtime = choose_runtime(device, "float32")
+        torch.backends.cudnn.allow_tf32 = False
+        values.append(compute_fct(runtime.place(model), fashion.train_images[:256], fashion.spec, runtime)[0])
+    np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6)

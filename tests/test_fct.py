@@ -1,0 +1,274 @@
+"""FCT against a plain loop over single images; the thresholds and the three sets."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+
+from models import build_model
+from utils.datasets import DATASETS, load_dataset
+from utils.device import Runtime
+from utils.errors import UserError
+from utils.fct import compute_fct, gammas_of_ratios, separate, set_sizes
+from utils.paths import ROOT
+from utils.seeding import generator
+from utils.transforms import Tau
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+SPEC = DATASETS["fashion"]
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_dataset("fashion", ROOT / "dataset").train_images[:COUNT]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build_model("resnet10", "fashion", 10)
+    for module in model.modules():  # running statistics that differ from those of any batch
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def slow_fct(model, images, trans1, trans2, seed, draw):
+    """One image at a time; returns the values and the norms of the features."""
+    tau = Tau(trans1, trans2, 32)
+    table = tau.draw(generator(seed, "tau", draw), len(images))
+    values, norms = [], []
+    for row, image in enumerate(images):
+        picture = torch.tensor(image).permute(2, 0, 1)[None]
+        changed = tau.apply(picture, {name: value[row : row + 1] for name, value in table.items()})
+        plain, other = (
+            model.features(TF.normalize(part / 255, SPEC.mean, SPEC.std))[0].double() for part in (picture, changed)
+        )
+        values.append(float(sum((plain - other) ** 2) / len(plain)))
+        norms.append(float(plain.norm()))
+    return np.array(values), np.array(norms)
+
+
+@pytest.mark.parametrize("pair", [("rotate", "affine"), ("flip", "none"), ("crop", "erase")], ids="+".join)
+def test_fct_equals_a_loop_over_single_images(model, images, pair):
+    fct, norms = compute_fct(model, images, SPEC, CPU, trans1=pair[0], trans2=pair[1], seed=3)
+    values, lengths = slow_fct(model, images, *pair, seed=3, draw=0)
+    assert fct.dtype == norms.dtype == np.float32
+    np.testing.assert_allclose(fct, values, rtol=1e-4)
+    np.testing.assert_allclose(norms, lengths, rtol=1e-4)
+    assert fct.min() > 0
+
+
+def test_tau_is_rotation_and_shift_unless_said_otherwise(model, images):
+    np.testing.assert_allclose(
+        compute_fct(model, images, SPEC, CPU)[0], slow_fct(model, images, "rotate", "affine", 0, 0)[0], rtol=1e-4
+    )
+
+
+def test_several_draws_are_the_mean_of_single_ones(model, images):
+    singles = [slow_fct(model, images, "rotate", "affine", 1, draw)[0] for draw in range(3)]
+    fct, _ = compute_fct(model, images, SPEC, CPU, seed=1, draws=3)
+    np.testing.assert_allclose(fct, np.mean(singles, axis=0), rtol=1e-4)
+    assert abs(singles[0] - singles[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23])
+def test_fct_does_not_depend_on_the_batch_size(model, images, batch_size):
+    expected, _ = compute_fct(model, images, SPEC, CPU)
+    np.testing.assert_allclose(compute_fct(model, images, SPEC, CPU, batch_size=batch_size)[0], expected, rtol=1e-4)
+
+
+def test_fct_of_a_sample_depends_on_its_index_and_on_no_other_sample(model, images):
+    expected, norms = compute_fct(model, images, SPEC, CPU)
+    others = images[::-1].copy()
+    others[5] = images[5]
+    fct, _ = compute_fct(model, others, SPEC, CPU)
+    assert fct[5] == pytest.approx(expected[5], rel=1e-4)
+    moved, moved_norms = compute_fct(model, images[::-1].copy(), SPEC, CPU)
+    np.testing.assert_allclose(moved_norms[::-1], norms, rtol=1e-4)
+    assert (abs(moved[::-1] - expected) > 1e-3 * expected).mean() > 0.8
+
+
+def test_fct_depends_on_the_seed_and_on_no_global_generator(model, images):
+    expected, _ = compute_fct(model, images, SPEC, CPU)
+    torch.manual_seed(77)
+    np.random.seed(77)
+    np.testing.assert_array_equal(compute_fct(model, images, SPEC, CPU)[0], expected)
+    assert (compute_fct(model, images, SPEC, CPU, seed=1)[0] != expected).mean() > 0.8
+
+
+def test_fct_is_taken_in_evaluation_mode_and_leaves_the_network_as_it_was(model, images):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected, _ = compute_fct(model.eval(), images, SPEC, CPU)
+    fct, _ = compute_fct(model.train(), images, SPEC, CPU)
+    np.testing.assert_array_equal(fct, expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_fct_of_an_image_that_tau_leaves_alone_is_zero(model, images):
+    assert (compute_fct(model, images, SPEC, CPU, trans1="none", trans2="none")[0] == 0).all()
+
+
+# Thresholds and sets
+
+
+def distinct(count=100, seed=0):
+    return np.random.default_rng(seed).permutation(np.arange(1, count + 1)).astype(np.float32) / 7
+
+
+def tied(zeros, count=1000):
+    """``zeros`` exact zeros among distinct positive values, shuffled."""
+    return np.random.default_rng(2).permutation(np.maximum(np.arange(count) - zeros + 1, 0)).astype(np.float32)
+
+
+def split(fct, clean_ratio=0.2, poison_ratio=0.05, seed=0, gammas=None):
+    low, high = gammas or gammas_of_ratios(fct, clean_ratio, poison_ratio)
+    flags = separate(fct, low, high, clean_ratio, poison_ratio, seed)
+    assert flags.shape == fct.shape and set(flags.tolist()) <= {0, 1, 2}
+    return [np.flatnonzero(flags == flag) for flag in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "size"),
+    [(100, 0.29, 29), (50000, 0.05, 2500), (100, 0.57, 57), (1000, 0.001, 1), (9, 0.5, 4), (10, 0.199, 1)],
+)
+def test_set_sizes_are_the_exact_floor(count, ratio, size):
+    assert set_sizes(count, ratio, 0.2)[0] == size
+    assert set_sizes(count, 0.2, ratio)[1] == size
+
+
+@pytest.mark.parametrize(("ratios", "name"), [((0.01, 0.5), "clean_ratio"), ((0.5, 0.01), "poison_ratio")])
+def test_a_ratio_of_less_than_one_sample_is_refused(ratios, name):
+    with pytest.raises(UserError, match=name):
+        set_sizes(50, *ratios)
+    with pytest.raises(UserError, match=name):
+        gammas_of_ratios(distinct(50), *ratios)
+
+
+@pytest.mark.parametrize("ratios", [(0.2, 0.05), (0.29, 0.29), (0.5, 0.5), (0.01, 0.01), (0.07, 0.93)], ids=str)
+def test_without_ties_the_sets_are_the_lowest_and_the_highest_values(ratios):
+    fct = distinct()
+    clean, uncertain, poison = split(fct, *ratios)
+    n_clean, n_poison = (round(100 * ratio) for ratio in ratios)
+    assert sorted(clean) == sorted(np.argsort(fct)[:n_clean])
+    assert sorted(poison) == sorted(np.argsort(fct)[100 - n_poison :])
+    assert len(uncertain) == 100 - n_clean - n_poison
+
+
+def test_gammas_are_members_of_their_sets():
+    fct = np.arange(1, 101, dtype=np.float32)
+    assert gammas_of_ratios(fct, 0.2, 0.05) == (20.0, 96.0)
+
+
+@pytest.mark.parametrize("zeros", [200, 201, 500, 900, 960, 999, 1000])
+def test_with_massive_ties_the_sets_keep_the_size_of_their_ratio_and_share_no_sample(zeros):
+    fct = tied(zeros)
+    clean, uncertain, poison = split(fct)
+    assert (len(clean), len(uncertain), len(poison)) == (200, 750, 50)
+    assert (fct[clean] == 0).all()
+    assert fct[poison].min() >= fct[uncertain].max()
+    assert set(poison) >= set(np.flatnonzero(fct > 0)[np.argsort(fct[fct > 0])][-50:])
+
+
+def test_ties_at_both_thresholds_leave_the_sets_their_sizes():
+    fct = np.repeat(np.array([0, 1, 5], dtype=np.float32), (400, 200, 400))
+    clean, _, poison = split(fct)
+    assert (len(clean), len(poison)) == (200, 50)
+    assert (fct[clean] == 0).all() and (fct[poison] == 5).all()
+
+
+@pytest.mark.parametrize("ratios", [(0.2, 0.05), (0.5, 0.5)], ids=str)
+def test_equal_values_are_separated_by_a_draw(ratios):
+    clean, uncertain, poison = split(np.zeros(100, dtype=np.float32), *ratios)
+    assert (len(clean), len(poison)) == tuple(round(100 * ratio) for ratio in ratios)
+    assert len(clean) + len(uncertain) + len(poison) == 100
+    assert clean.max() > 60 and clean.min() < 40  # not simply the first samples
+
+
+def test_the_draw_among_ties_is_a_function_of_the_seed():
+    fct = tied(600)
+    first, again, other = (split(fct, seed=seed) for seed in (4, 4, 5))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[2], again[2])
+    assert set(first[0]) != set(other[0])
+    np.testing.assert_array_equal(first[2], other[2])  # no tie at the upper threshold
+    everything = tied(1000)
+    assert set(split(everything, seed=4)[2]) != set(split(everything, seed=5)[2])
+
+
+def test_a_threshold_stricter_than_its_ratio_gives_a_smaller_set():
+    fct = np.arange(1, 101, dtype=np.float32)
+    clean, _, poison = split(fct, gammas=(10.0, 99.0))
+    np.testing.assert_array_equal(fct[clean], np.arange(1, 11))
+    np.testing.assert_array_equal(fct[poison], [99, 100])
+
+
+def test_a_threshold_laxer_than_its_ratio_gives_a_larger_set():
+    fct = np.arange(1, 101, dtype=np.float32)
+    clean, _, poison = split(fct, gammas=(40.5, 60.0))
+    np.testing.assert_array_equal(fct[clean], np.arange(1, 41))
+    np.testing.assert_array_equal(fct[poison], np.arange(60, 101))
+
+
+def test_a_threshold_at_a_tie_of_zeros_gives_the_size_of_the_ratio():
+    fct = tied(600)
+    clean, _, poison = split(fct, gammas=(0.0, 399.0))
+    assert len(clean) == 200 and (fct[clean] == 0).all()
+    np.testing.assert_array_equal(np.sort(fct[poison]), [399, 400])
+
+
+def test_fewer_ties_than_the_ratio_asks_for_are_all_taken():
+    fct = tied(30)
+    assert sorted(split(fct, gammas=(0.0, 900.0))[0]) == np.flatnonzero(fct == 0).tolist()
+
+
+def test_samples_beyond_a_threshold_are_always_taken():
+    fct = np.repeat(np.array([0, 1, 2, 3], dtype=np.float32), (10, 50, 30, 10))
+    clean, _, poison = split(fct, gammas=(1.0, 2.0))
+    assert len(clean) == 20 and set(range(10)) <= set(clean)  # ten zeros, and ten of the fifty ones by draw
+    assert set(range(90, 100)) <= set(poison)
+
+
+def test_thresholds_that_overlap_are_refused():
+    with pytest.raises(UserError, match="gamma_low"):
+        separate(distinct(), 2.0, 1.0, 0.2, 0.05, 0)
+
+
+@pytest.mark.parametrize(("gammas", "name"), [((-1.0, 5.0), "D_c"), ((5.0, 1e6), "D_p")])
+def test_thresholds_that_leave_a_set_empty_are_refused(gammas, name):
+    with pytest.raises(UserError, match=name):
+        separate(distinct(), *gammas, 0.2, 0.05, 0)
+
+
+def test_with_labels_every_label_gives_its_share_of_lowest_values_to_the_clean_set():
+    fct, labels = distinct(), np.repeat(np.arange(4), (10, 20, 30, 40))
+    low, high = gammas_of_ratios(fct, 0.29, 0.05)
+    flags = separate(fct, low, high, 0.29, 0.05, 0, labels=labels)
+    poison = np.argsort(fct)[95:]
+    assert set(np.flatnonzero(flags == 2)) == set(poison)
+    for label, size in enumerate((2, 5, 8, 11)):
+        rows = np.flatnonzero(labels == label)
+        lowest = set(rows[np.argsort(fct[rows])][:size])
+        assert set(np.flatnonzero((flags == 0) & (labels == label))) == lowest - set(poison)
+
+
+def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
+    fct, labels = (
+        np.arange(100, dtype=np.float32),
+        np.repeat([0, 1], (90, 10)),
+    )  # label 1 is poisoned through and through
+    flags = separate(fct, 19.0, 90.0, 0.2, 0.1, 0, labels=labels)
+    assert (flags[90:] == 2).all()
+    np.testing.assert_array_equal(np.flatnonzero(flags == 0), np.arange(18))
+
+
+def test_no_set_is_silently_empty_where_both_thresholds_are_one_tied_value():
+    fct = np.repeat(np.array([0, 1], dtype=np.float32), (30, 70))
+    try:
+        _, _, poison = split(fct, gammas=(1.0, 1.0))
+    except UserError:
+        return
+    assert len(poison) == 5

@@ -1,0 +1,114 @@
+"""The networks against torchvision's."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models import ResNet, SupConResNet, build_model
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def shake(model):
+    """Give the normalisations statistics and weights of their own, so that none can stand in for another."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+def feature_maps(model, inputs):
+    """Shapes of what comes out of the stem's convolution, of its pooling and of the last stage."""
+    shapes = []
+    for module in (model.conv1, model.maxpool, model.layer4):
+        module.register_forward_hook(lambda module, given, result: shapes.append(tuple(result.shape[1:])))
+    with torch.no_grad():
+        model.eval()(inputs)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("stem", "shapes"),
+    [
+        ("pool", [(64, 32, 32), (64, 16, 16), (512, 2, 2)]),
+        ("plain", [(64, 32, 32), (64, 32, 32), (512, 4, 4)]),
+        ("imagenet", [(64, 16, 16), (64, 8, 8), (512, 1, 1)]),
+    ],
+)
+def test_stem_decides_the_size_of_the_feature_maps(stem, shapes):
+    assert feature_maps(ResNet("resnet18", 10, stem), torch.randn(1, 3, 32, 32)) == shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "last"),
+    [("resnet18", "cifar10", 2), ("resnet18", "cifar100", 4), ("resnet10", "fashion", 2), ("resnet10", "cifar100", 2)],
+)
+def test_classifier_has_the_stem_of_its_data_set(name, dataset, last):
+    assert feature_maps(build_model(name, dataset, 10), torch.randn(1, 3, 32, 32))[-1][1:] == (last, last)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet10", 256)]
+)
+def test_forward_is_the_last_layer_on_the_features(name, size):
+    model = shake(build_model(name, "cifar10", 7))
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.features(inputs)
+        assert features.shape == (2, size) == (2, model.feature_size)
+        assert torch.equal(model(inputs), model.fc(features))
+        assert model(inputs).shape == (2, 7)
+
+
+@pytest.mark.parametrize("stem", ["pool", "plain"])
+def test_resnet18_equals_torchvisions_with_its_stem_exchanged(stem):
+    own = shake(ResNet("resnet18", 10, stem))
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    if stem == "plain":
+        theirs.maxpool = nn.Identity()
+    theirs.load_state_dict(own.state_dict())
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(own(inputs), theirs.eval()(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_imagenet_stem_equals_torchvision_exactly(name):
+    theirs = shake(getattr(torchvision.models, name)(num_classes=20))
+    own = ResNet(name, 20, "imagenet")
+    own.load_state_dict(theirs.state_dict())
+    inputs = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(own.eval()(inputs), theirs(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "size", "last"), [("resnet18", 512, 4), ("resnet10", 256, 2)])
+def test_contrastive_network_gives_128_numbers_of_length_one(name, size, last):
+    model = shake(SupConResNet(name))
+    inputs = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        result, features = model(inputs), model.features(inputs)
+        assert result.shape == (3, 128)
+        torch.testing.assert_close(result.norm(dim=1), torch.ones(3))
+        assert features.shape == (3, size)
+        projected = model.head(features)
+        torch.testing.assert_close(result, projected / projected.norm(dim=1, keepdim=True))
+    assert [type(layer) for layer in model.head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert feature_maps(model.encoder, inputs)[-1] == (size, last, last)
+
+
+def test_equal_seeds_give_equal_weights():
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(build_model("resnet10", "fashion", 10).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])

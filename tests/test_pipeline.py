@@ -1,0 +1,250 @@
+"""The numbered steps through their command lines, on disk: what they write, where, and what it depends on."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, load_script, run_all, run_cli
+
+from utils import dataloader_bd
+
+NO_TRANS = "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger"
+TUNED = "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
+WITH_TRANS = "saved/backdoored_model/poison_rate_0.1/withTrans/cifar10/resnet10/gridTrigger"
+SAMPLES = "saved/separated_samples/cifar10/resnet10/gridTrigger_0.2_0.05"
+SECURE = "ST/save/poison_rate_0.1/SupCon_models/cifar10/resnet10/gridTrigger_0.2_0.05"
+EXTRACTOR = f"{SECURE}/SupCon_cifar10_resnet10_lr_0.5_decay_0.0001_bsz_64_temp_0.1_trial_0_cosine"
+CLASSIFIER = f"{SECURE}/Linear_cifar10_resnet10_lr_0.5_decay_0_bsz_32"
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_step_writes_where_the_users_document_says(pipeline):
+    for name in (
+        *(
+            f"{folder}/{file}"
+            for folder in (NO_TRANS, TUNED, WITH_TRANS)
+            for file in ("0.tar", "1.tar", "log.csv", "options.json")
+        ),
+        *(f"{TUNED}/1{end}" for end in ("_all.txt", "_clean.txt", "_poison.txt", "_fct.csv", ".jpg")),
+        *(f"{SAMPLES}/{kind}_samples.npy" for kind in ("clean", "poison", "suspicious")),
+        f"{WITH_TRANS}/1_unlearn_purify.tar",
+        f"{WITH_TRANS}/unlearn_purify.csv",
+        *(f"{EXTRACTOR}/{file}" for file in ("last.pth", "ckpt_epoch_1.pth", "log.csv", "options.json")),
+        *(f"{CLASSIFIER}/{file}" for file in ("ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "log.csv", "options.json")),
+    ):
+        assert (pipeline / name).is_file(), name
+    assert not list(pipeline.rglob("*.tmp"))
+
+
+def test_checkpoints_say_what_they_were_made_with(pipeline):
+    checkpoint = torch.load(pipeline / NO_TRANS / "1.tar", weights_only=True)
+    assert (checkpoint["step"], checkpoint["epoch"]) == ("train_attack_noTrans", 1)
+    assert checkpoint["optimizer"]["state"] and checkpoint["schedule"]["T_max"] == 100
+    expected = {"dataset": "cifar10", "model": "resnet10", "trigger_type": "gridTrigger", "poison_rate": 0.1, "seed": 0}
+    assert expected.items() <= checkpoint["options"].items()
+    assert len(checkpoint["poisoned_digest"]) == 64
+    options = json.loads((pipeline / NO_TRANS / "options.json").read_text())
+    assert options["options"]["lr"] == 0.01 and options["versions"]["torch"] == torch.__version__
+
+
+def test_logs_have_a_row_an_epoch(pipeline):
+    for folder in (NO_TRANS, TUNED, WITH_TRANS):
+        log = pd.read_csv(pipeline / folder / "log.csv")
+        assert log["epoch"].tolist() == [0, 1]
+        assert {"loss", "train_acc", "ACC", "ACC_paper", "ASR", "R_ACC", "seconds"} <= set(log)
+    log = pd.read_csv(pipeline / WITH_TRANS / "unlearn_purify.csv")
+    assert log["epoch"].tolist() == [-1, 0, 1]
+    before = pd.read_csv(pipeline / WITH_TRANS / "log.csv").iloc[-1]
+    assert log.loc[0, ["ACC", "ASR"]].tolist() == before[["ACC", "ASR"]].tolist()
+
+
+def test_fine_tuning_goes_on_with_model_optimizer_and_schedule_of_step_1(pipeline):
+    tuned = torch.load(pipeline / TUNED / "0.tar", weights_only=True)
+    assert tuned["schedule"]["last_epoch"] == 3  # two epochs of step 1 and one of its own
+    assert not same_weights(pipeline / TUNED / "0.tar", pipeline / NO_TRANS / "1.tar")
+
+
+def test_fct_is_saved_in_sample_order(pipeline):
+    table = pd.read_csv(pipeline / TUNED / "1_fct.csv")
+    values = np.loadtxt(pipeline / TUNED / "1_all.txt")
+    assert table["index"].tolist() == list(range(400)) and (table["FCT"].to_numpy() == values).all()
+    parts = [np.loadtxt(pipeline / TUNED / f"1_{kind}.txt") for kind in ("clean", "poison")]
+    assert [len(part) for part in parts] == [364, 36]
+    assert sorted(np.concatenate(parts)) == sorted(values)
+
+
+def test_gamma_prints_values_that_separate_samples_takes(pipeline, words, cli, tmp_path):
+    said = cli("calculate_gamma.py", *words(pipeline)).out
+    gammas = {line.split()[0]: line.split()[1] for line in said.splitlines() if line.startswith("gamma_")}
+    values = np.sort(np.loadtxt(pipeline / TUNED / "1_all.txt"))
+    assert (float(gammas["gamma_low"]), float(gammas["gamma_high"])) == (values[79], values[380])
+    before = {name: (pipeline / SAMPLES / name).read_bytes() for name in ("clean_samples.npy", "poison_samples.npy")}
+    given = ["--gamma_low", gammas["gamma_low"], "--gamma_high", gammas["gamma_high"], "--batch_size", 1]
+    assert cli("separate_samples.py", *words(pipeline), *given).code == 0
+    assert before == {name: (pipeline / SAMPLES / name).read_bytes() for name in before}
+
+
+def test_separated_samples_are_plain_arrays_that_together_are_the_training_set(pipeline):
+    sets = {kind: np.load(pipeline / SAMPLES / f"{kind}_samples.npy", mmap_mode="r", allow_pickle=False)
+            for kind in ("clean", "suspicious", "poison")}  # fmt: skip
+    assert [len(part) for part in sets.values()] == [80, 300, 20]
+    assert sets["clean"].dtype.names == ("image", "label", "flag", "index")
+    assert sorted(np.concatenate([part["index"] for part in sets.values()])) == list(range(400))
+    assert [set(part["flag"]) for part in sets.values()] == [{0}, {1}, {2}]
+    values = np.loadtxt(pipeline / TUNED / "1_all.txt")
+    assert values[sets["clean"]["index"]].max() <= values[sets["suspicious"]["index"]].min()
+    assert values[sets["poison"]["index"]].min() >= values[sets["suspicious"]["index"]].max()
+
+
+def test_separation_reuses_saved_values_and_recomputes_the_same(pipeline, words, cli, monkeypatch):
+    before = (pipeline / SAMPLES / "clean_samples.npy").read_bytes()
+    assert "computing" not in cli("separate_samples.py", *words(pipeline)).out
+    record = pipeline / TUNED / "1_fct.json"
+    saved = record.read_text()
+    record.unlink()
+    assert "computing" in cli("separate_samples.py", *words(pipeline), "--batch_size", 64).out
+    record.write_text(saved)
+    assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() == before
+    assert "computing" in cli("separate_samples.py", *words(pipeline), "--trans1", "flip", "--trans2", "none").out
+    assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() != before
+    assert cli("separate_samples.py", *words(pipeline)).code == 0
+
+
+def test_the_test_step_agrees_with_the_classifiers_log(pipeline):
+    result = json.loads((pipeline / CLASSIFIER / "ckpt_epoch_1_test.json").read_text())
+    last = pd.read_csv(pipeline / CLASSIFIER / "log.csv").iloc[-1]
+    assert [result[name] for name in ("ACC", "ASR", "R_ACC")] == pytest.approx(last[["ACC", "ASR", "R_ACC"]].tolist())
+
+
+def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monkeypatch):
+    honest = dataloader_bd.poison_training_set
+    rng = np.random.default_rng(1)
+
+    def scrambled(dataset, opt):
+        poisoned = honest(dataset, opt)
+        swap = {"true_labels": rng.permutation(poisoned.true_labels), "is_clean": rng.permutation(poisoned.is_clean)}
+        return dataloader_bd.PoisonedSet(**{**vars(poisoned), **swap})
+
+    monkeypatch.setattr(dataloader_bd, "poison_training_set", scrambled)
+    assert run_all(words(tmp_path)) == [0] * 11
+    quality = [json.loads((root / SAMPLES / "detection.json").read_text()) for root in (pipeline, tmp_path)]
+    assert quality[0] != quality[1]  # the scrambling reached the steps
+    compared = 0
+    for path in pipeline.rglob("*"):
+        other = tmp_path / path.relative_to(pipeline)
+        if path.suffix in (".tar", ".pth"):
+            assert same_weights(path, other), path
+            compared += 1
+        elif path.name.endswith(("_all.txt", "_fct.csv", "samples.npy")):
+            assert path.read_bytes() == other.read_bytes(), path
+            compared += 1
+    assert compared >= 15
+
+
+RESUMED = [
+    ("train_attack_noTrans.py", NO_TRANS, "0.tar", "1.tar", ["--epochs", 2, "--batch_size", 64]),
+    ("finetune_attack_noTrans.py", TUNED, "0.tar", "1.tar", ["--epochs", 2, "--batch_size", 64]),
+    ("train_attack_withTrans.py", WITH_TRANS, "0.tar", "1.tar", ["--epochs", 2, "--schedule", 1, "--batch_size", 64]),
+    ("ST/train_extractor.py", EXTRACTOR, "ckpt_epoch_0.pth", "last.pth", ["--epochs", 2, "--batch_size", 64, "--cosine"]),
+    ("ST/train_classifier.py", CLASSIFIER, "ckpt_epoch_0.pth", "ckpt_epoch_1.pth",
+     ["--epochs", 2, "--batch_size", 32, "--learning_rate", 0.5]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script, folder, first, last, more", RESUMED, ids=lambda value: value if str(value).endswith(".py") else ""
+)
+def test_a_resumed_run_ends_in_the_same_bits(pipeline, words, tmp_path, script, folder, first, last, more):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline, root)
+    (root / folder / last).unlink()
+    assert run_cli(script, *words(root), *more, "--checkpoint_load", root / folder / first) == 0
+    assert same_weights(root / folder / last, pipeline / folder / last)
+    resumed, whole = (torch.load(base / folder / last, weights_only=True) for base in (root, pipeline))
+    for key, state in whole["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], resumed["optimizer"]["state"][key]["momentum_buffer"])
+    columns = [name for name in pd.read_csv(pipeline / folder / "log.csv") if name != "seconds"]
+    logs = [pd.read_csv(base / folder / "log.csv")[columns] for base in (root, pipeline)]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_unlearning_and_clean_training_resume_in_the_same_bits(pipeline, words, tmp_path):
+    start = pipeline / WITH_TRANS / "1.tar"
+    common = [*words(pipeline), "--batch_size", 16]
+    for name, epochs in (("whole", 2), ("parts", 1)):
+        more = ["--checkpoint_save", tmp_path / f"{name}.tar", "--log", tmp_path / f"{name}.csv", "--epochs", epochs]
+        assert run_cli("unlearn_relearn.py", *common, "--checkpoint_load", start, *more) == 0
+    again = ["--checkpoint_load", tmp_path / "parts.tar", "--log", tmp_path / "parts.csv", "--epochs", 2]
+    assert run_cli("unlearn_relearn.py", *common, *again) == 0
+    assert same_weights(tmp_path / "whole.tar", tmp_path / "parts.tar")
+    assert pd.read_csv(tmp_path / "parts.csv")["epoch"].tolist() == [-1, 0, 1]
+
+    for root, runs in ((tmp_path / "a", [2]), (tmp_path / "b", [1, 2])):
+        folder = root / "saved/benign_model/cifar10/resnet10"
+        for number, epochs in enumerate(runs):
+            more = ["--checkpoint_load", folder / "0.tar"] if number else []
+            assert run_cli("train_clean_withTrans.py", *words(root), "--epochs", epochs, "--batch_size", 64, *more) == 0
+    assert same_weights(*(tmp_path / root / "saved/benign_model/cifar10/resnet10/1.tar" for root in "ab"))
+
+
+def test_steps_of_st_run_from_their_own_folder_and_default_paths_are_printed(pipeline, words):
+    for cwd, script in ((ROOT / "ST", "test.py"), (ROOT, "ST/test.py")):
+        command = [sys.executable, script, *map(str, words(pipeline))]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Using ") == 2 and "ACC_paper" in done.stdout
+
+
+def test_the_documents_commands_are_understood():
+    folder = "./saved/backdoored_model/poison_rate_0.1"
+    model = f"{folder}/noTrans_ftsimi/cifar10/resnet18/gridTrigger/9.tar"
+    common = "--dataset cifar10 --model resnet18 --trigger_type gridTrigger"
+    secure = "./save/poison_rate_0.1/SupCon_models/cifar10/resnet18/gridTrigger_0.2_0.05"
+    extractor = f"{secure}/SupCon_cifar10_resnet18_lr_0.5_decay_0.0001_bsz_512_temp_0.1_trial_0_cosine_warm"
+    classifier = f"{secure}/Linear_cifar10_resnet18_lr_5.0_decay_0_bsz_512"
+    commands = {
+        "train_attack_noTrans.py": f"{common} --epochs 2",
+        "finetune_attack_noTrans.py": f"{common} --epochs 10 --checkpoint_load {folder}/noTrans/cifar10/resnet18/gridTrigger/1.tar",
+        "calculate_consistency.py": f"{common} --checkpoint_load {model}",
+        "visualize_consistency.py": f"{common} --checkpoint_load {model}",
+        "calculate_gamma.py": f"--clean_ratio 0.20 --poison_ratio 0.05 --checkpoint_load {model}",
+        "separate_samples.py": f"{common} --batch_size 1 --clean_ratio 0.20 --poison_ratio 0.05 --gamma_low 0.0 "
+        f"--gamma_high 19.71682357788086 --checkpoint_load {model}",
+        "ST/train_extractor.py": f"{common} --epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512",
+        "ST/train_classifier.py": f"{common} --epochs 10 --learning_rate 5 --batch_size 512 --ckpt {extractor}/last.pth",
+        "ST/test.py": f"{common} --model_ckpt {extractor}/last.pth --classifier_ckpt {classifier}/ckpt_epoch_9.pth",
+        "train_attack_withTrans.py": f"{common} --epochs 200",
+        "unlearn_relearn.py": f"{common} --epochs 20 --clean_ratio 0.20 --poison_ratio 0.05 --checkpoint_load {folder}/withTrans/199.tar "
+        f"--checkpoint_save {folder}/withTrans/199_unlearn_purify.py --log {folder}/withTrans/unlearn_purify.csv",
+        "train_clean_withTrans.py": "--dataset cifar10 --model resnet18 --epochs 200",
+    }  # fmt: skip
+    parsed = {name: load_script(name).get_parser().parse_args(text.split()) for name, text in commands.items()}
+    run_name = load_script("ST/train_extractor.py").run_name(parsed["ST/train_extractor.py"])
+    assert run_name == extractor.rsplit("/", 1)[1]
+    assert (
+        load_script("ST/train_classifier.py").run_name(parsed["ST/train_classifier.py"]) == classifier.rsplit("/", 1)[1]
+    )
+
+
+def test_the_same_seed_gives_the_same_files_at_any_batch_size_of_inference(pipeline, words, tmp_path):
+    import shutil
+
+    path = tmp_path / "1.tar"
+    shutil.copy(pipeline / TUNED / "1.tar", path)
+    assert run_cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", path, "--batch_size", 7) == 0
+    one, other = (np.loadtxt(folder / "1_all.txt") for folder in (tmp_path, pipeline / TUNED))
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)

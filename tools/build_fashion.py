@@ -1,0 +1,56 @@
+"""Make the bundled data set: the first 1 000 training and 200 test images of each class of Fashion-MNIST.
+
+    python tools/build_fashion.py --source /usr/share/datasets/fashion-mnist
+
+The source is the folder of Debian's package dataset-fashion-mnist, or any folder with the four original
+``*-ubyte.gz`` files. Images are kept 28x28 and grey, as they are; ``utils.datasets`` pads them.
+"""
+
+import argparse
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import UserError, require_file, run_script
+from utils.files import atomic_write, make_folder
+from utils.paths import ROOT, shown
+
+
+def read_idx(path):
+    """Read a gzipped IDX file of bytes: 4-byte magic whose last byte is the number of dimensions, then the sizes."""
+    data = gzip.decompress(require_file(path, "apt-get install dataset-fashion-mnist").read_bytes())
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise UserError(f"{path} is not an IDX file of bytes")
+    sizes = np.frombuffer(data, ">i4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+
+
+def first_of_each_class(images, labels, count):
+    """The first ``count`` images of each class, in the order of the original file."""
+    keep = np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
+    return images[keep], labels[keep]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--out", type=Path, default=ROOT / "dataset/fashion/fashion.npz")
+    opt = parser.parse_args()
+
+    arrays = {}
+    for split, stem, count in (("train", "train", 1000), ("test", "t10k", 200)):
+        images = read_idx(opt.source / f"{stem}-images-idx3-ubyte.gz")
+        labels = read_idx(opt.source / f"{stem}-labels-idx1-ubyte.gz")
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = first_of_each_class(images, labels, count)
+    make_folder(opt.out.parent)
+    with atomic_write(opt.out) as file:
+        np.savez_compressed(file, **arrays)
+    print(f"{shown(opt.out)}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
+
+
+if __name__ == "__main__":
+    run_script(main)

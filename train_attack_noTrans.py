@@ -1,0 +1,68 @@
+"""SD step 1: train a backdoored model on the poisoned set without any data augmentation (paper section 4.1).
+
+Writes 0.tar, 1.tar, ... (one an epoch), log.csv, options.json and samples.png to
+saved/backdoored_model/poison_rate_<rate>/noTrans/<dataset>/<model>/<trigger>/.
+"""
+
+import torch
+
+from models import build_model
+from utils import args
+from utils.checkpoints import Run, claim_folder, load_checkpoint
+from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
+from utils.datasets import load_dataset
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.figures import sample_sheet
+from utils.losses import cross_entropy
+from utils.metrics import evaluate
+from utils.paths import backdoored_folder, shown
+
+STEP = "train_attack_noTrans"
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_training_options(parser, epochs=2, batch_size=128, lr=0.01)
+    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    folder = claim_folder(backdoored_folder(opt, "noTrans"), opt)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    poisoned = poison_training_set(dataset, opt)
+    tests = make_test_sets(dataset, opt, runtime)
+    batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
+    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
+
+    torch.manual_seed(opt.seed)
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+
+    run = Run(opt, STEP, folder, poisoned.digest)
+    first = 0
+    if opt.checkpoint_load:
+        checkpoint = load_checkpoint(opt.checkpoint_load, opt, f"python {STEP}.py {args.attack_arguments(opt)}", [STEP])
+        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule)
+
+    for epoch in range(first, opt.epochs):
+        model.train()
+        row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
+        row["train_acc"] = 100 * row.pop("correct")
+        schedule.step()
+        if args.due(opt, epoch):
+            model.eval()
+            row.update(evaluate(model, tests, batches.normalize, runtime))
+        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+    print(f"Checkpoints are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

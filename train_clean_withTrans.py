@@ -1,0 +1,78 @@
+"""Train a benign model on the clean training set with the usual data augmentation; the CL attack perturbs its images
+against it (paper appendix; Turner et al. 2019).
+
+Writes 0.tar, 1.tar, ... (one an epoch), log.csv and options.json to saved/benign_model/<dataset>/<model>/.
+"""
+
+import torch
+
+from models import build_model
+from utils import args
+from utils.checkpoints import CLEAN_IDENTITY, Run, claim_folder, load_checkpoint
+from utils.dataloader_bd import Batches, make_test_sets
+from utils.datasets import load_dataset
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.losses import cross_entropy
+from utils.metrics import evaluate
+from utils.paths import benign_folder, shown
+from utils.transforms import CropFlip
+
+STEP = "train_clean_withTrans"
+IDENTITY = (*CLEAN_IDENTITY, "seed")
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_device_options(parser)
+    args.add_training_options(parser, epochs=200, batch_size=128, lr=0.01)
+    args.add_step_schedule_options(parser)
+    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    folder = claim_folder(benign_folder(opt), opt, IDENTITY)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    tests = make_test_sets(dataset, opt, runtime, attack=False)
+    augmentation = CropFlip(dataset.spec.size, rotation=dataset.spec.rotation)
+    batches = Batches(
+        dataset.train_images,
+        dataset.train_labels,
+        dataset.spec,
+        runtime,
+        opt.batch_size,
+        opt.seed,
+        STEP,
+        augmentation=augmentation,
+    )
+
+    torch.manual_seed(opt.seed)
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
+
+    run = Run(opt, STEP, folder, None)
+    first = 0
+    if opt.checkpoint_load:
+        command = f"python {STEP}.py --dataset {opt.dataset} --model {opt.model}"
+        checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP], IDENTITY)
+        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule)
+
+    for epoch in range(first, opt.epochs):
+        model.train()
+        row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
+        row["train_acc"] = 100 * row.pop("correct")
+        schedule.step()
+        if args.due(opt, epoch):
+            model.eval()
+            row["ACC"] = evaluate(model, tests, batches.normalize, runtime)["ACC"]
+        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+    print(f"Checkpoints are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,131 @@
+"""BR step 2: remove the backdoor by unlearning D_p and relearning D_c (paper section 4.3).
+
+Each epoch is one pass of gradient ascent on the cross-entropy over D_p, then one of descent over D_c. Writes the model
+(--checkpoint_save) and, a row an epoch, the log (--log), whose first row, epoch -1, is the model before.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from models import build_model
+from utils import args
+from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_weights
+from utils.dataloader_bd import Batches, make_test_sets
+from utils.datasets import load_dataset
+from utils.engine import train_epoch
+from utils.errors import run_script
+from utils.files import make_folder
+from utils.losses import cross_entropy, negative_cross_entropy
+from utils.metrics import EVALUATION_BATCH, evaluate
+from utils.paths import backdoored_folder, shown
+from utils.samples import CLEAN, POISON, load_samples
+from utils.transforms import CropFlip
+
+STEP = "unlearn_relearn"
+BEFORE = "train_attack_withTrans"
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_ratio_options(parser)
+    args.add_training_options(parser, epochs=20, batch_size=128, lr=1e-4, overwrites=False)
+    parser.add_argument(
+        "--checkpoint_load",
+        type=Path,
+        help="the backdoored model, or a model of this step to continue; default: BR step 1's last",
+    )
+    parser.add_argument(
+        "--checkpoint_save", type=Path, help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar"
+    )
+    parser.add_argument(
+        "--log", type=Path, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
+    )
+    return parser
+
+
+@torch.no_grad()
+def mean_cross_entropy(model, batches, runtime):
+    """Cross-entropy of the whole set without augmentation: how well the network still knows it."""
+    total = 0
+    for images, labels in zip(
+        batches.images.split(EVALUATION_BATCH), batches.labels.split(EVALUATION_BATCH), strict=True
+    ):
+        with runtime.autocast():
+            logits = model(batches.normalize(images)).float()
+        total += F.cross_entropy(logits, labels, reduction="sum")
+    return total.item() / len(batches.labels)
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    command = f"python {BEFORE}.py {args.attack_arguments(opt)} --epochs 200"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), 200, command)
+    checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
+    resumed = checkpoint["step"] == STEP
+    save = opt.checkpoint_save or (path if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    log = opt.log or save.with_name("unlearn_purify.csv")
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    tests = make_test_sets(dataset, opt, runtime)
+    augmentation = CropFlip(dataset.spec.size, flip=dataset.spec.flip_relearn)
+
+    def batches_of(flag):
+        samples = load_samples(opt, [flag])
+        settings = (dataset.spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
+        return Batches(samples["image"], samples["label"], *settings, augmentation=augmentation)
+
+    to_unlearn, to_relearn = batches_of(POISON), batches_of(CLEAN)
+    make_folder(save.parent)
+    make_folder(log.parent)
+
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    run = Run(opt, STEP, save.parent, checkpoint["poisoned_digest"], log=log, record=save.with_suffix(".json"))
+    load_weights(model, checkpoint["model"], path)
+    model.eval()
+    if resumed:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first = run.take_history(checkpoint)
+    else:
+        first = 0
+        before = {
+            "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),
+            **evaluate(model, tests, to_relearn.normalize, runtime),
+        }
+        run.history.append({"epoch": -1, **before})
+        print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
+
+    for epoch in range(first, opt.epochs):
+        model.train()
+        up = train_epoch(
+            model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"
+        )
+        down = train_epoch(model, to_relearn, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
+        model.eval()
+        row = {
+            "loss_Dp": -up["loss"],  # during the ascent
+            "loss_Dc": down["loss"],  # during the descent
+            "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),  # what of the ascent outlives the descent
+            "seconds": up["seconds"] + down["seconds"],
+        }
+        if args.due(opt, epoch):
+            row.update(evaluate(model, tests, to_relearn.normalize, runtime))
+        run.finish_epoch(epoch, row, [save], model, optimizer)
+
+    measured = [row for row in run.history if row["epoch"] >= 0 and "ACC" in row]
+    best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
+    for name, row in (("Last epoch", run.history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)):
+        print(
+            f"{name} ({row['epoch'] + 1}): "
+            + ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
+        )
+    print(f"The model is {shown(save)}, the log {shown(log)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

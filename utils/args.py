@@ -1,0 +1,166 @@
+"""The options that several steps share, so that a name, a default or a check is written once."""
+
+import argparse
+from pathlib import Path
+
+from models import MODELS
+from utils.datasets import DATASETS
+from utils.dataloader_bd import TARGET_TYPES
+from utils.device import PRECISIONS, choose_runtime
+from utils.errors import UserError
+from utils.paths import ROOT
+from utils.transforms import TAU_NAMES
+from utils.triggers import TRIGGERS
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and whose help shows the defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def number(kind, low=None, high=None, low_open=False):
+    """An argparse type: an int or float within bounds. ``low_open`` leaves out ``low`` itself."""
+
+    def convert(text):
+        value = kind(text)
+        below = low is not None and (value <= low if low_open else value < low)
+        if value != value or below or (high is not None and value > high):
+            bounds = [f"{'above' if low_open else 'at least'} {low}"] * (low is not None) + [f"at most {high}"] * (
+                high is not None
+            )
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds)}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+positive_int = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 0, low_open=True)
+share = number(float, 0, 1, low_open=True)
+
+
+def add_data_options(parser, datasets=tuple(DATASETS)):
+    """dataset, data_root, model, seed and where the results go."""
+    parser.add_argument("--dataset", choices=datasets, default="cifar10", help="data set")
+    parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
+    parser.add_argument("--model", choices=tuple(MODELS), default="resnet18", help="network")
+    parser.add_argument("--seed", type=natural, default=0, help="decides every random draw")
+    parser.add_argument(
+        "--output_root", type=Path, default=ROOT, help="folder under which saved/ and ST/save/ are kept"
+    )
+
+
+def add_attack_options(parser):
+    """Which attack the training set suffered."""
+    parser.add_argument(
+        "--trigger_type", choices=tuple(TRIGGERS), default="gridTrigger", help="what the trigger looks like"
+    )
+    parser.add_argument("--target_type", choices=TARGET_TYPES, default="all2one", help="which samples get which label")
+    parser.add_argument("--target_label", type=natural, default=0, help="target class of all2one and cleanLabel")
+    parser.add_argument(
+        "--poison_rate", type=share, default=0.1, help="share of the eligible training samples poisoned"
+    )
+
+
+def add_ratio_options(parser):
+    """alpha_c and alpha_p, which also name the folder of the separated samples."""
+    parser.add_argument("--clean_ratio", type=share, default=0.2, help="alpha_c: share of all samples taken as clean")
+    parser.add_argument(
+        "--poison_ratio", type=share, default=0.05, help="alpha_p: share of all samples taken as poisoned"
+    )
+
+
+def add_device_options(parser):
+    """Where and how precisely to compute."""
+    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the hardware has it"
+    )
+
+
+def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluates=True, overwrites=True):
+    """Epochs, batch size, learning rate, evaluation, and replacing an earlier run of other settings; ``lr`` None: the
+    checkpoint decides it."""
+    parser.add_argument("--epochs", type=positive_int, default=epochs, help="epochs in all, a resumed run's included")
+    parser.add_argument("--batch_size", type=number(int, 2), default=batch_size, help="samples a batch")
+    if lr is not None:
+        parser.add_argument(lr_name, type=positive, default=lr, help="learning rate")
+    if evaluates:
+        parser.add_argument(
+            "--eval_freq",
+            type=natural,
+            default=1,
+            help="evaluate every so many epochs and after the last; 0: the last only",
+        )
+    if overwrites:
+        add_overwrite_option(parser)
+
+
+def add_overwrite_option(parser):
+    parser.add_argument("--overwrite", action="store_true", help="replace results of other settings in the same folder")
+
+
+def add_tau_options(parser):
+    """tau, the transform of FCT."""
+    parser.add_argument("--trans1", choices=TAU_NAMES, default="rotate", help="first part of the transform")
+    parser.add_argument("--trans2", choices=TAU_NAMES, default="affine", help="second part of the transform")
+    parser.add_argument("--draws", type=positive_int, default=1, help="draws of the transform whose FCT is averaged")
+
+
+def check(opt):
+    """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
+    if hasattr(opt, "target_label") and opt.target_label >= DATASETS[opt.dataset].num_classes:
+        classes = DATASETS[opt.dataset].num_classes
+        raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
+    if hasattr(opt, "clean_ratio") and opt.clean_ratio + opt.poison_ratio > 1:
+        raise UserError(
+            f"--clean_ratio {opt.clean_ratio} and --poison_ratio {opt.poison_ratio} overlap: their sum is above 1"
+        )
+    for name in ("data_root", "output_root"):
+        if hasattr(opt, name):
+            setattr(opt, name, getattr(opt, name).absolute())
+    return opt
+
+
+def start(parser, argv=None):
+    """Parse and check the options; return them and, where the script computes, its `Runtime`."""
+    opt = check(parser.parse_args(argv))
+    if not hasattr(opt, "device"):
+        return opt
+    runtime = choose_runtime(opt.device, opt.precision)
+    print(f"Running on {runtime}")
+    return opt, runtime
+
+
+def due(opt, epoch):
+    """Whether to evaluate after ``epoch`` (from 0)."""
+    return epoch + 1 == opt.epochs or (opt.eval_freq and (epoch + 1) % opt.eval_freq == 0)
+
+
+def attack_arguments(opt):
+    """The options of data set and attack as the user would type them, for messages and commands."""
+    words = ["--dataset", opt.dataset, "--model", opt.model, "--trigger_type", opt.trigger_type]
+    defaults = {"target_type": "all2one", "target_label": 0, "poison_rate": 0.1, "seed": 0}
+    for name, default in defaults.items():
+        if getattr(opt, name) != default:
+            words += [f"--{name}", str(getattr(opt, name))]
+    return " ".join(words)
+
+
+def add_step_schedule_options(parser):
+    """The stepwise learning-rate schedule of BR step 1."""
+    parser.add_argument(
+        "--schedule", type=positive_int, nargs="+", default=[100, 150], help="epochs at which the rate drops"
+    )
+    parser.add_argument("--gamma", type=positive, default=0.1, help="what the rate is multiplied by there")

@@ -1,0 +1,205 @@
+"""Feature consistency towards transformations: FCT of every sample, thresholds, and the three sets (paper section 4.1).
+
+FCT(x) = mean over feature dimensions of (e(x) - e(tau(x)))^2.
+"""
+
+import numpy as np
+import torch
+
+from models import build_model
+from utils.checkpoints import identity, load_checkpoint, load_weights
+from utils.dataloader_bd import Normalize, to_device
+from utils.device import Runtime
+from utils.engine import progress
+from utils.errors import UserError
+from utils.files import read_json, sha256, write_json, write_rows, write_text
+from utils.paths import shown
+from utils.seeding import generator
+from utils.transforms import Tau
+
+SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
+TAU_OPTIONS = ("trans1", "trans2", "draws")
+
+
+@torch.inference_mode()
+def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine", seed=0, draws=1, batch_size=256):
+    """FCT of every image, with tau a function of the seed, the draw and the sample's index alone.
+
+    Args:
+        model: a network with ``features``; it is put into evaluation mode.
+        images: uint8 (N, H, W, 3); spec: the data set's `datasets.Spec`; runtime: a `device.Runtime`.
+        trans1, trans2: see `transforms.Tau`; draws: how many draws of tau are averaged.
+        batch_size: images a forward pass; the values do not depend on it but for the last bits.
+
+    Returns:
+        (fct, norms): float32 (N,) each; norms are the lengths of e(x).
+    """
+    model.eval()
+    normalize = Normalize(spec, runtime.device)
+    tau = Tau(trans1, trans2, images.shape[1])
+    tables = [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws)]
+    on_device = to_device(images, runtime)
+
+    def features(batch):
+        with runtime.autocast():
+            return model.features(normalize(batch)).float()
+
+    fct, norms = [], []
+    for rows in progress(torch.arange(len(images)).split(batch_size), "FCT", -(-len(images) // batch_size)):
+        batch = on_device[rows.to(runtime.device)]
+        plain = features(batch)
+        total = 0
+        for table in tables:
+            changed = tau.apply(batch, {name: value[rows] for name, value in table.items()})
+            total = total + (plain - features(changed)).square().mean(1)
+        fct.append(total / draws)
+        norms.append(plain.norm(dim=1))
+    return torch.cat(fct).cpu().numpy(), torch.cat(norms).cpu().numpy()
+
+
+def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
+    """FCT of the poisoned training set under the network in a checkpoint; float32 (N,), in sample order.
+
+    Computed in float32 unless ``--precision`` names another; says how far the features have collapsed.
+    """
+    checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
+    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
+    load_weights(model, checkpoint["model"], path)
+    if opt.precision == "auto":
+        runtime = Runtime(runtime.device, torch.float32)
+    options = {"trans1": opt.trans1, "trans2": opt.trans2, "draws": opt.draws, "batch_size": opt.batch_size}
+    fct, norms = compute_fct(runtime.place(model), poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
+    if not np.isfinite(fct).all():
+        raise UserError(f"{path}: FCT is not finite for {(~np.isfinite(fct)).sum()} samples; use an earlier checkpoint")
+    zeros = float((fct == 0).mean())
+    print(f"FCT of {len(fct)} samples: median {np.median(fct):.4g}, largest {fct.max():.4g}, "
+          f"exactly zero {100 * zeros:.2f} %; mean feature norm {norms.mean():.4g}")  # fmt: skip
+    if zeros > 0.01:
+        print(f"Warning: the network has collapsed, {100 * zeros:.1f} % of the samples have the same features before and after tau. "
+              "Ties at a threshold are broken by a seeded draw; a checkpoint of an earlier epoch, or of step 1, orders them")  # fmt: skip
+    return fct
+
+
+def fct_record(path, opt):
+    """What the FCT values beside a checkpoint depend on, to tell whether saved ones can be used again."""
+    precision = "float32" if opt.precision == "auto" else opt.precision
+    settings = {**identity(opt), **{name: getattr(opt, name) for name in TAU_OPTIONS}, "precision": precision}
+    return {"options": settings, "checkpoint_sha256": sha256(path)}
+
+
+def fct_path(path, kind):
+    """Path of ``<epoch>_<kind>`` beside the checkpoint ``<epoch>.tar``."""
+    return path.with_name(f"{path.stem}_{kind}")
+
+
+def save_fct(path, fct, poisoned, opt):
+    """Write the values beside the checkpoint, in sample order, one a line.
+
+    ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
+    ``_poison.txt`` split the values by the ground truth, for plots alone.
+    """
+    for kind, keep in (("all", slice(None)), ("clean", poisoned.is_clean), ("poison", ~poisoned.is_clean)):
+        write_text(fct_path(path, f"{kind}.txt"), "".join(f"{float(value)!r}\n" for value in fct[keep]))
+    rows = [
+        {"index": int(index), "label": int(label), "FCT": repr(float(value))}
+        for index, label, value in zip(poisoned.index, poisoned.labels, fct, strict=True)
+    ]
+    write_rows(fct_path(path, "fct.csv"), rows)
+    write_json(fct_path(path, "fct.json"), fct_record(path, opt))
+
+
+def load_fct(path, command):
+    """The values of ``<epoch>_all.txt`` beside a checkpoint, float32 (N,).
+
+    Raises:
+        UserError: where the file is missing (``command`` makes it) or is not a list of finite numbers.
+    """
+    source = fct_path(path, "all.txt")
+    if not source.is_file():
+        raise UserError(f"no such file: {shown(source)}. Make it with: {command}")
+    try:
+        values = np.loadtxt(source, dtype=np.float64, ndmin=1)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{shown(source)} is not one number a line ({error}). Make it anew with: {command}") from None
+    if not len(values) or not np.isfinite(values).all():
+        raise UserError(f"{shown(source)} holds no values, or some that are not finite. Make it anew with: {command}")
+    return values.astype(np.float32)
+
+
+def saved_fct(path, opt, count):
+    """Saved values of exactly this checkpoint and these options, or None where they must be computed."""
+    record = read_json(fct_path(path, "fct.json"))
+    if record != fct_record(path, opt) or not fct_path(path, "all.txt").is_file():
+        return None
+    fct = load_fct(path, "python calculate_consistency.py")
+    return fct if len(fct) == count else None
+
+
+def set_sizes(count, clean_ratio, poison_ratio):
+    """(floor(alpha_c N), floor(alpha_p N)); a `UserError` where one of the sets would be empty."""
+    sizes = tuple(int(ratio * count + 1e-9) for ratio in (clean_ratio, poison_ratio))
+    for name, ratio, size in zip(("clean", "poison"), (clean_ratio, poison_ratio), sizes, strict=True):
+        if size == 0:
+            raise UserError(f"--{name}_ratio {ratio} of {count} samples is less than one sample; give a larger ratio")
+    return sizes
+
+
+def gammas_of_ratios(fct, clean_ratio, poison_ratio):
+    """(gamma_c, gamma_p): the value at rank floor(alpha_c N) of FCT sorted ascending, counted from 1, and the one at
+    rank N - floor(alpha_p N), counted from 0, so that with no ties the sets have exactly these sizes."""
+    n_clean, n_poison = set_sizes(len(fct), clean_ratio, poison_ratio)
+    ordered = np.sort(fct)
+    return float(ordered[n_clean - 1]), float(ordered[len(fct) - n_poison])
+
+
+def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels=None):
+    """Split the samples: FCT <= gamma_low -> D_c, FCT >= gamma_high -> D_p, the rest -> D_u.
+
+    Ties: where values equal to a gamma would make a set larger than its ratio gives, it keeps the ratio's size, and a
+    seeded draw decides which of the equal values it takes. Values beyond a gamma are always taken; where these alone
+    are as many as the ratio gives, the gamma was chosen by hand, and all values equal to it are taken as well. A sample
+    that fits both sets goes to D_p.
+
+    Args:
+        fct: float (N,); gamma_low, gamma_high: thresholds; clean_ratio, poison_ratio: alpha_c and alpha_p; seed: of
+        the draw among equal values; labels: int64 (N,), the labels as the victim has them, to take into D_c
+        floor(alpha_c N_k) samples of every label k, those of lowest FCT, in place of those up to gamma_low (not in
+        the paper), less those that are in D_p. None: the paper's rule.
+
+    Returns:
+        int64 (N,): flag 0 for D_c, 1 for D_u, 2 for D_p.
+
+    Raises:
+        UserError: where gamma_low is above gamma_high, or D_c or D_p is empty.
+    """
+    if gamma_low > gamma_high:
+        raise UserError(f"--gamma_low {gamma_low} is above --gamma_high {gamma_high}")
+    n_clean, n_poison = set_sizes(len(fct), clean_ratio, poison_ratio)
+    n_clean = _with_ties((fct < gamma_low).sum(), (fct == gamma_low).sum(), n_clean)
+    n_poison = _with_ties((fct > gamma_high).sum(), (fct == gamma_high).sum(), n_poison)
+    span = f"(FCT goes from {fct.min():g} to {fct.max():g})"
+    if n_poison == 0:
+        raise UserError(f"D_p is empty: no FCT lies beyond --gamma_high {gamma_high} {span}")
+
+    # One order for both ends: equal values stand in a drawn order, and the sets cannot share a sample.
+    order = np.lexsort((generator(seed, "ties").random(len(fct)), fct))
+    flags = np.ones(len(fct), dtype=np.int64)
+    flags[order[len(fct) - n_poison :]] = 2
+    if labels is None:
+        n_clean = min(n_clean, len(fct) - n_poison)
+        if n_clean == 0:
+            raise UserError(f"D_c is empty: no FCT lies below --gamma_low {gamma_low} {span}")
+        flags[order[:n_clean]] = 0
+        return flags
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        lowest = own[: int(clean_ratio * len(own) + 1e-9)]
+        flags[lowest[flags[lowest] != 2]] = 0
+    if not (flags == 0).any():
+        raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
+    return flags
+
+
+def _with_ties(beyond, at, wanted):
+    """Size of a set with ``beyond`` values past its gamma and ``at`` values equal to it, whose ratio gives ``wanted``."""
+    return wanted if beyond < wanted < beyond + at else beyond + at

@@ -1,0 +1,103 @@
+"""The pictures: a sheet of clean and triggered images, and the histogram of FCT."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from utils.files import atomic_write
+from utils.triggers import apply_trigger
+
+CLEAN, POISONED = "#3b6fb6", "#d1495b"
+
+
+def save_figure(figure, path):
+    """Write a figure in the format of its file name, whole or not at all, and close it."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip("."), dpi=120)
+    plt.close(figure)
+
+
+def sample_sheet(path, dataset, poisoned, opt, columns=8):
+    """Draw ``columns`` poisoned training images: as they were, as the victim gets them, and ten times the difference.
+
+    Args:
+        path: `Path` of the picture; dataset: a `datasets.Dataset`; poisoned: its `dataloader_bd.PoisonedSet`;
+        opt: the options of the attack.
+    """
+    rows = np.flatnonzero(~poisoned.is_clean)
+    rows = rows[np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int)]
+    clean, triggered = dataset.train_images[rows], poisoned.images[rows]
+    difference = np.clip(128 + 10 * (triggered.astype(int) - clean), 0, 255).astype(np.uint8)
+    test = apply_trigger(
+        opt.trigger_type,
+        dataset.test_images[:: max(1, len(dataset.test_images) // columns)][:columns],
+        train=False,
+        seed=opt.seed,
+    )
+
+    kinds = [("clean", clean), ("poisoned", triggered), ("difference x 10", difference), ("triggered test", test)]
+    figure, axes = plt.subplots(4, columns, figsize=(1.25 * columns, 6.2), layout="constrained", squeeze=False)
+    for line, (kind, images) in zip(axes, kinds, strict=True):
+        for column, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if column < len(images):
+                axis.imshow(images[column], interpolation="nearest")
+            if column < len(rows) and kind in ("clean", "poisoned"):
+                label = (poisoned.true_labels if kind == "clean" else poisoned.labels)[rows[column]]
+                axis.set_title(dataset.classes[label], fontsize=8)
+        line[0].set_ylabel(kind, fontsize=9)
+    figure.suptitle(
+        f"{opt.dataset}, {opt.trigger_type}, {opt.target_type}: {(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned",
+        fontsize=10,
+    )
+    save_figure(figure, path)
+
+
+def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
+    """Histogram of FCT, clean and poisoned samples beside each other, on a logarithmic axis.
+
+    Values of exactly zero, which a logarithmic axis cannot show, get a bar of their own on the left with their share.
+
+    Args:
+        path: `Path` of the picture; fct: float (N,); is_clean: bool (N,), which only colours the bars;
+        gammas: pair (gamma_c, gamma_p) to draw, or None.
+    """
+    positive = fct[fct > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (1e-6, 1.0)
+    low, high = 10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high) + 1e-9)
+    edges = np.geomspace(low, high, bins + 1)
+    decades = np.log10(high / low)
+    zero = np.array([low / 10 ** (0.12 * decades), low / 10 ** (0.07 * decades)])  # a bar left of the axis proper
+
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for name, members, colour in (("clean", is_clean, CLEAN), ("poisoned", ~is_clean, POISONED)):
+        values = fct[members]
+        label = f"{name} ({len(values)})"
+        axis.hist(values[values > 0], edges, color=colour, alpha=0.65, label=label)
+        zeros = int((values == 0).sum())
+        if zeros:
+            axis.bar(zero[0], zeros, zero[1] - zero[0], align="edge", color=colour, alpha=0.65)
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=10)
+    axis.set_ylim(bottom=0)
+    if (fct == 0).any():
+        axis.set_xlim(left=zero[0] / 10 ** (0.03 * decades))
+        axis.axvline(low, color="grey", linewidth=0.8, linestyle=":")
+        share = 100 * np.mean(fct == 0)
+        axis.annotate(
+            f"exactly 0:\n{share:.1f} %", (zero[0], 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8
+        )
+    if gammas:
+        for gamma, name, style in zip(gammas, (r"$\gamma_c$", r"$\gamma_p$"), ("--", "-."), strict=True):
+            place = gamma if gamma > 0 else zero[1]
+            axis.axvline(place, color="black", linewidth=1.2, linestyle=style, label=f"{name} = {gamma:.4g}")
+    axis.set_xlabel(r"FCT, $\Delta_{trans}(x; \tau, f)$ (logarithmic)")
+    axis.set_ylabel("samples (linear to 10, then logarithmic)")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,47 @@
+"""Objectives of the training steps: functions (model, inputs, labels) -> (loss, sums over the batch to be logged)."""
+
+import torch
+import torch.nn.functional as F
+
+from utils.errors import UserError
+
+
+def cross_entropy(model, inputs, labels):
+    """Cross-entropy, with ``correct``: how many of the batch are classified as their (given) label."""
+    logits = model(inputs).float()
+    return F.cross_entropy(logits, labels), {"correct": (logits.argmax(1) == labels).sum()}
+
+
+def negative_cross_entropy(model, inputs, labels):
+    """Gradient ascent on the cross-entropy, as a loss to be minimised (paper section 4.3, unlearning)."""
+    loss, sums = cross_entropy(model, inputs, labels)
+    return -loss, sums
+
+
+def intra_class_loss(features, labels):
+    """L_intra (paper section 4.1): how alike the mean features of different classes are.
+
+    Args:
+        features: float (B, D); labels: int64 (B,).
+
+    Returns:
+        Scalar: the cosines of all ordered pairs of different class means, summed, over K'^2 with K' classes present.
+
+    Raises:
+        UserError: where the batch holds a single class.
+    """
+    classes, place = labels.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise UserError("a batch holds a single class, so L_intra is not defined; use a larger --batch_size")
+    members = F.one_hot(place, len(classes)).T.to(features.dtype)
+    means = F.normalize(members @ features / members.sum(1, keepdim=True), dim=1)
+    cosines = means @ means.T
+    return (cosines.sum() - cosines.diagonal().sum()) / len(classes) ** 2
+
+
+def intra_class(model, inputs, labels):
+    """L_intra alone, with the accuracy and the sum of feature norms, which tells of a collapse."""
+    features = model.features(inputs).float()
+    with torch.no_grad():
+        correct = (model.fc(features).argmax(1) == labels).sum()
+    return intra_class_loss(features, labels), {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}

@@ -1,0 +1,73 @@
+"""Measures: ACC, ACC_paper, ASR and R-ACC of a classifier; how well FCT and the separation detect."""
+
+import numpy as np
+import torch
+
+EVALUATION_BATCH = 500
+
+
+@torch.no_grad()
+def evaluate(classify, tests, normalize, runtime):
+    """Accuracies of a classifier on both test sets (README: measures).
+
+    Args:
+        classify: maps normalised float images (B, 3, H, W) to logits (B, K); its network is in evaluation mode.
+        tests: a `dataloader_bd.TestSets`.
+        normalize: a `dataloader_bd.Normalize`.
+        runtime: a `device.Runtime`.
+
+    Returns:
+        dict of percentages: ACC (whole test set), ACC_paper (without the target class, as the authors count), and with
+        a triggered test set ASR (classified as the attack wants) and R_ACC (classified as their true label).
+    """
+
+    def predict(images):
+        parts = []
+        for batch in images.split(EVALUATION_BATCH):
+            with runtime.autocast():
+                parts.append(classify(normalize(batch)).argmax(1))
+        return torch.cat(parts)
+
+    def percent(hits):
+        return round(100 * hits.float().mean().item(), 4)
+
+    right = predict(tests.clean_images) == tests.clean_labels
+    result = {"ACC": percent(right), "ACC_paper": percent(right[tests.in_paper])}
+    if tests.triggered_images is not None:
+        predicted = predict(tests.triggered_images)
+        result["ASR"] = percent(predicted == tests.attack_labels)
+        result["R_ACC"] = percent(predicted == tests.true_labels)
+    return result
+
+
+def auroc(scores, positive):
+    """Area under the ROC curve of ``scores`` (float (N,)) for ``positive`` (bool (N,)); ties count one half."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank among equal values, from 1
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def detection_quality(fct, clean_rows, poison_rows, is_clean, labels, num_classes):
+    """How well a separation detects (README: measures). Reads the ground truth: for evaluation only.
+
+    Args:
+        fct: float (N,); clean_rows, poison_rows: the indices in D_c and D_p; is_clean: bool (N,) ground truth;
+        labels: int64 (N,), as the victim gets them; num_classes: K.
+
+    Returns:
+        dict: AUROC in [0, 1]; Dp_precision, Dp_recall, Dc_contamination in per cent; sizes; Dc_per_class, a list.
+    """
+    poisoned = ~is_clean
+    return {
+        "AUROC": auroc(fct, poisoned),
+        "Dp_precision": 100 * float(poisoned[poison_rows].mean()),
+        "Dp_recall": 100 * float(poisoned[poison_rows].sum() / poisoned.sum()),
+        "Dc_contamination": 100 * float(poisoned[clean_rows].mean()),
+        "Dc_size": len(clean_rows),
+        "Dp_size": len(poison_rows),
+        "Dc_per_class": np.bincount(labels[clean_rows], minlength=num_classes).tolist(),
+    }

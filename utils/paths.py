@@ -1,0 +1,41 @@
+"""Where the steps put what they make: the folders of the user's document, each named once."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def backdoored_folder(opt, stage):
+    """Folder of a model trained on poisoned data; ``stage`` is noTrans, noTrans_ftsimi or withTrans."""
+    rate = f"poison_rate_{opt.poison_rate}"
+    return opt.output_root / "saved/backdoored_model" / rate / stage / opt.dataset / opt.model / opt.trigger_type
+
+
+def benign_folder(opt):
+    """Folder of the model trained on clean data."""
+    return opt.output_root / "saved/benign_model" / opt.dataset / opt.model
+
+
+def attack_and_ratios(opt):
+    """``<trigger>_<clean_ratio>_<poison_ratio>``, as the document names the folders of separated samples."""
+    return f"{opt.trigger_type}_{opt.clean_ratio}_{opt.poison_ratio}"
+
+
+def separated_folder(opt):
+    """Folder of the three sample files that SD ends in."""
+    return opt.output_root / "saved/separated_samples" / opt.dataset / opt.model / attack_and_ratios(opt)
+
+
+def secure_folder(opt):
+    """Folder under which ST keeps its extractors and classifiers."""
+    rate = f"poison_rate_{opt.poison_rate}"
+    return opt.output_root / "ST/save" / rate / "SupCon_models" / opt.dataset / opt.model / attack_and_ratios(opt)
+
+
+def shown(path):
+    """``path`` as the user would type it: relative to the current folder where it lies below it."""
+    try:
+        return os.fspath(Path(path).absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return os.fspath(path)

@@ -1,0 +1,281 @@
+"""Image transforms on whole batches, every sample with parameters of its own.
+
+A transform has two halves: ``draw(rng, count)`` draws the parameters of ``count`` samples on the CPU, row i for sample
+i, and ``apply(images, parameters)`` uses them on a batch. So what happens to a sample depends on the generator and on
+the sample's index alone, not on the batch it falls into or on the device. Parameters are dicts of tensors whose first
+dimension counts samples; images are uint8 tensors (B, C, H, W) on any device.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+
+def take_pixels(images, rows, columns):
+    """Nearest-pixel lookup: output pixel (i, j) of sample b is input pixel (rows[b, i, j], columns[b, i, j]).
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        rows, columns: int64, broadcastable to (B, H, W); what lies outside the image becomes 0.
+
+    Returns:
+        A tensor like ``images``.
+    """
+    batch, channels, height, width = images.shape
+    rows, columns = torch.broadcast_tensors(rows, columns)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    flat = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    flat, inside = (part.to(images.device).reshape(batch, 1, -1) for part in (flat, inside))
+    taken = images.reshape(batch, channels, -1).gather(2, flat.expand(-1, channels, -1))
+    return (taken * inside).view(batch, channels, height, width)
+
+
+def shift(images, down, right, flip=None):
+    """Shift by whole pixels, zero fill; then mirror left-right where ``flip`` (bool (B,)) says so.
+
+    ``down`` and ``right`` are int64 (B,).
+    """
+    height, width = images.shape[2:]
+    columns = torch.arange(width).expand(len(images), width)
+    if flip is not None:
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+    rows = torch.arange(height) - down[:, None]
+    return take_pixels(images, rows[:, :, None], (columns - right[:, None])[:, None, :])
+
+
+def rotate(images, degrees):
+    """Rotate counter-clockwise about the centre by ``degrees`` (float64 (B,)), nearest pixel, zero fill.
+
+    The source pixel is found in float64 on the CPU, so that the same pixel is taken on every device.
+    """
+    height, width = images.shape[2:]
+    angle = torch.deg2rad(degrees.double())[:, None, None]
+    y = (torch.arange(height, dtype=torch.float64) + 0.5 - height / 2)[:, None]
+    x = torch.arange(width, dtype=torch.float64) + 0.5 - width / 2
+    rows = torch.floor(angle.sin() * x + angle.cos() * y + height / 2).long()
+    columns = torch.floor(angle.cos() * x - angle.sin() * y + width / 2).long()
+    return take_pixels(images, rows, columns)
+
+
+def gaussian_blur(images, sigma, kernel_size=15):
+    """Gaussian blur with one ``sigma`` (float (B,), pixels) a sample, reflected at the border; uint8 in and out."""
+    batch, channels, height, width = images.shape
+    half = kernel_size // 2
+    offsets = torch.arange(-half, half + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None].float()) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.device).repeat_interleave(channels, 0)[:, None]
+    x = F.pad(images.float(), [half] * 4, mode="reflect").view(1, batch * channels, height + 2 * half, width + 2 * half)
+    x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
+    x = F.conv2d(x, kernel[:, :, :, None], groups=batch * channels)
+    return x.view(batch, channels, height, width).round().clamp(0, 255).to(torch.uint8)
+
+
+def erase(images, top, left, height, width):
+    """Set one rectangle a sample to 0; the four are int64 (B,), in pixels."""
+    rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
+    top, left, height, width = (value[:, None, None] for value in (top, left, height, width))
+    hole = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+    return images * ~hole[:, None].to(images.device)
+
+
+def resized_crop(images, top, left, height, width):
+    """Cut one rectangle a sample and enlarge it to the image's size, bilinear.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        top, left, height, width: int64 (B,), in pixels, inside the image.
+
+    Returns:
+        float32 (B, C, H, W) in [0, 1]. Both directions are products with an interpolation matrix a sample.
+    """
+    down = _interpolation(top, height, images.shape[2]).to(images.device)
+    across = _interpolation(left, width, images.shape[3]).to(images.device)
+    return down[:, None] @ (images.float() / 255) @ across[:, None].mT
+
+
+def _interpolation(start, length, size):
+    """Matrices float32 (B, size, size) that stretch pixels start .. start+length-1 of a line to its whole size."""
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * (length[:, None] / size) - 0.5
+    centre = torch.minimum(centre.clamp(min=0), length[:, None] - 1.0)
+    low = centre.floor().long()
+    high = torch.minimum(low + 1, length[:, None] - 1)
+    weight = centre - low
+    matrix = torch.zeros(len(start), size, size, dtype=torch.float64)
+    matrix.scatter_add_(2, (start[:, None] + low)[..., None], (1 - weight)[..., None])
+    matrix.scatter_add_(2, (start[:, None] + high)[..., None], weight[..., None])
+    return matrix.float()
+
+
+def adjust_brightness(images, factor):
+    """Scale float images (B, 3, H, W) in [0, 1] by ``factor`` (B,), clamped."""
+    return _blend(images, torch.zeros_like(images), factor)
+
+
+def adjust_contrast(images, factor):
+    """Blend each float image with the mean of its grey version by ``factor`` (B,)."""
+    return _blend(images, rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images, factor):
+    """Blend each float image with its grey version by ``factor`` (B,)."""
+    return _blend(images, rgb_to_grayscale(images), factor)
+
+
+def adjust_hue(images, turns):
+    """Turn the hue of float images (B, 3, H, W) in [0, 1] by ``turns`` (B,), in turns of the colour wheel."""
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = value - least
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixths = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sixths = sixths + 6 * turns[:, None, None]
+    place = torch.remainder(torch.stack([5 + sixths, 3 + sixths, 1 + sixths], 1), 6)
+    return value[:, None] - chroma[:, None] * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def _blend(images, other, factor):
+    factor = factor[:, None, None, None]
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+class CropFlip:
+    """Random crop after zero padding, horizontal flip, and a rotation for the data sets that have one: the
+    augmentation of BR (paper appendix). uint8 in, uint8 out."""
+
+    def __init__(self, size, padding=4, flip=True, rotation=0):
+        self.size, self.padding, self.flip, self.rotation = size, padding, flip, rotation
+
+    def draw(self, rng, count):
+        parameters = {
+            "down": rng.integers(-self.padding, self.padding + 1, count),
+            "right": rng.integers(-self.padding, self.padding + 1, count),
+            "flip": rng.random(count) < (0.5 if self.flip else 0),
+        }
+        if self.rotation:
+            parameters["degrees"] = rng.uniform(-self.rotation, self.rotation, count)
+        return {name: torch.from_numpy(value) for name, value in parameters.items()}
+
+    def apply(self, images, parameters):
+        images = shift(images, parameters["down"], parameters["right"], parameters["flip"])
+        return rotate(images, parameters["degrees"]) if self.rotation else images
+
+
+class ContrastiveView:
+    """One view of contrastive learning: resized crop (scale 0.2-1, ratio 3/4-4/3), flip, colour jitter 0.4 0.4 0.4 0.1
+    with p 0.8, grey with p 0.2 (Khosla et al. 2020; section 4 of SupContrast's defaults). uint8 in, float32 out."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def draw(self, rng, count):
+        boxes = _draw_boxes(rng, count, self.size, (0.2, 1.0), (3 / 4, 4 / 3))
+        factors = rng.uniform(0.6, 1.4, (count, 3))
+        parameters = {
+            **boxes,
+            "flip": rng.random(count) < 0.5,
+            "jitter": rng.random(count) < 0.8,
+            "order": rng.random((count, 4)).argsort(1),
+            "factors": np.column_stack([factors, rng.uniform(-0.1, 0.1, count)]).astype(np.float32),
+            "grey": rng.random(count) < 0.2,
+        }
+        return {name: torch.from_numpy(value) for name, value in parameters.items()}
+
+    def apply(self, images, parameters):
+        device = images.device
+        box = (parameters[name] for name in ("top", "left", "height", "width"))
+        images = resized_crop(images, *box)
+        images = torch.where(parameters["flip"].to(device)[:, None, None, None], images.flip(3), images)
+        operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+        order = torch.where(parameters["jitter"][:, None], parameters["order"], -1)
+        for turn in range(4):
+            for number, operation in enumerate(operations):
+                chosen = torch.nonzero(order[:, turn] == number).flatten()
+                if len(chosen):
+                    factor = parameters["factors"][chosen, number].to(device)
+                    chosen = chosen.to(device)
+                    images[chosen] = operation(images[chosen], factor)
+        grey = torch.nonzero(parameters["grey"]).flatten().to(device)
+        images[grey] = rgb_to_grayscale(images[grey], num_output_channels=3)
+        return images
+
+
+def _draw_boxes(rng, count, size, scale, ratio, attempts=10):
+    """Rectangles of random area (share of the image) and aspect ratio (width over height): the first of ten attempts
+    that fits, else the whole image, as torchvision's RandomResizedCrop draws them. int64 (count,) each, in pixels."""
+    area = rng.uniform(*scale, (count, attempts)) * size * size
+    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (count, attempts)))
+    width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+    first = fits.argmax(1)[:, None]
+    width, height = (
+        np.where(fits.any(1), np.take_along_axis(side, first, 1)[:, 0], size).astype(np.int64)
+        for side in (width, height)
+    )
+    top, left = (np.floor(rng.random(count) * (size - side + 1)).astype(np.int64) for side in (height, width))
+    return {"top": top, "left": left, "height": height, "width": width}
+
+
+class _Tau:
+    """One part of `Tau`."""
+
+    def __init__(self, name, size):
+        self.name, self.size = name, size
+
+    def draw(self, rng, count):
+        size, reach = self.size, self.size * 0.2
+        if self.name == "rotate":
+            parameters = {"degrees": rng.uniform(-180, 180, count)}
+        elif self.name == "affine":
+            parameters = {
+                axis: np.rint(rng.uniform(-reach, reach, count)).astype(np.int64) for axis in ("down", "right")
+            }
+        elif self.name == "crop":
+            parameters = {axis: rng.integers(-4, 5, count) for axis in ("down", "right")}
+        elif self.name == "blur":
+            parameters = {"sigma": rng.uniform(0.1, 2.0, count)}
+        elif self.name == "erase":
+            # The authors' ratio 0.5-1 is height over width, as RandomErasing counts it; here it is width over height.
+            parameters = _draw_boxes(rng, count, size, (0.2, 0.3), (1.0, 2.0))
+        else:  # flip, none
+            parameters = {}
+        return {name: torch.from_numpy(value) for name, value in parameters.items()}
+
+    def apply(self, images, parameters):
+        if self.name == "flip":
+            return images.flip(3)
+        functions = {"rotate": rotate, "affine": shift, "crop": shift, "blur": gaussian_blur, "erase": erase}
+        return functions[self.name](images, **parameters) if self.name in functions else images
+
+
+TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none")
+
+
+class Tau:
+    """The transform of FCT: ``trans1`` and then ``trans2``, each one of `TAU_NAMES` (paper section 4.1).
+
+    rotate: uniform angle in +-180 degrees; affine: shift by up to 20 % in each direction; flip: always; crop: shift by
+    up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none.
+    """
+
+    def __init__(self, trans1, trans2, size):
+        self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
+
+    def draw(self, rng, count):
+        return {
+            f"{number}.{name}": value
+            for number, part in enumerate(self.parts)
+            for name, value in part.draw(rng, count).items()
+        }
+
+    def apply(self, images, parameters):
+        for number, part in enumerate(self.parts):
+            own = {name[2:]: value for name, value in parameters.items() if name.startswith(f"{number}.")}
+            images = part.apply(images, own)
+        return images

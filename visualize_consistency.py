@@ -1,0 +1,57 @@
+"""SD step 3, the picture: the histogram of FCT, saved as <epoch>.jpg beside the checkpoint (paper figure 3).
+
+Uses the values that calculate_consistency.py saved where they fit the options, else computes them.
+"""
+
+from pathlib import Path
+
+from utils import args
+from utils.checkpoints import latest_checkpoint
+from utils.dataloader_bd import poison_training_set
+from utils.datasets import load_dataset
+from utils.errors import require_file, run_script
+from utils.fct import fct_of_checkpoint, gammas_of_ratios, save_fct, saved_fct
+from utils.figures import fct_histogram
+from utils.files import make_folder
+from utils.metrics import auroc
+from utils.paths import backdoored_folder, shown
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_tau_options(parser)
+    args.add_ratio_options(parser)
+    parser.add_argument(
+        "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
+    )
+    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
+    require_file(path, command)
+
+    dataset = load_dataset(opt.dataset, opt.data_root)
+    poisoned = poison_training_set(dataset, opt)
+    fct = saved_fct(path, opt, len(poisoned.labels))
+    make_folder(path.parent)
+    if fct is None:
+        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
+        save_fct(path, fct, poisoned, opt)
+
+    gammas = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
+    title = f"{opt.dataset}, {opt.model}, {opt.trigger_type} {opt.target_type}, checkpoint {path.name}, " \
+            f"tau {opt.trans1} + {opt.trans2}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"  # fmt: skip
+    picture = path.with_suffix(".jpg")
+    fct_histogram(picture, fct, poisoned.is_clean, title, gammas)
+    print(f"The histogram is {shown(picture)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
