@@ -22,7 +22,7 @@ def get_parser():
 
 
 def main(argv=None):
-    opt = args.start(get_parser(), argv)
+    opt = args.parse(get_parser(), argv)
     folder = backdoored_folder(opt, "noTrans_ftsimi")
     command = f"python calculate_consistency.py {args.attack_arguments(opt)}"
     path = opt.checkpoint_load or latest_checkpoint(

@@ -40,11 +40,11 @@ def main(argv=None):
     command = f"python {BEFORE}.py {args.attack_arguments(opt)} --epochs 2"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans"), 2, command)
     checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
-    folder = claim_folder(backdoored_folder(opt, "noTrans_ftsimi"), opt)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
+    folder = claim_folder(backdoored_folder(opt, "noTrans_ftsimi"), opt)
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
 
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))

@@ -33,6 +33,7 @@ ROWS = {
 # Options of each step besides those of data set and attack. "paper": as the user's document gives them.
 PRESETS = {
     "paper": {
+        "attack": "",
         "train_attack_noTrans": "--epochs 2",
         "finetune_attack_noTrans": "--epochs 10",
         "tau": "",
@@ -44,15 +45,16 @@ PRESETS = {
         "train_classifier": "--epochs 10 --learning_rate 5 --batch_size 512",
     },
     "quickstart": {
+        "attack": "--target_label 8",
         "train_attack_noTrans": "--epochs 3 --lr 0.05",
-        "finetune_attack_noTrans": "--epochs 3 --eval_freq 0",
+        "finetune_attack_noTrans": "--epochs 4 --eval_freq 0",
         "tau": "--trans1 flip --trans2 none",
-        "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
+        "ratios": "--clean_ratio 0.4 --poison_ratio 0.05",
         "separate_samples": "--clean_per_class",
         "train_attack_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
-        "unlearn_relearn": "--epochs 8 --lr 0.001 --batch_size 64",
-        "train_extractor": "--epochs 10 --learning_rate 0.2 --temp 0.1 --cosine --batch_size 256",
-        "train_classifier": "--epochs 10 --learning_rate 1 --batch_size 128 --eval_freq 0",
+        "unlearn_relearn": "--epochs 12 --lr 0.0004 --batch_size 64",
+        "train_extractor": "--epochs 12 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
+        "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 0",
     },
 }
 PRESET_DATA = {"quickstart": ("fashion", "resnet10")}
@@ -76,27 +78,35 @@ class Step:
 
     def is_done(self):
         """Whether the output is there, newer than its inputs and made with these options."""
-        if not self.output.is_file() or any(step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs):
+        if not self.output.is_file() or any(
+            step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs
+        ):
             return False
         if self.record is None:
             return True
         made_with = (read_json(self.record) or {}).get("options", {})
-        wanted = plain_options(args.check(self.parser().parse_args(self.words)))
+        wanted = plain_options(self.options())
         no_matter = {"device", "precision", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
         compared = (made_with.keys() & wanted.keys()) - no_matter
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
 
-    def parser(self):
-        """The script's own parser, so that its defaults count."""
+    def module(self):
+        """The script as a module, so that its own parser and names count."""
         spec = importlib.util.spec_from_file_location(Path(self.script).stem, ROOT / self.script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.get_parser()
+        return module
+
+    def options(self):
+        """The options that the script takes from the command."""
+        return args.parse(self.module().get_parser(), self.words)
 
 
 def get_parser():
     parser = args.Parser(__doc__)
-    parser.add_argument("--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper")
+    parser.add_argument(
+        "--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="options of the steps")
     parser.add_argument("--defences", choices=("D-BR", "D-ST"), nargs="+", default=["D-BR", "D-ST"], help="what to run")
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
@@ -123,6 +133,7 @@ def resolve(opt):
     words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
     if target_type != "all2one":
         words += ["--target_type", target_type]
+    words += shlex.split(PRESETS[opt.preset]["attack"])
     for name in ("poison_rate", "seed", "data_root", "output_root"):
         value = getattr(opt, name)
         if value is not None:
@@ -133,7 +144,9 @@ def resolve(opt):
     args.add_ratio_options(parser)
     ratios = shlex.split(PRESETS[opt.preset]["ratios"])
     resolved = args.check(parser.parse_args([*words, *ratios]))
-    where = [word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))]
+    where = [
+        word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))
+    ]
     return resolved, words, where, ratios
 
 
@@ -176,24 +189,20 @@ def plan(opt):
             ("train_classifier", "ckpt_epoch_{}.pth", "train_extractor"),
         ):
             step = Step(f"ST/{name}.py", [*words, *ratios, *preset[name], *where], Path(), None, [steps[needs]])
-            folder = secure_folder(resolved) / st_folder(step)
+            folder = secure_folder(resolved) / step.module().run_name(step.options())
             step.output, step.record = folder / output.format(epochs(name) - 1), folder / "options.json"
             steps[name] = step
         last = steps["train_classifier"].output
         paths = ["--model_ckpt", typed(steps["train_extractor"].output), "--classifier_ckpt", typed(last)]
         steps["train_classifier"].words += ["--ckpt", typed(steps["train_extractor"].output)]
-        add("test", "ST/test.py", [*ratios, *paths], last.with_name(f"{last.stem}_test.json"), needs=["train_classifier"])
+        add(
+            "test",
+            "ST/test.py",
+            [*ratios, *paths],
+            last.with_name(f"{last.stem}_test.json"),
+            needs=["train_classifier"],
+        )
     return steps, resolved
-
-
-def st_folder(step):
-    """Name of the folder that a step of ST writes to."""
-    opt = step.parser().parse_args(step.words)
-    if "extractor" in step.script:
-        from ST.train_extractor import run_name
-    else:
-        from ST.train_classifier import run_name
-    return run_name(opt)
 
 
 def run(steps, opt, ledger_path):
@@ -207,7 +216,9 @@ def run(steps, opt, ledger_path):
         started = time.perf_counter()
         code = subprocess.run([sys.executable, ROOT / step.script, *step.words], cwd=ROOT).returncode
         if code:
-            raise UserError(f"{step.script} ended with code {code}; the steps before it are kept, and running this again goes on there")
+            raise UserError(
+                f"{step.script} ended with code {code}; the steps before it are kept, and running this again goes on there"
+            )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)
     return {name: ledger[name] for name in steps if name in ledger}
@@ -249,11 +260,18 @@ def main(argv=None):
     for target, source in pictures.items():
         shutil.copyfile(source, opt.out / target)
 
-    print(f"\n{opt.row} on {resolved.dataset}, {resolved.model}, {attack_and_ratios(resolved)} (last epochs; per cent, AUROC in 0-1)")
+    print(
+        f"\n{opt.row} on {resolved.dataset}, {resolved.model}, {attack_and_ratios(resolved)} (last epochs; per cent, AUROC in 0-1)"
+    )
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep=""))
     print(f"AUROC of FCT: {rows[-1].get('AUROC', float('nan')):.4f}")
-    print(f"Steps took {sum(seconds.values()) / 60:.1f} min in all, {(time.perf_counter() - started) / 60:.1f} min of it now")
-    print(f"Table {shown(opt.out / f'{name}.csv')}, pictures " + " and ".join(shown(opt.out / target) for target in pictures))
+    print(
+        f"Steps took {sum(seconds.values()) / 60:.1f} min in all, {(time.perf_counter() - started) / 60:.1f} min of it now"
+    )
+    print(
+        f"Table {shown(opt.out / f'{name}.csv')}, pictures "
+        + " and ".join(shown(opt.out / target) for target in pictures)
+    )
 
 
 if __name__ == "__main__":

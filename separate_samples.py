@@ -18,7 +18,7 @@ from utils.fct import fct_of_checkpoint, gammas_of_ratios, saved_fct, separate
 from utils.files import write_json
 from utils.metrics import detection_quality
 from utils.paths import backdoored_folder, separated_folder, shown
-from utils.samples import CLEAN, POISON, save_samples
+from utils.samples import CLEAN, POISON, UNCERTAIN, save_samples
 
 
 def get_parser():
@@ -70,8 +70,10 @@ def main(argv=None):
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
-    print(f"D_c {(flags == CLEAN).sum()} ({'lowest FCT of each label' if opt.clean_per_class else f'FCT <= {low:g}'}), D_p {(flags == POISON).sum()} (FCT >= {high:g}), "
-          f"D_u {(flags == 1).sum()}; D_c per class: {' '.join(map(str, per_class))}")  # fmt: skip
+    rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
+    sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
+    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} (FCT >= {high:g}), D_u {sizes[2]}")
+    print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
 

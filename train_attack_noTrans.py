@@ -33,13 +33,12 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    folder = claim_folder(backdoored_folder(opt, "noTrans"), opt)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
-    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
+    folder = claim_folder(backdoored_folder(opt, "noTrans"), opt)
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
@@ -51,6 +50,7 @@ def main(argv=None):
     if opt.checkpoint_load:
         checkpoint = load_checkpoint(opt.checkpoint_load, opt, f"python {STEP}.py {args.attack_arguments(opt)}", [STEP])
         first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule)
+    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
 
     for epoch in range(first, opt.epochs):
         model.train()

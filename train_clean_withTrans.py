@@ -34,10 +34,10 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    folder = claim_folder(benign_folder(opt), opt, IDENTITY)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     tests = make_test_sets(dataset, opt, runtime, attack=False)
+    folder = claim_folder(benign_folder(opt), opt, IDENTITY)
     augmentation = CropFlip(dataset.spec.size, rotation=dataset.spec.rotation)
     batches = Batches(
         dataset.train_images,

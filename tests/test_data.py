@@ -14,8 +14,13 @@ from utils.files import atomic_write
 
 def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashion):
     assert fashion.train_images.shape == (10000, 32, 32, 3) and fashion.test_images.shape == (2000, 32, 32, 3)
-    assert np.bincount(fashion.train_labels).tolist() == [1000] * 10 and np.bincount(fashion.test_labels).tolist() == [200] * 10
-    assert not fashion.train_images[:, :2].any() and (fashion.train_images[..., 0] == fashion.train_images[..., 2]).all()
+    assert (
+        np.bincount(fashion.train_labels).tolist() == [1000] * 10
+        and np.bincount(fashion.test_labels).tolist() == [200] * 10
+    )
+    assert (
+        not fashion.train_images[:, :2].any() and (fashion.train_images[..., 0] == fashion.train_images[..., 2]).all()
+    )
     scaled = fashion.train_images[..., 0] / 255
     assert scaled.mean() == pytest.approx(DATASETS["fashion"].mean[0], abs=1e-4)
     assert scaled.std() == pytest.approx(DATASETS["fashion"].std[0], abs=1e-4)
@@ -26,7 +31,9 @@ def test_an_image_folder_is_read_in_the_order_of_its_names_and_from_its_cache(fa
     write_folder(tmp_path / "cifar10", fashion, train=3, test=1)
     dataset = load_dataset("cifar10", tmp_path)
     first = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:3] for label in range(10)])
-    assert (dataset.train_images == fashion.train_images[first]).all() and (dataset.train_labels == fashion.train_labels[first]).all()
+    assert (dataset.train_images == fashion.train_images[first]).all() and (
+        dataset.train_labels == fashion.train_labels[first]
+    ).all()
     assert dataset.classes[1] == "class 1" and len(dataset.test_labels) == 10
 
     cache = next((tmp_path / "cifar10").glob(".decoded_train*"))
@@ -46,11 +53,14 @@ def test_torchvision_files_are_found(tmp_path, monkeypatch):
     import torchvision
 
     class Fake:
-        classes = list("abcdefghij")
+        classes = tuple("abcdefghij")
 
         def __init__(self, root, train, download):
             assert root == tmp_path / "cifar10" and download
-            self.data, self.targets = np.zeros((20 if train else 10, 32, 32, 3), np.uint8), [0, 1] * (10 if train else 5)
+            self.data, self.targets = (
+                np.zeros((20 if train else 10, 32, 32, 3), np.uint8),
+                [0, 1] * (10 if train else 5),
+            )
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
     dataset = load_dataset("cifar10", tmp_path)

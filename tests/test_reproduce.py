@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, load_script, run_cli
 
 TINY = {
+    "attack": "--target_label 2",
     "train_attack_noTrans": "--epochs 1 --batch_size 64",
     "finetune_attack_noTrans": "--epochs 1 --batch_size 64",
     "tau": "--trans1 flip --trans2 none",
@@ -29,7 +30,9 @@ def test_a_dry_run_prints_the_documents_commands_and_writes_nothing(cli, tmp_pat
         "separate_samples.py", "train_attack_withTrans.py", "unlearn_relearn.py",
         "ST/train_extractor.py", "ST/train_classifier.py", "ST/test.py",
     ]  # fmt: skip
-    assert commands[0].startswith("train_attack_noTrans.py --dataset cifar10 --model resnet18 --trigger_type gridTrigger")
+    assert commands[0].startswith(
+        "train_attack_noTrans.py --dataset cifar10 --model resnet18 --trigger_type gridTrigger"
+    )
     assert "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512" in commands[7]
     assert not list(tmp_path.iterdir())
 
@@ -49,7 +52,16 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     reproduce = load_script("reproduce.py")
     monkeypatch.setitem(reproduce.PRESETS, "quickstart", TINY)
     monkeypatch.setitem(reproduce.PRESET_DATA, "quickstart", ("cifar10", "resnet10"))
-    words = ["--preset", "quickstart", "--data_root", data_root, "--output_root", tmp_path, "--out", tmp_path / "results"]
+    words = [
+        "--preset",
+        "quickstart",
+        "--data_root",
+        data_root,
+        "--output_root",
+        tmp_path,
+        "--out",
+        tmp_path / "results",
+    ]
     reproduce.main(list(map(str, words)))
     first = capfd.readouterr().out
     assert first.count("already there") == 0 and first.count("] python ") == 10
@@ -73,7 +85,16 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
 
 
 def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path, capfd):
-    words = ["--dataset", "cifar100", "--model", "resnet10", "--data_root", tmp_path / "empty", "--output_root", tmp_path]
+    words = [
+        "--dataset",
+        "cifar100",
+        "--model",
+        "resnet10",
+        "--data_root",
+        tmp_path / "empty",
+        "--output_root",
+        tmp_path,
+    ]
     (tmp_path / "empty/cifar100/train").mkdir(parents=True)
     assert run_cli("reproduce.py", *words, "--out", tmp_path / "results") == 2
     said = capfd.readouterr().err.strip().splitlines()

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from models import MODELS
-from utils.datasets import DATASETS
 from utils.dataloader_bd import TARGET_TYPES
+from utils.datasets import DATASETS
 from utils.device import PRECISIONS, choose_runtime
 from utils.errors import UserError
 from utils.paths import ROOT
@@ -133,13 +133,16 @@ def check(opt):
     return opt
 
 
+def parse(parser, argv=None):
+    """Parse and check the options."""
+    return check(parser.parse_args(argv))
+
+
 def start(parser, argv=None):
-    """Parse and check the options; return them and, where the script computes, its `Runtime`."""
-    opt = check(parser.parse_args(argv))
-    if not hasattr(opt, "device"):
-        return opt
+    """Parse and check the options of a script that computes; return them and its `Runtime`."""
+    opt = parse(parser, argv)
     runtime = choose_runtime(opt.device, opt.precision)
-    print(f"Running on {runtime}")
+    print(f"Running on {runtime}", flush=True)
     return opt, runtime
 
 

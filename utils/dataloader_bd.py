@@ -141,7 +141,9 @@ class Batches:
     def __init__(self, images, labels, spec, runtime, batch_size, seed, name, augmentation=None, views=1, extra=None):
         self.images = to_device(images, runtime)
         self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(runtime.device)
-        self.extra = None if extra is None else torch.from_numpy(np.ascontiguousarray(extra, dtype=np.int64)).to(runtime.device)
+        self.extra = (
+            None if extra is None else torch.from_numpy(np.ascontiguousarray(extra, dtype=np.int64)).to(runtime.device)
+        )
         self.normalize = Normalize(spec, runtime.device)
         self.batch_size, self.seed, self.name = batch_size, seed, name
         self.augmentation, self.views = augmentation, views

@@ -37,7 +37,7 @@ DATASETS = {
     "cifar10": Spec(10, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), True),
     "cifar100": Spec(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False, rotation=15),
     # Mean and standard deviation of the 10 000 bundled training images after padding.
-    "fashion": Spec(10, 32, (0.2195, 0.2195, 0.2195), (0.3327, 0.3327, 0.3327), True),
+    "fashion": Spec(10, 32, (0.2195, 0.2195, 0.2195), (0.3327, 0.3327, 0.3327), False),
 }
 
 

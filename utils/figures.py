@@ -51,10 +51,9 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
                 label = (poisoned.true_labels if kind == "clean" else poisoned.labels)[rows[column]]
                 axis.set_title(dataset.classes[label], fontsize=8)
         line[0].set_ylabel(kind, fontsize=9)
-    figure.suptitle(
-        f"{opt.dataset}, {opt.trigger_type}, {opt.target_type}: {(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned",
-        fontsize=10,
-    )
+    attack = f"{opt.dataset}, {opt.trigger_type}, {opt.target_type}"
+    count = f"{(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned"
+    figure.suptitle(f"{attack}: {count}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -84,13 +83,16 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
             axis.bar(zero[0], zeros, zero[1] - zero[0], align="edge", color=colour, alpha=0.65)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=10)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 4 * axis.get_ylim()[1])  # room for the note on zeros
     if (fct == 0).any():
         axis.set_xlim(left=zero[0] / 10 ** (0.03 * decades))
         axis.axvline(low, color="grey", linewidth=0.8, linestyle=":")
-        share = 100 * np.mean(fct == 0)
         axis.annotate(
-            f"exactly 0:\n{share:.1f} %", (zero[0], 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8
+            f"exactly 0:\n{(fct == 0).sum()} ({100 * np.mean(fct == 0):.2g} %)",
+            (zero[0], 0.98),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8,
         )
     if gammas:
         for gamma, name, style in zip(gammas, (r"$\gamma_c$", r"$\gamma_p$"), ("--", "-."), strict=True):

@@ -78,8 +78,8 @@ def read_json(path):
 
 
 def write_rows(path, rows):
-    """Write ``rows`` (a list of dicts with the same keys) to ``path`` as CSV with a header."""
-    write_text(path, pd.DataFrame(rows).to_csv(index=False))
+    """Write ``rows`` (dicts; the longest has all keys, in the order of the columns) to ``path`` as CSV with a header."""
+    write_text(path, pd.DataFrame(rows, columns=list(max(rows, key=len))).to_csv(index=False))
 
 
 def sha256(path):
