@@ -33,6 +33,8 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    command = f"python {STEP}.py {args.attack_arguments(opt)}"
+    checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP]) if opt.checkpoint_load else None
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)
@@ -46,10 +48,7 @@ def main(argv=None):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
     run = Run(opt, STEP, folder, poisoned.digest)
-    first = 0
-    if opt.checkpoint_load:
-        checkpoint = load_checkpoint(opt.checkpoint_load, opt, f"python {STEP}.py {args.attack_arguments(opt)}", [STEP])
-        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule)
+    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
     sample_sheet(folder / "samples.png", dataset, poisoned, opt)
 
     for epoch in range(first, opt.epochs):

@@ -34,6 +34,8 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    command = f"python {STEP}.py --dataset {opt.dataset} --model {opt.model}"
+    checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP], IDENTITY) if opt.checkpoint_load else None
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     tests = make_test_sets(dataset, opt, runtime, attack=False)
@@ -56,11 +58,7 @@ def main(argv=None):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
     run = Run(opt, STEP, folder, None)
-    first = 0
-    if opt.checkpoint_load:
-        command = f"python {STEP}.py --dataset {opt.dataset} --model {opt.model}"
-        checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP], IDENTITY)
-        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule)
+    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
 
     for epoch in range(first, opt.epochs):
         model.train()

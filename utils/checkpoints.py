@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
     """
     path = require_file(path, command)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle torch warns before it refuses it
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step, options = checkpoint["step"], checkpoint["options"]
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
