@@ -7,14 +7,13 @@ Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line:
 from pathlib import Path
 
 from utils import args
-from utils.checkpoints import latest_checkpoint
 from utils.dataloader_bd import poison_training_set
 from utils.datasets import load_dataset
 from utils.errors import run_script
-from utils.fct import fct_of_checkpoint, fct_path, save_fct
+from utils.fct import fct_of_checkpoint, fct_path, save_fct, sd_checkpoint
 from utils.files import make_folder
 from utils.metrics import auroc
-from utils.paths import backdoored_folder, shown
+from utils.paths import shown
 
 
 def get_parser():
@@ -32,8 +31,7 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
+    path, command = sd_checkpoint(opt)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)

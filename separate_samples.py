@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from utils import args
-from utils.checkpoints import claim_folder, latest_checkpoint, write_options
+from utils.checkpoints import claim_folder, write_options
 from utils.dataloader_bd import poison_training_set
 from utils.datasets import load_dataset
-from utils.errors import UserError, require_file, run_script
-from utils.fct import fct_of_checkpoint, gammas_of_ratios, saved_fct, separate
+from utils.errors import UserError, run_script
+from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
 from utils.files import write_json
 from utils.metrics import detection_quality
-from utils.paths import backdoored_folder, separated_folder, shown
+from utils.paths import separated_folder, shown
 from utils.samples import CLEAN, POISON, UNCERTAIN, save_samples
 
 
@@ -51,18 +51,13 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
     if opt.clean_per_class and opt.gamma_low is not None:
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
-    require_file(path, command)
+    path, command = sd_checkpoint(opt)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)
-    fct = saved_fct(path, opt, len(poisoned.labels))
-    if fct is None:
-        print("No FCT values of this checkpoint and these options are saved; computing them")
-        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
+    fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     low = low if opt.gamma_low is None else opt.gamma_low

@@ -6,15 +6,14 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 from pathlib import Path
 
 from utils import args
-from utils.checkpoints import latest_checkpoint
 from utils.dataloader_bd import poison_training_set
 from utils.datasets import load_dataset
-from utils.errors import require_file, run_script
-from utils.fct import fct_of_checkpoint, gammas_of_ratios, save_fct, saved_fct
+from utils.errors import run_script
+from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
 from utils.files import make_folder
 from utils.metrics import auroc
-from utils.paths import backdoored_folder, shown
+from utils.paths import shown
 
 
 def get_parser():
@@ -33,21 +32,16 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
-    require_file(path, command)
+    path, command = sd_checkpoint(opt)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     poisoned = poison_training_set(dataset, opt)
-    fct = saved_fct(path, opt, len(poisoned.labels))
-    make_folder(path.parent)
-    if fct is None:
-        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
-        save_fct(path, fct, poisoned, opt)
+    fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 
     gammas = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     title = f"{opt.dataset}, {opt.model}, {opt.trigger_type} {opt.target_type}, checkpoint {path.name}, " \
             f"tau {opt.trans1} + {opt.trans2}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"  # fmt: skip
+    make_folder(path.parent)
     picture = path.with_suffix(".jpg")
     fct_histogram(picture, fct, poisoned.is_clean, title, gammas)
     print(f"The histogram is {shown(picture)}")

@@ -12,15 +12,13 @@ from torch import nn
 
 from models import SupConResNet
 from utils import args
-from utils.checkpoints import IDENTITY, latest_file, load_checkpoint, load_weights
+from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.datasets import load_dataset
 from utils.errors import run_script
 from utils.files import make_folder, write_json
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
-
-NAMES = (*IDENTITY, "clean_ratio", "poison_ratio")
 
 
 def get_parser():
@@ -43,8 +41,10 @@ def main(argv=None):
     commands = [f"python ST/{step}.py {args.attack_arguments(opt)}" for step in ("train_extractor", "train_classifier")]
     extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0] + " --cosine")
     classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
-    extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], NAMES)["model"]
-    classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], NAMES)["model"]
+    extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)["model"]
+    classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)[
+        "model"
+    ]
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     tests = make_test_sets(dataset, opt, runtime)

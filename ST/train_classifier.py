@@ -16,7 +16,7 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import mixed_cross_entropy
 from utils import args
-from utils.checkpoints import IDENTITY, Run, claim_folder, latest_file, load_checkpoint, load_weights
+from utils.checkpoints import SECURE_IDENTITY, Run, claim_folder, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.datasets import load_dataset
 from utils.engine import train_epoch
@@ -28,7 +28,6 @@ from utils.transforms import ContrastiveView
 
 STEP = "train_classifier"
 BEFORE = "train_extractor"
-NAMES = (*IDENTITY, "clean_ratio", "poison_ratio")
 
 
 def get_parser():
@@ -63,7 +62,9 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     command = f"python ST/{BEFORE}.py {args.attack_arguments(opt)} --cosine"
     path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
-    extractor_state = load_checkpoint(path, opt, command, [BEFORE], NAMES)["model"]
+    extractor_state = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)["model"]
+    own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
+    checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     samples = load_samples(opt, [CLEAN, POISON])
     folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
 
@@ -92,12 +93,7 @@ def main(argv=None):
         return loss, {"correct": (logits.argmax(1) == labels).sum()}
 
     run = Run(opt, STEP, folder, None)
-    first = 0
-    if opt.checkpoint_load:
-        checkpoint = load_checkpoint(
-            opt.checkpoint_load, opt, f"python ST/{STEP}.py {args.attack_arguments(opt)}", [STEP], NAMES
-        )
-        first = run.resume(checkpoint, opt.checkpoint_load, classifier, optimizer, schedule)
+    first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else 0
 
     for epoch in range(first, opt.epochs):
         row = train_epoch(classifier, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}")

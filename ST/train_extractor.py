@@ -16,7 +16,7 @@ import torch
 from models import SupConResNet
 from ST.losses import SupConLoss, trusted_mask
 from utils import args
-from utils.checkpoints import IDENTITY, Run, claim_folder, load_checkpoint
+from utils.checkpoints import SECURE_IDENTITY, Run, claim_folder, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.datasets import DATASETS
 from utils.engine import train_epoch
@@ -77,6 +77,9 @@ def run_name(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    command = f"python ST/{STEP}.py {args.attack_arguments(opt)} --cosine"
+    load = opt.checkpoint_load
+    checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     samples = load_samples(opt, [CLEAN, UNCERTAIN, POISON])
     folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
     spec = DATASETS[opt.dataset]
@@ -96,13 +99,7 @@ def main(argv=None):
         return contrastive(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
 
     run = Run(opt, STEP, folder, None)
-    first = 0
-    if opt.checkpoint_load:
-        names = (*IDENTITY, "clean_ratio", "poison_ratio")
-        checkpoint = load_checkpoint(
-            opt.checkpoint_load, opt, f"python ST/{STEP}.py {args.attack_arguments(opt)}", [STEP], names
-        )
-        first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer)
+    first = run.resume(checkpoint, load, model, optimizer) if checkpoint else 0
 
     for epoch in range(first, opt.epochs):
 

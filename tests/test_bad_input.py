@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_folder
 from PIL import Image
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
@@ -176,6 +176,15 @@ def test_a_checkpoint_of_another_network_or_data_set_is_refused(cli, words, pipe
     refused(result, "--dataset cifar10", "--dataset fashion")
     result = cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", pipeline / WITH_TRANS / "1.tar")
     refused(result, "train_attack_withTrans", "finetune_attack_noTrans")
+
+
+def test_a_checkpoint_of_another_training_set_is_refused(cli, words, pipeline, fashion, tmp_path):
+    write_folder(tmp_path / "cifar10", fashion, train=30, test=10)
+    common = [*words(pipeline), "--data_root", tmp_path]
+    before = snapshot(pipeline)
+    for script, path in (("calculate_consistency.py", TUNED), ("finetune_attack_noTrans.py", NO_TRANS)):
+        refused(cli(script, *common, "--checkpoint_load", pipeline / path / "1.tar"), "other samples are poisoned")
+    assert snapshot(pipeline) == before
 
 
 def test_weights_that_do_not_fit_are_refused(cli, words, pipeline, tmp_path):

@@ -18,6 +18,7 @@ from utils.paths import shown
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
 CLEAN_IDENTITY = ("dataset", "model")
 IDENTITY = (*CLEAN_IDENTITY, "trigger_type", "target_type", "target_label", "poison_rate", "seed")
+SECURE_IDENTITY = (*IDENTITY, "clean_ratio", "poison_ratio")  # of a step of ST, which sees the separated samples
 
 
 def identity(opt, names=IDENTITY):
@@ -39,6 +40,15 @@ def refuse_other(found, opt, what, names=IDENTITY):
                 f"{what} was made with --{name} {found[name]}, but this step was asked for --{name} {getattr(opt, name)}; "
                 f"give the same options to every step"
             )
+
+
+def refuse_other_data(checkpoint, digest, path):
+    """Raise a `UserError` where a checkpoint was made with other samples poisoned than the data at hand has."""
+    if checkpoint["poisoned_digest"] != digest:
+        raise UserError(
+            f"{path} was made on data in which other samples are poisoned, although the options agree: "
+            f"its training set is not the one under --data_root. Run the steps from the first on this data"
+        )
 
 
 def save_checkpoint(path, content):
@@ -146,6 +156,7 @@ class Run:
 
         That is the next epoch for a checkpoint of this same step, and 0 for one of the step before.
         """
+        refuse_other_data(checkpoint, self.digest, path)
         load_weights(model, checkpoint["model"], path)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scheduler is not None:

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from models import build_model
-from utils.checkpoints import identity, load_checkpoint, load_weights
+from utils import args
+from utils.checkpoints import identity, latest_checkpoint, load_checkpoint, load_weights, refuse_other_data
 from utils.dataloader_bd import Normalize, to_device
 from utils.device import Runtime
 from utils.engine import progress
-from utils.errors import UserError
+from utils.errors import UserError, require_file
 from utils.files import read_json, sha256, write_json, write_rows, write_text
-from utils.paths import shown
+from utils.paths import backdoored_folder, shown
 from utils.seeding import generator
 from utils.transforms import Tau
 
@@ -57,12 +58,34 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     return torch.cat(fct).cpu().numpy(), torch.cat(norms).cpu().numpy()
 
 
+def sd_checkpoint(opt):
+    """The checkpoint that SD steps 3 to 5 look at, ``--checkpoint_load`` or step 2's last, and the command making it.
+
+    Raises:
+        UserError: where there is no such file.
+    """
+    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
+    return require_file(path, command), command
+
+
+def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
+    """FCT of the poisoned training set, float32 (N,): the values that step 3 saved for this checkpoint and these
+    options, else computed."""
+    fct = _saved_fct(path, opt, len(poisoned.labels))
+    if fct is None:
+        print("No FCT values of this checkpoint and these options are saved; computing them")
+        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
+    return fct
+
+
 def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
     """FCT of the poisoned training set under the network in a checkpoint; float32 (N,), in sample order.
 
     Computed in float32 unless ``--precision`` names another; says how far the features have collapsed.
     """
     checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
+    refuse_other_data(checkpoint, poisoned.digest, path)
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":
@@ -126,8 +149,7 @@ def load_fct(path, command):
     return values.astype(np.float32)
 
 
-def saved_fct(path, opt, count):
-    """Saved values of exactly this checkpoint and these options, or None where they must be computed."""
+def _saved_fct(path, opt, count):
     record = read_json(fct_path(path, "fct.json"))
     if record != fct_record(path, opt) or not fct_path(path, "all.txt").is_file():
         return None
