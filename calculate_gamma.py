@@ -1,14 +1,14 @@
 """SD step 4: the thresholds gamma_c and gamma_p from the FCT values of step 3 (paper section 4.1).
 
-Prints both, and the command of step 5 that uses them. Writes nothing.
+Prints both, and the command of step 5 that uses them; writes them to <epoch>_gamma.json beside the checkpoint.
 """
 
 from pathlib import Path
 
 from utils import args
-from utils.checkpoints import latest_checkpoint
+from utils.checkpoints import latest_checkpoint, write_options
 from utils.errors import run_script
-from utils.fct import gammas_of_ratios, load_fct
+from utils.fct import fct_path, gammas_of_ratios, load_fct
 from utils.paths import backdoored_folder, shown
 
 
@@ -31,6 +31,7 @@ def main(argv=None):
 
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
+    write_options(fct_path(path, "gamma.json"), opt, gamma_low=low, gamma_high=high)
     print(f"gamma_low {low!r}")
     print(f"gamma_high {high!r}")
     print(

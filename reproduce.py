@@ -84,8 +84,10 @@ class Step:
             return False
         if self.record is None:
             return True
-        made_with = (read_json(self.record) or {}).get("options", {})
-        wanted = plain_options(self.options())
+        record = read_json(self.record) or {}
+        made_with, wanted = record.get("options", {}), plain_options(self.options())
+        if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
+            return False  # interrupted
         no_matter = {"device", "precision", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
         compared = (made_with.keys() & wanted.keys()) - no_matter
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
@@ -174,6 +176,8 @@ def plan(opt):
     tau, picture = preset["tau"], features.with_suffix(".jpg")
     add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, ["finetune_attack_noTrans"])
     add("visualize_consistency", "visualize_consistency.py", [*tau, *ratios], picture, needs=["calculate_consistency"])
+    gamma = features.with_name(f"{features.stem}_gamma.json")
+    add("calculate_gamma", "calculate_gamma.py", ratios, gamma, gamma, ["calculate_consistency"], computes=False)
     separated = separated_folder(resolved) / "options.json"
     more = [*tau, *ratios, *preset["separate_samples"]]
     add("separate_samples", "separate_samples.py", more, separated, separated, ["calculate_consistency"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from utils import args
-from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_weights
+from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.datasets import load_dataset
 from utils.engine import train_epoch
@@ -89,7 +89,7 @@ def main(argv=None):
     load_weights(model, checkpoint["model"], path)
     model.eval()
     if resumed:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], path)
         first = run.take_history(checkpoint)
     else:
         first = 0

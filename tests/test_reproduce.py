@@ -27,13 +27,14 @@ def test_a_dry_run_prints_the_documents_commands_and_writes_nothing(cli, tmp_pat
     commands = [line.split("python ")[1] for line in said.out.splitlines() if "python " in line]
     assert [command.split()[0] for command in commands] == [
         "train_attack_noTrans.py", "finetune_attack_noTrans.py", "calculate_consistency.py", "visualize_consistency.py",
+        "calculate_gamma.py",
         "separate_samples.py", "train_attack_withTrans.py", "unlearn_relearn.py",
         "ST/train_extractor.py", "ST/train_classifier.py", "ST/test.py",
     ]  # fmt: skip
     assert commands[0].startswith(
         "train_attack_noTrans.py --dataset cifar10 --model resnet18 --trigger_type gridTrigger"
     )
-    assert "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512" in commands[7]
+    assert "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512" in commands[8]
     assert not list(tmp_path.iterdir())
 
 
@@ -64,7 +65,7 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     ]
     reproduce.main(list(map(str, words)))
     first = capfd.readouterr().out
-    assert first.count("already there") == 0 and first.count("] python ") == 10
+    assert first.count("already there") == 0 and first.count("] python ") == 11
 
     table = pd.read_csv(tmp_path / "results/quickstart.csv")
     assert table.columns.tolist() == COLUMNS and table["model"].tolist() == ["backdoored", "D-BR", "D-ST"]
@@ -73,13 +74,21 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     assert all((tmp_path / "results" / name).is_file() for name in ("quickstart_samples.png", "quickstart_fct.jpg"))
 
     reproduce.main(list(map(str, words)))
-    assert capfd.readouterr().out.count("already there") == 10
+    assert capfd.readouterr().out.count("already there") == 11
+
+    # A step that was interrupted runs again although its output is there.
+    record = next(tmp_path.rglob("SupCon_*/options.json"))
+    whole = record.read_text()
+    record.write_text(whole.replace('"epochs_done": 1', '"epochs_done": 0'))
+    steps = reproduce.plan(reproduce.get_parser().parse_args(list(map(str, words))))[0]
+    assert [name for name, step in steps.items() if not step.is_done()] == ["train_extractor"]
+    record.write_text(whole)
 
     # A step with other options, and all that build on it, run again.
     monkeypatch.setitem(TINY, "train_attack_withTrans", "--epochs 1 --batch_size 32")
     reproduce.main(list(map(str, words)))
     again = capfd.readouterr().out
-    assert again.count("already there") == 8
+    assert again.count("already there") == 9
     lines = [line for line in again.splitlines() if "] python " in line and "already there" not in line]
     assert "train_attack_withTrans" in lines[0] and "unlearn_relearn" in lines[1]
 

@@ -20,6 +20,8 @@ CLEAN_IDENTITY = ("dataset", "model")
 IDENTITY = (*CLEAN_IDENTITY, "trigger_type", "target_type", "target_label", "poison_rate", "seed")
 SECURE_IDENTITY = (*IDENTITY, "clean_ratio", "poison_ratio")  # of a step of ST, which sees the separated samples
 
+KEYS = {"step", "epoch", "model", "optimizer", "schedule", "options", "poisoned_digest", "history"}
+
 
 def identity(opt, names=IDENTITY):
     """The options ``names`` as a dict."""
@@ -75,7 +77,10 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle torch warns before it refuses it
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        step, options = checkpoint["step"], checkpoint["options"]
+        step, options = checkpoint["step"], dict(checkpoint["options"])
+        missing = KEYS - checkpoint.keys()
+        if missing:
+            raise KeyError(sorted(missing))
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
     except Exception as error:  # a damaged file can fail in the reader in any way
@@ -95,6 +100,14 @@ def load_weights(module, state, path):
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = str(error).splitlines()
         raise UserError(f"the weights in {path} do not fit this network: {' '.join(lines[:2])[:300]}") from None
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimizer's state; a `UserError` where it is of another network."""
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the optimizer's state in {path} does not fit this network: {error}") from None
 
 
 def latest_checkpoint(folder, epochs, command, pattern="{}.tar"):
@@ -120,7 +133,7 @@ def claim_folder(folder, opt, names=IDENTITY):
     record = read_json(folder / "options.json")
     if record and not opt.overwrite:
         for name, value in identity(opt, names).items():
-            other = record["options"].get(name, value)
+            other = record.get("options", {}).get(name, value)
             if other != value:
                 raise UserError(
                     f"{shown(folder)} holds the result of --{name} {other}, which --{name} {value} would replace; "
@@ -158,7 +171,7 @@ class Run:
         """
         refuse_other_data(checkpoint, self.digest, path)
         load_weights(model, checkpoint["model"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], path)
         if scheduler is not None:
             scheduler.load_state_dict(checkpoint["schedule"])
         if checkpoint["step"] != self.step:
@@ -190,7 +203,7 @@ class Run:
         for path in paths:
             save_checkpoint(path, content)
         write_rows(self.log, self.history)
-        write_options(self.record, self.opt, step=self.step, poisoned_digest=self.digest)
+        write_options(self.record, self.opt, step=self.step, poisoned_digest=self.digest, epochs_done=epoch + 1)
         self.finished += 1
         left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
         numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")

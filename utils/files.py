@@ -68,10 +68,13 @@ def write_json(path, content):
 def read_json(path):
     """The dict in ``path``, or None where there is no such file. Raises `UserError` for a file that is not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # undecodable bytes and malformed JSON are ValueErrors too
         raise UserError(
             f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"
         ) from None
