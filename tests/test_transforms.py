@@ -277,3 +277,13 @@ def test_tau_on_a_part_of_the_samples_equals_that_part_of_tau(name):
     rows = torch.tensor([7, 2, 19])
     some = tau.apply(images[rows], {key: value[rows] for key, value in parameters.items()})
     assert torch.equal(some, tau.apply(images, parameters)[rows])
+
+
+@pytest.mark.parametrize("name", T.TAU_NAMES)
+def test_tau_of_a_sample_does_not_depend_on_how_many_samples_there_are(name):
+    tau = T.Tau(name, "affine", 32)
+    few, many = tau.draw(rng(), 7), tau.draw(rng(), 3000)
+    assert few.keys() == many.keys() and few
+    for key, value in few.items():
+        assert torch.equal(value, many[key][:7])
+        assert not torch.equal(many[key][:1000], many[key][1024:2024])  # blocks are not copies of each other

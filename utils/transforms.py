@@ -264,14 +264,22 @@ class Tau:
     up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none.
     """
 
+    BLOCK = 1024
+
     def __init__(self, trans1, trans2, size):
         self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
 
     def draw(self, rng, count):
+        """Parameters of samples 0 to ``count`` - 1. Drawn by blocks of fixed size, each from a generator of its own, so
+        that what sample i gets does not depend on how many samples there are."""
+        blocks = [self._draw_block(child) for child in rng.spawn(-(-count // self.BLOCK))]
+        return {name: torch.cat([block[name] for block in blocks])[:count] for name in blocks[0]}
+
+    def _draw_block(self, rng):
         return {
             f"{number}.{name}": value
             for number, part in enumerate(self.parts)
-            for name, value in part.draw(rng, count).items()
+            for name, value in part.draw(rng, self.BLOCK).items()
         }
 
     def apply(self, images, parameters):
