@@ -52,7 +52,7 @@ PRESETS = {
         "ratios": "--clean_ratio 0.4 --poison_ratio 0.05",
         "separate_samples": "--clean_per_class",
         "train_attack_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
-        "unlearn_relearn": "--epochs 12 --lr 0.0004 --batch_size 64",
+        "unlearn_relearn": "--epochs 14 --lr 0.0004 --batch_size 64",
         "train_extractor": "--epochs 12 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 0",
     },
