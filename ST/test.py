@@ -41,17 +41,15 @@ def main(argv=None):
     commands = [f"python ST/{step}.py {args.attack_arguments(opt)}" for step in ("train_extractor", "train_classifier")]
     extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0] + " --cosine")
     classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
-    extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)["model"]
-    classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)[
-        "model"
-    ]
+    extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
+    classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
 
     dataset = load_dataset(opt.dataset, opt.data_root)
     tests = make_test_sets(dataset, opt, runtime)
     extractor = SupConResNet(opt.model)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes)
-    load_weights(extractor, extractor_state, extractor_path)
-    load_weights(classifier, classifier_state, classifier_path)
+    load_weights(extractor, extractor_state["model"], extractor_path)
+    load_weights(classifier, classifier_state["model"], classifier_path)
     extractor, classifier = runtime.place(extractor).eval(), classifier.to(runtime.device)
 
     normalize = Normalize(dataset.spec, runtime.device)

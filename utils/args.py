@@ -50,9 +50,9 @@ positive = number(float, 0, low_open=True)
 share = number(float, 0, 1, low_open=True)
 
 
-def add_data_options(parser, datasets=tuple(DATASETS)):
+def add_data_options(parser):
     """dataset, data_root, model, seed and where the results go."""
-    parser.add_argument("--dataset", choices=datasets, default="cifar10", help="data set")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar10", help="data set")
     parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--model", choices=tuple(MODELS), default="resnet18", help="network")
     parser.add_argument("--seed", type=natural, default=0, help="decides every random draw")

@@ -110,11 +110,11 @@ def load_optimizer(optimizer, state, path):
         raise UserError(f"the optimizer's state in {path} does not fit this network: {error}") from None
 
 
-def latest_checkpoint(folder, epochs, command, pattern="{}.tar"):
+def latest_checkpoint(folder, epochs, command):
     """The last epoch's checkpoint in ``folder``, as a step's own record tells it; ``epochs`` where there is none."""
     record = read_json(folder / "options.json") or {}
     epochs = record.get("options", {}).get("epochs", epochs)
-    path = require_file(folder / pattern.format(epochs - 1), command)
+    path = require_file(folder / f"{epochs - 1}.tar", command)
     print(f"Using {shown(path)}")
     return path
 

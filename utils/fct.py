@@ -137,9 +137,7 @@ def load_fct(path, command):
     Raises:
         UserError: where the file is missing (``command`` makes it) or is not a list of finite numbers.
     """
-    source = fct_path(path, "all.txt")
-    if not source.is_file():
-        raise UserError(f"no such file: {shown(source)}. Make it with: {command}")
+    source = require_file(fct_path(path, "all.txt"), command)
     try:
         values = np.loadtxt(source, dtype=np.float64, ndmin=1)
     except (ValueError, OSError) as error:
