@@ -8,7 +8,6 @@ from pathlib import Path
 
 from utils import args
 from utils.dataloader_bd import poison_training_set
-from utils.datasets import load_dataset
 from utils.errors import run_script
 from utils.fct import fct_of_checkpoint, fct_path, save_fct, sd_checkpoint
 from utils.files import make_folder
@@ -33,7 +32,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
     make_folder(path.parent)

@@ -11,7 +11,6 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, claim_folder, latest_checkpoint, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.datasets import load_dataset
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.losses import intra_class
@@ -41,7 +40,7 @@ def main(argv=None):
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans"), 2, command)
     checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
     folder = claim_folder(backdoored_folder(opt, "noTrans_ftsimi"), opt)

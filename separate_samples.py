@@ -12,7 +12,6 @@ import numpy as np
 from utils import args
 from utils.checkpoints import claim_folder, write_options
 from utils.dataloader_bd import poison_training_set
-from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
 from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
 from utils.files import write_json
@@ -55,7 +54,7 @@ def main(argv=None):
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
     path, command = sd_checkpoint(opt)
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 

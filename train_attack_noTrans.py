@@ -10,7 +10,6 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, claim_folder, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.datasets import load_dataset
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.figures import sample_sheet
@@ -36,7 +35,7 @@ def main(argv=None):
     command = f"python {STEP}.py {args.attack_arguments(opt)}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP]) if opt.checkpoint_load else None
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)

@@ -10,7 +10,6 @@ from models import build_model
 from utils import args
 from utils.checkpoints import CLEAN_IDENTITY, Run, claim_folder, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
-from utils.datasets import load_dataset
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.losses import cross_entropy
@@ -37,10 +36,10 @@ def main(argv=None):
     command = f"python {STEP}.py --dataset {opt.dataset} --model {opt.model}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP], IDENTITY) if opt.checkpoint_load else None
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime, attack=False)
     folder = claim_folder(benign_folder(opt), opt, IDENTITY)
-    augmentation = CropFlip(dataset.spec.size, rotation=dataset.spec.rotation)
+    augmentation = CropFlip.of(dataset.spec)
     batches = Batches(
         dataset.train_images,
         dataset.train_labels,

@@ -12,19 +12,18 @@ import torch.nn.functional as F
 from models import build_model
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
-from utils.dataloader_bd import Batches, make_test_sets
-from utils.datasets import load_dataset
+from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets, poison_training_set
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.files import make_folder
 from utils.losses import cross_entropy, negative_cross_entropy
-from utils.metrics import EVALUATION_BATCH, evaluate
+from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, load_samples
 from utils.transforms import CropFlip
 
 STEP = "unlearn_relearn"
-BEFORE = "train_attack_withTrans"
+BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
 
 
 def get_parser():
@@ -52,32 +51,34 @@ def get_parser():
 def mean_cross_entropy(model, batches, runtime):
     """Cross-entropy of the whole set without augmentation: how well the network still knows it."""
     total = 0
-    for images, labels in zip(
-        batches.images.split(EVALUATION_BATCH), batches.labels.split(EVALUATION_BATCH), strict=True
-    ):
+    splits = evaluation_splits(batches.images)
+    for rows, images in zip(splits, fetch(batches.images, splits, runtime), strict=True):
         with runtime.autocast():
             logits = model(batches.normalize(images)).float()
-        total += F.cross_entropy(logits, labels, reduction="sum")
+        total += F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="sum")
     return total.item() / len(batches.labels)
 
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python {BEFORE}.py {args.attack_arguments(opt)} --epochs 200"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), 200, command)
-    checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
+    before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
+    command = f"python {before}.py {args.attack_arguments(opt)} --epochs {epochs}"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
+    checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
     resumed = checkpoint["step"] == STEP
     save = opt.checkpoint_save or (path if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
     log = opt.log or save.with_name("unlearn_purify.csv")
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
-    augmentation = CropFlip(dataset.spec.size, flip=dataset.spec.flip_relearn)
+    augmentation = CropFlip(dataset.spec.size, flip=dataset.spec.flip_relearn)  # 4 pixels of crop on every data set
+    poisoned = poison_training_set(dataset, opt) if dataset.spec.streamed else None  # the samples then hold no images
 
     def batches_of(flag):
         samples = load_samples(opt, [flag])
+        images = poisoned.images.subset(samples["index"]) if poisoned else samples["image"]
         settings = (dataset.spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
-        return Batches(samples["image"], samples["label"], *settings, augmentation=augmentation)
+        return Batches(images, samples["label"], *settings, augmentation=augmentation)
 
     to_unlearn, to_relearn = batches_of(POISON), batches_of(CLEAN)
     make_folder(save.parent)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from utils import args
 from utils.dataloader_bd import poison_training_set
-from utils.datasets import load_dataset
 from utils.errors import run_script
 from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
@@ -34,7 +33,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 

@@ -14,7 +14,6 @@ from models import SupConResNet
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Normalize, make_test_sets
-from utils.datasets import load_dataset
 from utils.errors import run_script
 from utils.files import make_folder, write_json
 from utils.metrics import evaluate
@@ -44,7 +43,7 @@ def main(argv=None):
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
     extractor = SupConResNet(opt.model)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes)

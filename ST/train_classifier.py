@@ -18,7 +18,6 @@ from ST.losses import mixed_cross_entropy
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, claim_folder, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
-from utils.datasets import load_dataset
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
@@ -65,10 +64,10 @@ def main(argv=None):
     extractor_state = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)["model"]
     own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
-    samples = load_samples(opt, [CLEAN, POISON])
+    samples = load_samples(opt, [CLEAN, POISON], with_images=True)
     folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
 
-    dataset = load_dataset(opt.dataset, opt.data_root)
+    dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
     batches = Batches(
         samples["image"], samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,

@@ -80,7 +80,7 @@ def main(argv=None):
     command = f"python ST/{STEP}.py {args.attack_arguments(opt)} --cosine"
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
-    samples = load_samples(opt, [CLEAN, UNCERTAIN, POISON])
+    samples = load_samples(opt, [CLEAN, UNCERTAIN, POISON], with_images=True)
     folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
     spec = DATASETS[opt.dataset]
     batches = Batches(

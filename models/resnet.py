@@ -88,11 +88,12 @@ def build_model(name, dataset, num_classes):
 
     Args:
         name: a name in `MODELS`.
-        dataset: name of the data set; CIFAR-100 has no max-pool(paper appendix, authors' models).
+        dataset: name of the data set; CIFAR-100 has no max-pool (paper appendix, authors' models).
         num_classes: number of logits.
 
     Returns:
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
-    stem = "plain" if dataset == "cifar100" and name != "resnet10" else "pool"
+    stem = {"cifar100": "plain", "imagenet": "imagenet"}.get(dataset, "pool")
+    stem = "pool" if stem == "plain" and name == "resnet10" else stem
     return ResNet(name, num_classes, stem)

@@ -49,6 +49,7 @@ def cli(capsys):
         said = capsys.readouterr()
         return SimpleNamespace(code=code, out=said.out, err=said.err)
 
+    run.module = load_script
     return run
 
 

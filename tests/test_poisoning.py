@@ -17,7 +17,15 @@ from utils.triggers import apply_trigger
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SPEC = DATASETS["cifar10"]
 TYPES = ("all2one", "all2all", "cleanLabel")
-TRIGGERS = ("gridTrigger", "squareTrigger", "signalTrigger", "sigTrigger")
+TRIGGERS = (
+    "gridTrigger",
+    "squareTrigger",
+    "signalTrigger",
+    "sigTrigger",
+    "trojanTrigger",
+    "kittyTrigger",
+    "warpTrigger",
+)
 
 
 def options(**changes):
@@ -113,8 +121,9 @@ def test_digest_tells_poisoned_sets_apart():
     assert len({poison(**change).digest for change in ({}, {"poison_rate": 0.2}, {"target_type": "all2all"})}) == 3
 
 
-def test_poisoned_set_does_not_depend_on_the_trigger():
-    assert poison(trigger_type="sigTrigger").digest == poison().digest
+def test_which_samples_are_poisoned_does_not_depend_on_the_trigger_but_the_digest_does():
+    np.testing.assert_array_equal(poison(trigger_type="sigTrigger").is_clean, poison().is_clean)
+    assert poison(trigger_type="sigTrigger").digest != poison().digest
 
 
 # The test sets

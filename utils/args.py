@@ -1,16 +1,22 @@
 """The options that several steps share, so that a name, a default or a check is written once."""
 
 import argparse
+import os
 from pathlib import Path
 
 from models import MODELS
 from utils.dataloader_bd import TARGET_TYPES
-from utils.datasets import DATASETS
+from utils.datasets import DATASETS, load_dataset
 from utils.device import PRECISIONS, choose_runtime
 from utils.errors import UserError
-from utils.paths import ROOT
+from utils.paths import ROOT, shown
+from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
 from utils.triggers import TRIGGERS
+
+
+# Options that one trigger alone has a use for.
+TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +65,14 @@ def add_data_options(parser):
     parser.add_argument(
         "--output_root", type=Path, default=ROOT, help="folder under which saved/ and ST/save/ are kept"
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="imagenet: refuse images that cannot be read, instead of skipping them"
+    )
+
+
+def load_data(opt):
+    """The `datasets.Dataset` that the options name."""
+    return load_dataset(opt.dataset, opt.data_root, opt.strict)
 
 
 def add_attack_options(parser):
@@ -70,6 +84,16 @@ def add_attack_options(parser):
     parser.add_argument("--target_label", type=natural, default=0, help="target class of all2one and cleanLabel")
     parser.add_argument(
         "--poison_rate", type=share, default=0.1, help="share of the eligible training samples poisoned"
+    )
+    parser.add_argument(
+        "--benign_checkpoint", help="fourCornerTrigger: checkpoint of train_clean_withTrans.py; default: its last"
+    )
+    parser.add_argument("--ssba_encoder", type=Path, default=ENCODER, help="SSBA: file of tools/train_ssba.py")
+    parser.add_argument(
+        "--ssba_images",
+        nargs="+",
+        metavar="FILE.npy",
+        help="SSBA: all training (and all test) images encoded elsewhere, uint8 (N, H, W, 3) in sample order",
     )
 
 
@@ -86,6 +110,11 @@ def add_device_options(parser):
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the hardware has it"
+    )
+    parser.add_argument(
+        "--workers",
+        type=natural,
+        help="imagenet: processes that decode images; default: one a core, 8 at most; changes no result",
     )
 
 
@@ -120,9 +149,19 @@ def add_tau_options(parser):
 
 def check(opt):
     """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
-    if hasattr(opt, "target_label") and opt.target_label >= DATASETS[opt.dataset].num_classes:
+    streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
+    if hasattr(opt, "target_label"):
         classes = DATASETS[opt.dataset].num_classes
-        raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
+        if opt.target_label >= classes and not streamed:
+            raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
+        for name, trigger in TRIGGER_OPTIONS.items():
+            if getattr(opt, name) not in (None, ENCODER) and opt.trigger_type != trigger:
+                raise UserError(f"--{name} has no use with --trigger_type {opt.trigger_type}; it belongs to {trigger}")
+        if len(opt.ssba_images or []) > 2:
+            raise UserError("--ssba_images takes one file, the training images, or two, the training and test images")
+    if not streamed and (opt.strict or getattr(opt, "workers", None) is not None):
+        name = "strict" if opt.strict else "workers"
+        raise UserError(f"--{name} has no use with --dataset {opt.dataset}, which is held in memory; leave it out")
     if hasattr(opt, "clean_ratio") and opt.clean_ratio + opt.poison_ratio > 1:
         raise UserError(
             f"--clean_ratio {opt.clean_ratio} and --poison_ratio {opt.poison_ratio} overlap: their sum is above 1"
@@ -141,7 +180,8 @@ def parse(parser, argv=None):
 def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
-    runtime = choose_runtime(opt.device, opt.precision)
+    workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
+    runtime = choose_runtime(opt.device, opt.precision, workers)
     print(f"Running on {runtime}", flush=True)
     return opt, runtime
 
@@ -158,6 +198,10 @@ def attack_arguments(opt):
     for name, default in defaults.items():
         if getattr(opt, name) != default:
             words += [f"--{name}", str(getattr(opt, name))]
+    for name in TRIGGER_OPTIONS:
+        value = getattr(opt, name)
+        if value not in (None, ENCODER):
+            words += [f"--{name}", *(value if isinstance(value, list) else [shown(value)])]
     return " ".join(words)
 
 

@@ -6,10 +6,12 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from utils.datasets import StreamedImages
 from utils.errors import UserError
+from utils.poisoning import paint, painter
 from utils.seeding import generator
-from utils.triggers import apply_trigger
 
 TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
 
@@ -18,16 +20,48 @@ TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
 class PoisonedSet:
     """A training set as the victim gets it, and what only an evaluation may look at.
 
-    ``images`` uint8 (N, H, W, 3), ``labels`` int64 (N,), ``index`` int64 (N,): the sample's place in the data set.
+    ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's place in the data set.
     ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them.
     """
 
-    images: np.ndarray
+    images: "np.ndarray | TriggeredImages"
     labels: np.ndarray
     true_labels: np.ndarray
     is_clean: np.ndarray
     index: np.ndarray
     digest: str
+
+
+class TriggeredImages:
+    """Streamed images, some of them with the trigger painted on when they are decoded; indexed like the array uint8
+    (N, H, W, 3) they stand for.
+
+    Args:
+        images: a `datasets.StreamedImages`; chosen: bool (N,), which carry the trigger; paint: see `poisoning.painter`.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, images, chosen, paint):
+        self.images, self.chosen, self.paint = images, chosen, paint
+
+    @property
+    def shape(self):
+        return self.images.shape
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        """uint8 (n, H, W, 3) of the chosen rows (a slice, indices or a mask)."""
+        images, chosen = self.images[rows], self.chosen[rows]
+        if chosen.any():
+            images[chosen] = self.paint(images[chosen])
+        return images
+
+    def subset(self, rows):
+        """The chosen rows, not decoded yet."""
+        return TriggeredImages(self.images.subset(rows), self.chosen[rows], self.paint)
 
 
 def attack_label(labels, target_type, target_label, num_classes):
@@ -58,29 +92,44 @@ def poisoned_indices(labels, target_type, target_label, poison_rate, seed):
 
 def poison_training_set(dataset, opt):
     """Poison a `Dataset`'s training images as the options say (trigger_type, target_type, target_label, poison_rate,
-    seed). Equal options give the same `PoisonedSet` in every step."""
-    labels = dataset.train_labels
+    seed, and the files that CL and SSBA need). Equal options give the same `PoisonedSet` in every step.
+
+    Raises:
+        UserError: for a target label that the data set lacks, a rate that poisons nothing, a missing file.
+    """
+    labels, classes = dataset.train_labels, dataset.spec.num_classes
+    if opt.target_label >= classes:
+        raise UserError(f"--target_label {opt.target_label}: {dataset.name} has the classes 0 to {classes - 1}")
     chosen = poisoned_indices(labels, opt.target_type, opt.target_label, opt.poison_rate, opt.seed)
-    images, new_labels = dataset.train_images.copy(), labels.copy()
-    images[chosen] = apply_trigger(opt.trigger_type, images[chosen], train=True, seed=opt.seed)
-    new_labels[chosen] = attack_label(labels[chosen], opt.target_type, opt.target_label, dataset.spec.num_classes)
     is_clean = np.ones(len(labels), dtype=bool)
     is_clean[chosen] = False
-    digest = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
+    if isinstance(dataset.train_images, StreamedImages):
+        if opt.trigger_type == "fourCornerTrigger" or opt.trigger_type == "SSBA" and opt.ssba_images:
+            raise UserError(
+                f"{dataset.name} is not held in memory, which CL and --ssba_images need; use another --trigger_type"
+            )
+        images = TriggeredImages(dataset.train_images, ~is_clean, painter(opt, train=True))
+    else:
+        images = dataset.train_images.copy()
+        images[chosen] = paint(dataset, opt, chosen, train=True)
+    new_labels = labels.copy()
+    new_labels[chosen] = attack_label(labels[chosen], opt.target_type, opt.target_label, classes)
+    # The first images tell other data, another picture or another network behind a trigger apart.
+    digest = hashlib.sha256(chosen.astype("<i8").tobytes() + images[chosen[:64]].tobytes()).hexdigest()
     return PoisonedSet(images, new_labels, labels, is_clean, np.arange(len(labels)), digest)
 
 
 @dataclass(frozen=True)
 class TestSets:
-    """The two test sets on the device: images uint8 (N, 3, H, W), labels int64 (N,).
+    """The two test sets: images uint8 (N, 3, H, W) on the device, or streamed; labels int64 (N,) on the device.
 
     ``triggered`` leaves out the target class for all2one and cleanLabel, whose images the attack has no use for.
     """
 
-    clean_images: torch.Tensor
+    clean_images: "torch.Tensor | StreamedImages"
     clean_labels: torch.Tensor
     in_paper: torch.Tensor  # bool (N,): whether the authors count this clean test image (not of the target class)
-    triggered_images: torch.Tensor | None
+    triggered_images: "torch.Tensor | TriggeredImages | None"
     attack_labels: torch.Tensor | None
     true_labels: torch.Tensor | None
 
@@ -90,23 +139,92 @@ def make_test_sets(dataset, opt, runtime, attack=True):
     labels = dataset.test_labels
     everything = not attack or opt.target_type == "all2all"
     in_paper = np.ones_like(labels, dtype=bool) if everything else labels != opt.target_label
-    clean = [to_device(dataset.test_images, runtime), torch.from_numpy(labels).to(runtime.device)]
+    clean = [hold(dataset.test_images, runtime), torch.from_numpy(labels).to(runtime.device)]
     clean.append(torch.from_numpy(in_paper).to(runtime.device))
     if not attack:
         return TestSets(*clean, None, None, None)
-    triggered = apply_trigger(opt.trigger_type, dataset.test_images[in_paper], train=False, seed=opt.seed)
-    wanted = attack_label(labels[in_paper], opt.target_type, opt.target_label, dataset.spec.num_classes)
+    rows = np.flatnonzero(in_paper)
+    if isinstance(dataset.test_images, StreamedImages):
+        everyone = np.ones(len(rows), dtype=bool)
+        triggered = TriggeredImages(dataset.test_images.subset(rows), everyone, painter(opt, train=False))
+    else:
+        triggered = paint(dataset, opt, rows, train=False)
+    wanted = attack_label(labels[rows], opt.target_type, opt.target_label, dataset.spec.num_classes)
     return TestSets(
         *clean,
-        to_device(triggered, runtime),
+        hold(triggered, runtime),
         torch.from_numpy(wanted).to(runtime.device),
-        torch.from_numpy(labels[in_paper]).to(runtime.device),
+        torch.from_numpy(labels[rows]).to(runtime.device),
     )
 
 
 def to_device(images, runtime):
     """Images uint8 (N, H, W, 3) in memory -> uint8 tensor (N, 3, H, W) on the device."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(runtime.device)
+
+
+def hold(images, runtime):
+    """An array goes to the device whole (see `to_device`); streamed images stay where they are."""
+    return to_device(images, runtime) if isinstance(images, np.ndarray) else images
+
+
+def fetch(held, splits, runtime, change=None):
+    """Yield the images of each of ``splits`` on the device: uint8 (B, 3, H, W), or what ``change`` makes of them.
+
+    Args:
+        held: what `hold` gave; splits: list of int64 tensors (B,), the rows of each batch;
+        runtime: a `device.Runtime`, whose ``workers`` processes decode and change streamed images;
+        change: ``(images, rows)`` -> images, or None.
+    """
+    if isinstance(held, torch.Tensor):
+        for rows in splits:
+            images = held[rows.to(held.device)]
+            yield change(images, rows) if change else images
+        return
+    loader = DataLoader(
+        _Stream(held, splits, change),
+        batch_size=None,  # an item is a batch already
+        num_workers=runtime.workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
+    for images in loader:
+        yield images.to(runtime.device, non_blocking=True)
+
+
+def evaluation_splits(held):
+    """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 500 images, of a side above 64 pixels
+    as many as take no more memory. A list of int64 tensors."""
+    return list(torch.arange(len(held)).split(max(1, min(500, 500 * 64**2 // held.shape[2] ** 2))))
+
+
+class _Stream(Dataset):
+    """Batch number b as item b, for the workers of a DataLoader."""
+
+    def __init__(self, images, splits, change):
+        self.images, self.splits, self.change = images, splits, change
+
+    def __len__(self):
+        return len(self.splits)
+
+    def __getitem__(self, batch):
+        rows = self.splits[batch]
+        images = torch.from_numpy(self.images[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+        return self.change(images, rows) if self.change else images
+
+
+class Views:
+    """Augmented views of a batch, as a function ``(images, rows)`` that a worker process can be given.
+
+    Args:
+        augmentation: an object of `transforms`; tables: what its ``draw`` gave, one for each view.
+    """
+
+    def __init__(self, augmentation, tables):
+        self.augmentation, self.tables = augmentation, tables
+
+    def __call__(self, images, rows):
+        views = [self.augmentation.apply(images, {k: v[rows] for k, v in table.items()}) for table in self.tables]
+        return torch.cat(views) if len(views) > 1 else views[0]
 
 
 class Normalize:
@@ -122,13 +240,13 @@ class Normalize:
 
 
 class Batches:
-    """Shuffled, augmented, normalised batches from images that live on the device as uint8.
+    """Shuffled, augmented, normalised batches from images that live on the device as uint8, or are streamed.
 
     Order and augmentation are functions of (seed, name, epoch, sample) alone, so an interrupted run continues with the
     same batches and no generator's state needs to be kept.
 
     Args:
-        images: uint8 (N, H, W, 3); labels: int64 (N,).
+        images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,).
         spec: the data set's `datasets.Spec`.
         runtime: a `device.Runtime`.
         batch_size: samples a batch; a last batch of one sample is left out, for batch statistics need two.
@@ -139,7 +257,7 @@ class Batches:
     """
 
     def __init__(self, images, labels, spec, runtime, batch_size, seed, name, augmentation=None, views=1, extra=None):
-        self.images = to_device(images, runtime)
+        self.images, self.runtime = hold(images, runtime), runtime
         self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(runtime.device)
         self.extra = (
             None if extra is None else torch.from_numpy(np.ascontiguousarray(extra, dtype=np.int64)).to(runtime.device)
@@ -158,17 +276,13 @@ class Batches:
         samples before the second of all; int64 (B,); int64 (B,) or None."""
         count = len(self.labels)
         order = torch.from_numpy(generator(self.seed, "order", self.name, number).permutation(count))
-        drawn = []
+        change = None
         if self.augmentation:
-            for view in range(self.views):
-                rng = generator(self.seed, "augmentation", self.name, number, view)
-                drawn.append(self.augmentation.draw(rng, count))
-        for batch in range(len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            on_device = rows.to(self.images.device)
-            images = self.images[on_device]
-            if self.augmentation:
-                views = [self.augmentation.apply(images, {k: v[rows] for k, v in table.items()}) for table in drawn]
-                images = torch.cat(views) if self.views > 1 else views[0]
+            names = ("augmentation", self.name, number)
+            tables = [self.augmentation.draw(generator(self.seed, *names, view), count) for view in range(self.views)]
+            change = Views(self.augmentation, tables)
+        splits = list(order.split(self.batch_size))[: len(self)]
+        for rows, images in zip(splits, fetch(self.images, splits, self.runtime, change), strict=True):
+            on_device = rows.to(self.labels.device)
             extra = None if self.extra is None else self.extra[on_device]
             yield self.normalize(images), self.labels[on_device], extra

@@ -1,11 +1,12 @@
-"""Data sets as plain uint8 arrays; nothing here knows of attacks or options."""
+"""Data sets as plain uint8 arrays, or as images decoded when they are asked for; nothing here knows of attacks or
+options."""
 
 import hashlib
 import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +15,111 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError, nearest_existing
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json, write_json
 from utils.paths import ROOT
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a data set looks like: class count, image side in pixels, channel means and standard deviations in [0, 1],
-    horizontal flip and rotation (degrees) of its usual augmentation(paper appendix, authors' loaders)."""
+    """What a data set looks like and how it is usually augmented (paper appendix, authors' loaders).
+
+    Class count, image side in pixels, channel means and standard deviations in [0, 1]; horizontal flip in unlearning
+    and relearning; rotation (degrees), padding (pixels) of the random crop, and flip in training; whether images of
+    another size are resized (else they are refused); whether images are decoded when needed (else held in memory);
+    names of the folder and of its split for tests.
+    """
 
     num_classes: int
     size: int
     mean: tuple
     std: tuple
-    flip_relearn: bool  # whether unlearning and relearning flip images, as the authors do for CIFAR-10 alone
+    flip_relearn: bool = False
     rotation: float = 0
+    padding: int = 4
+    flip: bool = True
+    resize: bool = False
+    streamed: bool = False
+    folder: str = ""
+    test: str = "test"
 
+
+TINY = {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2302, 0.2265, 0.2262)}  # the authors' for both of ImageNet's sets
 
 DATASETS = {
-    "cifar10": Spec(10, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), True),
-    "cifar100": Spec(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False, rotation=15),
+    "cifar10": Spec(10, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), flip_relearn=True),
+    "cifar100": Spec(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), rotation=15),
     # Mean and standard deviation of the 10 000 bundled training images after padding.
-    "fashion": Spec(10, 32, (0.2195, 0.2195, 0.2195), (0.3327, 0.3327, 0.3327), False),
+    "fashion": Spec(10, 32, (0.2195, 0.2195, 0.2195), (0.3327, 0.3327, 0.3327)),
+    # Traffic signs are not mirrored: a left turn would become a right turn.
+    "gtsrb": Spec(43, 32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669), flip=False, resize=True),
+    "tiny": Spec(200, 64, **TINY, padding=8),
+    "imagenet": Spec(
+        200, 224, **TINY, rotation=20, padding=0, resize=True, streamed=True, folder="sub-imagenet-200", test="val"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, H, W, 3), labels int64 (N,), training and test; ``classes`` are the names in label order."""
+    """Images uint8 (N, H, W, 3), labels int64 (N,), training and test; ``classes`` are the names in label order.
+
+    The images are arrays, or `StreamedImages` where the spec says ``streamed``.
+    """
 
     name: str
     spec: Spec
     classes: list
-    train_images: np.ndarray
+    train_images: "np.ndarray | StreamedImages"
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_images: "np.ndarray | StreamedImages"
     test_labels: np.ndarray
     source: str
 
 
-def load_dataset(name, data_root):
+class StreamedImages:
+    """Image files that stand where an array uint8 (N, H, W, 3) stands: indexing decodes, and resizes to H = W.
+
+    Args:
+        files: paths of the images; size: side in pixels.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, files, size):
+        self.files, self.size = np.asarray([os.fspath(file) for file in files]), size
+
+    @property
+    def shape(self):
+        return (len(self.files), self.size, self.size, 3)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        """uint8 (n, H, W, 3) of the chosen rows (a slice, indices or a mask)."""
+        files = self.files[rows]
+        images = np.empty((len(files), self.size, self.size, 3), dtype=np.uint8)
+        for place, file in enumerate(files):
+            images[place] = decode(file, self.size, resize=True)
+        return images
+
+    def subset(self, rows):
+        """The chosen rows, not decoded yet."""
+        return StreamedImages(self.files[rows], self.size)
+
+
+def load_dataset(name, data_root, strict=False):
     """Load a data set by its name in `DATASETS`.
 
-    CIFAR is looked for as torchvision's files, then as an image folder ``<data_root>/<name>/{train,test}/<class>/*``,
-    and is downloaded by torchvision where there is neither. ``fashion`` comes with the repository.
+    An image folder ``<data_root>/<name>/{train,test}/<class>/*`` comes first; CIFAR and GTSRB are else taken from
+    torchvision's files there, and downloaded by torchvision where there are none. Tiny-ImageNet may have the layout in
+    which it is handed out. ``imagenet`` is ``<data_root>/sub-imagenet-200/{train,val}`` and is not held in memory; any
+    number of classes is taken there. ``fashion`` comes with the repository.
+
+    Args:
+        name, data_root: which data set, where; strict: refuse a broken file of a streamed data set, not skip it.
 
     Returns:
         A `Dataset`.
@@ -67,13 +127,20 @@ def load_dataset(name, data_root):
     Raises:
         UserError: where the files are missing, broken, or not those of this data set.
     """
-    folder = Path(data_root) / name
     spec = DATASETS[name]
+    folder = Path(data_root) / (spec.folder or name)
     if name == "fashion":
         return _load_fashion(folder, spec)
+    if spec.streamed:
+        return _load_streamed(name, folder, spec, strict)
     if (folder / "train").is_dir():
         return _load_image_folder(name, folder, spec)
-    return _load_torchvision(name, folder, spec)
+    if name in TORCHVISION:
+        return _load_torchvision(name, folder, spec)
+    raise UserError(
+        f"{name} is not under {folder}: unpack it there, as {folder}/train/<class>/* and {folder}/{spec.test}/<class>/*, "
+        f"or choose another --data_root. Nearest existing path: {nearest_existing(folder)}"
+    )
 
 
 def _load_fashion(folder, spec):
@@ -95,32 +162,49 @@ def _load_fashion(folder, spec):
     return Dataset("fashion", spec, classes, source="bundled", **arrays)
 
 
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "gtsrb": "GTSRB"}
+
+
 def _load_torchvision(name, folder, spec):
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    advice = (
-        f"{name} is not under {folder} and could not be downloaded; put an image folder "
-        f"{folder}/{{train,test}}/<class>/*.png there, or the files of torchvision.datasets.{kind.__name__}, "
-        f"or choose another --data_root. Nearest existing path: {nearest_existing(folder)}"
-    )
+    kind = getattr(torchvision.datasets, TORCHVISION[name])
+    there = folder.exists()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of an alignment that old torchvision files carry
-            train, test = (kind(folder, train=split, download=True) for split in (True, False))
+            if name == "gtsrb":
+                parts = [kind(folder, split=split, download=True) for split in ("train", "test")]
+                pairs = [[(Path(file), label) for file, label in part._samples] for part in parts]
+            else:
+                parts = [kind(folder, train=split, download=True) for split in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{advice} ({error})") from None
-    labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
-    return Dataset(name, spec, train.classes, train.data, labels[0], test.data, labels[1], "torchvision")
+        if not there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # torchvision makes it before it downloads
+        raise UserError(
+            f"{name} is not under {folder} and could not be downloaded; put an image folder "
+            f"{folder}/{{train,test}}/<class>/*.png there, or the files of torchvision.datasets.{TORCHVISION[name]}, "
+            f"or choose another --data_root. Nearest existing path: {nearest_existing(folder)} ({error})"
+        ) from None
+    if name == "gtsrb":
+        classes = [str(label) for label in range(spec.num_classes)]
+        images = [
+            _decode_cached(folder, split, [file for file, _ in part], spec)
+            for split, part in zip(("train", "test"), pairs, strict=True)
+        ]
+        labels = [np.asarray([label for _, label in part], dtype=np.int64) for part in pairs]
+    else:
+        classes, images = parts[0].classes, [part.data for part in parts]
+        labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
+    return Dataset(name, spec, classes, images[0], labels[0], images[1], labels[1], "torchvision")
 
 
 def _load_image_folder(name, folder, spec):
-    classes = None
-    arrays = {}
-    for split in ("train", "test"):
-        files, labels, names = _list_images(folder / split)
+    classes, arrays = None, {}
+    for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):
+        files, labels, names = _list_split(place, classes)
         if classes not in (None, names):
-            raise UserError(f"{folder}: the classes under train and test differ: {classes} and {names}")
+            raise UserError(f"{folder}: the classes under train and {place.name} differ: {classes} and {names}")
         classes = names
-        arrays[f"{split}_images"] = _decode_cached(folder, split, files, spec.size)
+        arrays[f"{split}_images"] = _decode_cached(folder, split, files, spec)
         arrays[f"{split}_labels"] = labels
     if len(classes) != spec.num_classes:
         raise UserError(
@@ -129,8 +213,85 @@ def _load_image_folder(name, folder, spec):
     return Dataset(name, spec, classes, source="image folder", **arrays)
 
 
+def _test_folder(folder, spec):
+    """The folder of the test images: under the name the data set usually has, else ``test`` or ``val``."""
+    for name in (spec.test, "test", "val"):
+        if (folder / name / "val_annotations.txt").is_file() or (folder / name).is_dir():
+            return folder / name
+    return folder / spec.test
+
+
+def _list_split(folder, classes):
+    """`_list_images`, or Tiny-ImageNet's own layout: ``images/`` with ``val_annotations.txt`` beside it."""
+    listing = folder / "val_annotations.txt"
+    if not listing.is_file():
+        return _list_images(folder)
+    number = {name: label for label, name in enumerate(classes)}
+    try:
+        rows = [line.split("\t")[:2] for line in listing.read_text().splitlines() if line.strip()]
+        labels = [number[name] for _, name in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{listing} does not name a file and one of the classes under train a line ({error})") from None
+    return [folder / "images" / file for file, _ in rows], np.asarray(labels, dtype=np.int64), classes
+
+
+def _load_streamed(name, folder, spec, strict):
+    if not (folder / "train").is_dir():
+        raise UserError(
+            f"no folder {folder / 'train'}; make it from your copy of ImageNet with: "
+            f"python tools/build_imagenet_subset.py --imagenet DIR. Nearest existing path: {nearest_existing(folder)}"
+        )
+    parts, classes = [], None
+    for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):
+        files, labels, names = _list_images(place)
+        if classes not in (None, names):
+            raise UserError(f"{folder}: the classes under train and {place.name} differ: {classes} and {names}")
+        classes = names
+        broken = set(_broken_cached(folder, split, files))
+        if broken:
+            shown = ", ".join(sorted(broken)[:5]) + (" and more" if len(broken) > 5 else "")
+            if strict:
+                raise UserError(
+                    f"{len(broken)} of the images in {place} cannot be read: {shown}; remove or replace them"
+                )
+            print(f"Warning: {len(broken)} of {len(files)} images in {place} cannot be read and are skipped: {shown}")
+        whole = [place for place, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken]
+        if len(np.unique(labels[whole])) != len(classes):
+            raise UserError(f"{place}: some class has no image that can be read")
+        parts += [StreamedImages([files[place] for place in whole], spec.size), labels[whole]]
+    if len(classes) != spec.num_classes:
+        print(f"{folder} holds {len(classes)} classes (the paper's subset has {spec.num_classes})")
+        spec = replace(spec, num_classes=len(classes))
+    return Dataset(name, spec, classes, *parts, "image folder, streamed")
+
+
+def _broken_cached(folder, split, files):
+    """Files (str, relative to ``folder``) that cannot be decoded; all are tried once, and again when one changes."""
+    digest, cache = _listing_digest(folder, files), folder / f".checked_{split}.json"
+    try:
+        record = read_json(cache) or {}
+    except UserError:
+        record = {}  # damaged: check again
+    if record.get("digest") == digest and isinstance(record.get("broken"), list):
+        return record["broken"]
+
+    def fails(file):
+        try:
+            decode(file, 32, resize=True)
+        except UserError:
+            return os.fspath(file.relative_to(folder))
+
+    broken = [file for file in _in_threads(fails, files, f"checking {split}") if file]
+    try:
+        write_json(cache, {"digest": digest, "broken": broken})
+    except UserError as error:
+        print(f"The check is not remembered: {error}")
+    return broken
+
+
 def _list_images(folder):
-    """Files of ``folder/<class>/*`` sorted by class and name, their labels (int64) and the class names."""
+    """Files of ``folder/<class>/*`` (or ``folder/<class>/images/*``) sorted by class and name, their labels (int64) and
+    the class names."""
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder} with one folder of images a class. Nearest existing path: {nearest_existing(folder)}"
@@ -138,9 +299,10 @@ def _list_images(folder):
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files, labels = [], []
     for label, name in enumerate(names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        place = folder / name / "images" if (folder / name / "images").is_dir() else folder / name
+        found = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise UserError(f"the class folder {folder / name} holds no .png or .jpg file")
+            raise UserError(f"the class folder {folder / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         files += found
         labels += [label] * len(found)
     if not files:
@@ -148,34 +310,56 @@ def _list_images(folder):
     return files, np.asarray(labels, dtype=np.int64), names
 
 
-def _decode_cached(folder, split, files, size):
-    """Decode ``files`` to uint8 (N, size, size, 3), once: the array is kept beside the folder until a file changes."""
+def decode(path, size, resize):
+    """Decode an image file to uint8 (size, size, 3); grey, palette and transparent images become RGB.
+
+    Args:
+        path: the file; size: side in pixels; resize: whether another size is resized (bilinear) or refused.
+
+    Raises:
+        UserError: for a file that is no image, damaged, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.size == (size, size):
+                return np.asarray(image.convert("RGB"))
+            if not resize:
+                raise UserError(f"{path} is {image.size[0]}x{image.size[1]} pixels; this data set has {size}x{size}")
+            image.draft("RGB", (size, size))  # a JPEG is then decoded at a fraction of its size
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
+
+
+def _in_threads(function, files, title):
+    """``function`` of every file, in order, with a progress bar."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, files), title, len(files), unit=" images", disable=None))
+
+
+def _listing_digest(folder, files):
     listing = "\n".join(
         f"{path.relative_to(folder)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in files
     )
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    cache = folder / f".decoded_{split}_{size}.npz"
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _decode_cached(folder, split, files, spec):
+    """Decode ``files`` to uint8 (N, size, size, 3), once: the array is kept beside the folder until a file changes."""
+    try:
+        digest = _listing_digest(folder, files)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); the listing of {folder} names it"
+        ) from None
+    cache = folder / f".decoded_{split}_{spec.size}.npz"
     try:
         with np.load(cache, allow_pickle=False) as stored:
             if str(stored["digest"]) == digest:
                 return stored["images"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # no cache, or not one of ours: decode again
-
-    def decode(path):
-        try:
-            with Image.open(path) as image:
-                if image.size != (size, size):
-                    raise UserError(
-                        f"{path} is {image.size[0]}x{image.size[1]} pixels; this data set has {size}x{size}"
-                    )
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(decode, files), f"decoding {split}", len(files), unit=" images", disable=None)
-        images = np.stack(list(progress))
+    images = np.stack(_in_threads(lambda file: decode(file, spec.size, spec.resize), files, f"decoding {split}"))
     try:
         with atomic_write(cache) as file:
             np.savez(file, images=images, digest=digest)

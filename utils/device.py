@@ -13,10 +13,12 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a network runs: a torch device and the dtype of autocast (float32 means no autocast)."""
+    """Where and how a network runs: a torch device, the dtype of autocast (float32 means no autocast), and how many
+    processes decode the images of a data set that is streamed from disk."""
 
     device: torch.device
     dtype: torch.dtype
+    workers: int = 0
 
     def place(self, model):
         """The model on the device, its weights in channels_last, which convolutions prefer on CPUs and CUDA."""
@@ -31,12 +33,13 @@ class Runtime:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose_runtime(device="auto", precision="auto"):
-    """Turn the options ``--device`` and ``--precision`` into a `Runtime`.
+def choose_runtime(device="auto", precision="auto", workers=0):
+    """Turn the options ``--device``, ``--precision`` and ``--workers`` into a `Runtime`.
 
     Args:
         device: auto (cuda, else mps, else cpu) or any name torch knows, such as cpu or cuda:1.
         precision: auto (bfloat16 where the hardware computes in it, else float32), float32 or bfloat16.
+        workers: processes that decode streamed images; 0: this one.
 
     Raises:
         UserError: for a device this machine has not.
@@ -53,7 +56,7 @@ def choose_runtime(device="auto", precision="auto"):
         _keep_freed_memory()
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(place) else "float32"
-    return Runtime(place, getattr(torch, precision))
+    return Runtime(place, getattr(torch, precision), workers)
 
 
 def _computes_bfloat16(device):

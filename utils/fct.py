@@ -9,7 +9,7 @@ import torch
 from models import build_model
 from utils import args
 from utils.checkpoints import identity, latest_checkpoint, load_checkpoint, load_weights, refuse_other_data
-from utils.dataloader_bd import Normalize, to_device
+from utils.dataloader_bd import Normalize, fetch, hold
 from utils.device import Runtime
 from utils.engine import progress
 from utils.errors import UserError, require_file
@@ -28,7 +28,8 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
 
     Args:
         model: a network with ``features``; it is put into evaluation mode.
-        images: uint8 (N, H, W, 3); spec: the data set's `datasets.Spec`; runtime: a `device.Runtime`.
+        images: uint8 (N, H, W, 3), an array or streamed; spec: the data set's `datasets.Spec`; runtime: a
+        `device.Runtime`.
         trans1, trans2: see `transforms.Tau`; draws: how many draws of tau are averaged.
         batch_size: images a forward pass; the values do not depend on it but for the last bits.
 
@@ -39,15 +40,15 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     normalize = Normalize(spec, runtime.device)
     tau = Tau(trans1, trans2, images.shape[1])
     tables = [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws)]
-    on_device = to_device(images, runtime)
+    held = hold(images, runtime)
 
     def features(batch):
         with runtime.autocast():
             return model.features(normalize(batch)).float()
 
     fct, norms = [], []
-    for rows in progress(torch.arange(len(images)).split(batch_size), "FCT", -(-len(images) // batch_size)):
-        batch = on_device[rows.to(runtime.device)]
+    splits = list(torch.arange(len(images)).split(batch_size))
+    for rows, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
         plain = features(batch)
         total = 0
         for table in tables:
@@ -89,7 +90,7 @@ def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":
-        runtime = Runtime(runtime.device, torch.float32)
+        runtime = Runtime(runtime.device, torch.float32, runtime.workers)
     options = {"trans1": opt.trans1, "trans2": opt.trans2, "draws": opt.draws, "batch_size": opt.batch_size}
     fct, norms = compute_fct(runtime.place(model), poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
     if not np.isfinite(fct).all():

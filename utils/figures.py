@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from utils.files import atomic_write
-from utils.triggers import apply_trigger
+from utils.poisoning import paint
 
 CLEAN, POISONED = "#3b6fb6", "#d1495b"
 
@@ -31,12 +31,8 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
     rows = rows[np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int)]
     clean, triggered = dataset.train_images[rows], poisoned.images[rows]
     difference = np.clip(128 + 10 * (triggered.astype(int) - clean), 0, 255).astype(np.uint8)
-    test = apply_trigger(
-        opt.trigger_type,
-        dataset.test_images[:: max(1, len(dataset.test_images) // columns)][:columns],
-        train=False,
-        seed=opt.seed,
-    )
+    step = max(1, len(dataset.test_images) // columns)
+    test = paint(dataset, opt, np.arange(len(dataset.test_images))[::step][:columns], train=False)
 
     kinds = [("clean", clean), ("poisoned", triggered), ("difference x 10", difference), ("triggered test", test)]
     figure, axes = plt.subplots(4, columns, figsize=(1.25 * columns, 6.2), layout="constrained", squeeze=False)

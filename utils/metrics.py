@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-EVALUATION_BATCH = 500
+from utils.dataloader_bd import evaluation_splits, fetch
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def evaluate(classify, tests, normalize, runtime):
 
     def predict(images):
         parts = []
-        for batch in images.split(EVALUATION_BATCH):
+        for batch in fetch(images, evaluation_splits(images), runtime):
             with runtime.autocast():
                 parts.append(classify(normalize(batch)).argmax(1))
         return torch.cat(parts)

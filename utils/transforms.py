@@ -152,6 +152,11 @@ class CropFlip:
     def __init__(self, size, padding=4, flip=True, rotation=0):
         self.size, self.padding, self.flip, self.rotation = size, padding, flip, rotation
 
+    @classmethod
+    def of(cls, spec):
+        """The usual augmentation of a data set (`datasets.Spec`)."""
+        return cls(spec.size, spec.padding, spec.flip, spec.rotation)
+
     def draw(self, rng, count):
         parameters = {
             "down": rng.integers(-self.padding, self.padding + 1, count),

@@ -1,0 +1,51 @@
+"""torchvision's ImageNet weights, or a file of such weights."""
+
+import pickle
+from urllib.error import URLError
+
+import torch
+import torchvision
+
+from utils.errors import UserError, require_file
+
+NAMES = {"resnet18": "ResNet18_Weights", "resnet34": "ResNet34_Weights", "resnet50": "ResNet50_Weights"}
+
+
+def load_pretrained(model, name, source):
+    """Start a network with the 7x7 stem from weights trained on ImageNet; the last layer keeps its own.
+
+    Args:
+        model: a `resnet.ResNet`; name: its name in `resnet.MODELS`; source: "imagenet" (torchvision's IMAGENET1K_V1,
+        downloaded once), "none", or the path of a state dict such as torchvision hands out.
+
+    Raises:
+        UserError: where there are no such weights, they cannot be downloaded, or do not fit.
+    """
+    if source == "none":
+        return
+    advice = "give --pretrained none to start from random weights, or the path of a file of weights"
+    if source == "imagenet":
+        if name not in NAMES:
+            raise UserError(f"torchvision has no ImageNet weights of {name}; {advice}")
+        weights = getattr(torchvision.models, NAMES[name]).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(f"cannot download torchvision's weights of {name} ({error}); {advice}") from None
+    else:
+        command = f"curl -O {getattr(torchvision.models, NAMES.get(name, 'ResNet18_Weights')).IMAGENET1K_V1.url}"
+        try:
+            state = torch.load(require_file(source, command), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(f"{source} holds more than plain tensors, or is damaged; it was not opened") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can fail in the reader in any way
+            raise UserError(f"{source} is no file of weights ({type(error).__name__}); {advice}") from None
+    own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+    try:
+        model.load_state_dict({**{key: value for key, value in state.items() if not key.startswith("fc.")}, **own})
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the weights in {source} do not fit {name}: {' '.join(str(error).splitlines()[:2])[:300]}"
+        ) from None

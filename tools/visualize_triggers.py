@@ -1,0 +1,53 @@
+"""Draw the gallery of triggers: for each a clean image, the triggered one, and ten times their difference.
+
+Training images are shown; below them, for the triggers that are stronger at test time, the triggered test image. The
+adversarial perturbation of CL is left out, for it needs a benign model (see samples.png of its training step).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from utils import args
+from utils.figures import save_figure
+from utils.errors import run_script
+from utils.files import make_folder
+from utils.paths import ROOT, shown
+from utils.triggers import TRIGGERS, apply_trigger
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    parser.set_defaults(dataset="fashion")
+    parser.add_argument("--index", type=args.natural, default=0, help="which training image")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/triggers.png", help="the picture")
+    return parser
+
+
+def main(argv=None):
+    opt = args.parse(get_parser(), argv)
+    dataset = args.load_data(opt)
+    clean = dataset.train_images[opt.index % len(dataset.train_images) :][:1]
+    figure, axes = plt.subplots(4, len(TRIGGERS), figsize=(1.25 * len(TRIGGERS), 5.6), layout="constrained")
+    for column, name in enumerate(TRIGGERS):
+        train, test = (apply_trigger(name, clean, train=kind, seed=opt.seed) for kind in (True, False))
+        difference = np.clip(128 + 10 * (train.astype(int) - clean), 0, 255).astype(np.uint8)
+        for axis, picture in zip(axes[:, column], (clean, train, difference, test), strict=True):
+            axis.imshow(picture[0], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0, column].set_title(name.replace("Trigger", "\nTrigger"), fontsize=7)
+    for axis, kind in zip(axes[:, 0], ("clean", "training", "difference x 10", "test"), strict=True):
+        axis.set_ylabel(kind, fontsize=9)
+    make_folder(opt.out.absolute().parent)
+    save_figure(figure, opt.out)
+    print(f"The picture is {shown(opt.out)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

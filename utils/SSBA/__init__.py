@@ -1,0 +1,1 @@
+"""SSBA: a sample-specific invisible trigger, trained and run in PyTorch."""

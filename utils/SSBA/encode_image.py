@@ -1,0 +1,91 @@
+"""Hide the secret of a trained encoder in images of any size, and read it from them."""
+
+import pickle
+import warnings
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils.errors import UserError, require_file
+from utils.paths import ROOT, shown
+from utils.SSBA.model import SIZE, Decoder, Encoder
+
+ENCODER = ROOT / "trigger/ssba_encoder.pt"
+COMMAND = "python tools/train_ssba.py --dataset fashion cifar10"
+BATCH = 128
+
+
+def encode_images(images, path=ENCODER):
+    """Add to every image the residual that hides the encoder's fixed secret.
+
+    Images of another size than the encoder's are shrunk for it to look at, and its residual is enlarged (both
+    bilinear). Computed in float64 on the CPU, so that every machine rounds to the same bytes.
+
+    Args:
+        images: uint8 (N, H, W, 3), untouched; path: file that ``tools/train_ssba.py`` wrote.
+
+    Returns:
+        A new uint8 array (N, H, W, 3).
+
+    Raises:
+        UserError: where the file is missing, damaged or not an encoder.
+    """
+    encoder, _, secret = load_networks(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    result = np.empty_like(images)
+    with torch.inference_mode():
+        for start in range(0, len(images), BATCH):
+            batch = as_floats(images[start : start + BATCH])
+            residual = encoder(_resize(batch, (SIZE, SIZE)), secret.expand(len(batch), -1))
+            changed = (255 * (batch + _resize(residual, batch.shape[2:]))).round().clamp(0, 255)
+            result[start : start + BATCH] = changed.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return result
+
+
+def decode_images(images, path=ENCODER):
+    """The bits that the decoder reads in uint8 images (N, H, W, 3), and the secret: bool (N, BITS) and (BITS,).
+
+    Raises:
+        UserError: where the file is missing, damaged or not an encoder.
+    """
+    _, decoder, secret = load_networks(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    with torch.inference_mode():
+        parts = [
+            decoder(_resize(as_floats(images[start : start + BATCH]), (SIZE, SIZE))) > 0
+            for start in range(0, len(images), BATCH)
+        ]
+    return torch.cat(parts).numpy(), secret[0].bool().numpy()
+
+
+def as_floats(images):
+    """uint8 (N, H, W, 3) -> float64 tensor (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+
+
+def _resize(images, size):
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+@lru_cache(maxsize=2)
+def load_networks(path, changed=0):
+    """(encoder, decoder, secret float64 (1, BITS)) of a file; ``changed`` (its time) makes a replaced file count."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(require_file(path, COMMAND), map_location="cpu", weights_only=True)
+        encoder, decoder = Encoder(), Decoder()
+        encoder.load_state_dict(content["encoder"])
+        decoder.load_state_dict(content["decoder"])
+        secret = content["secret"].double()[None]
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{shown(path)} holds more than plain tensors, or is damaged; it was not opened") from None
+    except Exception as error:  # a damaged file can fail in the reader in any way
+        raise UserError(
+            f"{shown(path)} is no SSBA encoder, or damaged ({type(error).__name__}). Make it with: {COMMAND}"
+        ) from None
+    return encoder.double().eval(), decoder.double().eval(), secret
