@@ -20,14 +20,24 @@ from utils import args
 from utils.checkpoints import plain_options
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, write_json, write_rows
-from utils.paths import ROOT, attack_and_ratios, backdoored_folder, secure_folder, separated_folder, shown
+from utils.paths import ROOT, attack_and_ratios, backdoored_folder, benign_folder, secure_folder, separated_folder, shown
 
 # Rows of the paper's tables: (target_type, trigger_type).
 ROWS = {
     "BadNets-all2one": ("all2one", "gridTrigger"),
     "BadNets-all2all": ("all2all", "squareTrigger"),
+    "Trojan": ("all2one", "trojanTrigger"),
     "Blend-Strip": ("all2one", "signalTrigger"),
+    "Blend-Kitty": ("all2one", "kittyTrigger"),
     "SIG": ("cleanLabel", "sigTrigger"),
+    "CL": ("cleanLabel", "fourCornerTrigger"),
+    "SSBA": ("all2one", "SSBA"),
+}
+ON_IMAGENET = {  # the rows that the paper has there, and its triggers
+    "BadNets-all2one": "squareTrigger_imagenet",
+    "Blend-Strip": "signalTrigger_imagenet",
+    "Blend-Kitty": "kittyTrigger",
+    "SSBA": "SSBA",
 }
 
 # Options of each step besides those of data set and attack. "paper": as the user's document gives them.
@@ -39,7 +49,9 @@ PRESETS = {
         "tau": "",
         "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
         "separate_samples": "",
+        "train_clean_withTrans": "--epochs 200",
         "train_attack_withTrans": "--epochs 200",
+        "train_attack_withTrans_imagenet": "--epochs 25 --lr 0.001 --gamma 0.1 --schedule 15 20",
         "unlearn_relearn": "--epochs 20",
         "train_extractor": "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512",
         "train_classifier": "--epochs 10 --learning_rate 5 --batch_size 512",
@@ -51,6 +63,7 @@ PRESETS = {
         "tau": "--trans1 flip --trans2 none",
         "ratios": "--clean_ratio 0.4 --poison_ratio 0.05",
         "separate_samples": "--clean_per_class",
+        "train_clean_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
         "train_attack_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
         "unlearn_relearn": "--epochs 14 --lr 0.0004 --batch_size 64",
         "train_extractor": "--epochs 12 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
@@ -88,7 +101,7 @@ class Step:
         made_with, wanted = record.get("options", {}), plain_options(self.options())
         if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
             return False  # interrupted
-        no_matter = {"device", "precision", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
+        no_matter = {"device", "precision", "workers", "strict", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
         compared = (made_with.keys() & wanted.keys()) - no_matter
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
 
@@ -128,10 +141,22 @@ def typed(path):
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
+def without_attack(words):
+    """The places in ``words`` (options, each followed by one value) that a step on clean data takes."""
+    taken = {f"--{name}" for name in ("dataset", "model", "seed", "data_root", "output_root")}
+    return [place + i for place in range(0, len(words), 2) if words[place] in taken for i in (0, 1)]
+
+
 def resolve(opt):
     """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
     target_type, trigger_type = ROWS[opt.row]
     dataset, model = PRESET_DATA.get(opt.preset, ("cifar10", "resnet18"))
+    if (opt.dataset or dataset) == "imagenet":
+        if opt.row not in ON_IMAGENET:
+            raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
+        trigger_type = ON_IMAGENET[opt.row]
+        if "D-ST" in opt.defences:
+            raise UserError("ST is not built for imagenet, and the paper's table has D-BR alone; add --defences D-BR")
     words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
     if target_type != "all2one":
         words += ["--target_type", target_type]
@@ -170,7 +195,14 @@ def plan(opt):
         add(name, f"{name}.py", preset[name], folder / f"{epochs(name) - 1}.tar", folder / "options.json", needs)
         return steps[name].output
 
-    train("train_attack_noTrans", "noTrans")
+    if resolved.trigger_type == "fourCornerTrigger":
+        folder, clean = benign_folder(resolved), [words[i] for i in without_attack(words)]
+        more = preset["train_clean_withTrans"]
+        output = folder / f"{epochs('train_clean_withTrans') - 1}.tar"
+        steps["train_clean_withTrans"] = Step(
+            "train_clean_withTrans.py", [*clean, *more, *where], output, folder / "options.json", []
+        )
+    train("train_attack_noTrans", "noTrans", ["train_clean_withTrans"] * ("train_clean_withTrans" in steps))
     features = train("finetune_attack_noTrans", "noTrans_ftsimi", ["train_attack_noTrans"])
     fct = features.with_name(f"{features.stem}_fct.json")
     tau, picture = preset["tau"], features.with_suffix(".jpg")
@@ -181,11 +213,12 @@ def plan(opt):
     separated = separated_folder(resolved) / "options.json"
     more = [*tau, *ratios, *preset["separate_samples"]]
     add("separate_samples", "separate_samples.py", more, separated, separated, ["calculate_consistency"])
-    model = train("train_attack_withTrans", "withTrans")
+    attack = "train_attack_withTrans" + "_imagenet" * (resolved.dataset == "imagenet")
+    model = train(attack, "withTrans", ["train_clean_withTrans"] * ("train_clean_withTrans" in steps))
     if "D-BR" in opt.defences:
         saved = model.with_name(f"{model.stem}_unlearn_purify.tar")
         more = [*ratios, *preset["unlearn_relearn"]]
-        needs = ["train_attack_withTrans", "separate_samples"]
+        needs = [attack, "separate_samples"]
         add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), needs)
     if "D-ST" in opt.defences:
         for name, output, needs in (
@@ -231,7 +264,8 @@ def run(steps, opt, ledger_path):
 def table(steps, resolved):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = ["ACC", "ACC_paper", "ASR", "R_ACC"]
-    trained = pd.read_csv(steps["train_attack_withTrans"].output.with_name("log.csv")).iloc[-1]
+    trained = next(step for name, step in steps.items() if name.startswith("train_attack_withTrans"))
+    trained = pd.read_csv(trained.output.with_name("log.csv")).iloc[-1]
     rows = [{"model": "backdoored", **trained[measures]}]
     detection = read_json(separated_folder(resolved) / "detection.json")
     detected = {name: detection[name] for name in ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")}

@@ -78,6 +78,77 @@ def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch
         load_dataset("cifar10", tmp_path)
 
 
+def test_a_folder_that_torchvision_made_before_failing_is_removed(tmp_path, monkeypatch):
+    import torchvision
+
+    def fail(root, train, download):
+        root.mkdir()
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_dataset("cifar10", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_traffic_signs_of_all_sizes_become_32(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(43):
+            folder = tmp_path / "gtsrb" / split / f"{label:05d}"
+            folder.mkdir(parents=True)
+            size = (int(rng.integers(15, 250)), int(rng.integers(15, 250)))
+            Image.new("RGB", size, (label, 2 * label, 255 - label)).save(folder / "00000_00000.ppm")
+    dataset = load_dataset("gtsrb", tmp_path)
+    assert dataset.train_images.shape == (43, 32, 32, 3) and dataset.spec.num_classes == 43
+    for label, image in zip(dataset.test_labels, dataset.test_images, strict=True):
+        assert (image == [label, 2 * label, 255 - label]).all()
+
+
+def test_traffic_signs_come_from_torchvisions_files_too(tmp_path, monkeypatch):
+    import torchvision
+
+    for split in ("train", "test"):
+        Image.new("RGB", (50, 40), "blue").save(tmp_path / f"{split}.ppm")
+
+    class Fake:
+        def __init__(self, root, split, download):
+            (tmp_path / "gtsrb").mkdir(exist_ok=True)
+            self._samples = [(str(tmp_path / f"{split}.ppm"), 7)] * 3
+
+    monkeypatch.setattr(torchvision.datasets, "GTSRB", Fake)
+    monkeypatch.setattr("utils.datasets._listing_digest", lambda folder, files: "any")
+    dataset = load_dataset("gtsrb", tmp_path)
+    assert (dataset.train_images == [0, 0, 255]).all() and dataset.test_labels.tolist() == [7, 7, 7]
+
+
+def test_tiny_imagenet_is_read_as_it_is_handed_out(tmp_path):
+    names = [f"n{label:08d}" for label in range(200)]
+    lines = []
+    for label, name in enumerate(names):
+        folder = tmp_path / "tiny/train" / name / "images"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (label, 0, 0)).save(folder / f"{name}_0.png")
+    images = tmp_path / "tiny/val/images"
+    images.mkdir(parents=True)
+    for number, label in enumerate((5, 199, 0)):
+        Image.new("L", (64, 64), label).save(images / f"val_{number}.png")
+        lines.append(f"val_{number}.png\t{names[label]}\t0\t0\t62\t62")
+    (tmp_path / "tiny/val/val_annotations.txt").write_text("\n".join(lines) + "\n")
+    dataset = load_dataset("tiny", tmp_path)
+    assert dataset.train_images.shape == (200, 64, 64, 3) and dataset.test_labels.tolist() == [5, 199, 0]
+    assert (dataset.train_images[..., 0] == dataset.train_labels[:, None, None]).all()
+    assert (dataset.test_images[..., 1] == dataset.test_labels[:, None, None]).all()
+    (tmp_path / "tiny/val/val_annotations.txt").write_text("val_0.png\tn99999999\n")
+    with pytest.raises(UserError, match="val_annotations"):
+        load_dataset("tiny", tmp_path)
+
+
+def test_a_data_set_that_cannot_be_downloaded_says_where_it_belongs(tmp_path):
+    with pytest.raises(UserError, match=r"tiny/train/<class>"):
+        load_dataset("tiny", tmp_path)
+
+
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

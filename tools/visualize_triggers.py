@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from utils import args
-from utils.figures import save_figure
 from utils.errors import run_script
+from utils.figures import save_figure
 from utils.files import make_folder
 from utils.paths import ROOT, shown
 from utils.triggers import TRIGGERS, apply_trigger

@@ -14,7 +14,6 @@ from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
 from utils.triggers import TRIGGERS
 
-
 # Options that one trigger alone has a use for.
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
 

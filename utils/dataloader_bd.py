@@ -20,7 +20,8 @@ TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
 class PoisonedSet:
     """A training set as the victim gets it, and what only an evaluation may look at.
 
-    ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's place in the data set.
+    ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's
+    place in the data set.
     ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them.
     """
 
@@ -104,7 +105,7 @@ def poison_training_set(dataset, opt):
     is_clean = np.ones(len(labels), dtype=bool)
     is_clean[chosen] = False
     if isinstance(dataset.train_images, StreamedImages):
-        if opt.trigger_type == "fourCornerTrigger" or opt.trigger_type == "SSBA" and opt.ssba_images:
+        if opt.trigger_type == "fourCornerTrigger" or (opt.trigger_type == "SSBA" and opt.ssba_images):
             raise UserError(
                 f"{dataset.name} is not held in memory, which CL and --ssba_images need; use another --trigger_type"
             )
