@@ -20,7 +20,15 @@ from utils import args
 from utils.checkpoints import plain_options
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, write_json, write_rows
-from utils.paths import ROOT, attack_and_ratios, backdoored_folder, benign_folder, secure_folder, separated_folder, shown
+from utils.paths import (
+    ROOT,
+    attack_and_ratios,
+    backdoored_folder,
+    benign_folder,
+    secure_folder,
+    separated_folder,
+    shown,
+)
 
 # Rows of the paper's tables: (target_type, trigger_type).
 ROWS = {
@@ -101,7 +109,17 @@ class Step:
         made_with, wanted = record.get("options", {}), plain_options(self.options())
         if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
             return False  # interrupted
-        no_matter = {"device", "precision", "workers", "strict", "data_root", "output_root", "overwrite", "checkpoint_load", "ckpt"}
+        no_matter = {
+            "device",
+            "precision",
+            "workers",
+            "strict",
+            "data_root",
+            "output_root",
+            "overwrite",
+            "checkpoint_load",
+            "ckpt",
+        }
         compared = (made_with.keys() & wanted.keys()) - no_matter
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
 

@@ -1,5 +1,6 @@
 """User mistakes end in one line and exit code 2, never in a traceback."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def run_script(main):
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what earlier epochs saved is whole and can be resumed from", file=sys.stderr)
         sys.exit(130)

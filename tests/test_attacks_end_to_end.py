@@ -1,0 +1,105 @@
+"""Every trigger and target type through the command line; CIFAR-100 through every step; the gallery."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from utils.triggers import TRIGGERS
+
+TYPE = {"squareTrigger": "all2all", "sigTrigger": "cleanLabel"}
+
+
+@pytest.mark.parametrize("trigger", [name for name in TRIGGERS if name != "fourCornerTrigger"])  # CL: test_clean_label
+def test_sd_runs_with_every_trigger(cli, words, tmp_path, trigger):
+    attack = [*words(tmp_path), "--trigger_type", trigger, "--target_type", TYPE.get(trigger, "all2one")]
+    attack += ["--poison_rate", 0.5]
+    folder = tmp_path / "saved/backdoored_model/poison_rate_0.5/noTrans/cifar10/resnet10" / trigger
+    assert cli("train_attack_noTrans.py", *attack, "--epochs", 1, "--batch_size", 64).code == 0
+    result = cli("separate_samples.py", *attack, "--checkpoint_load", folder / "0.tar")
+    assert result.code == 0, result.err
+    with Image.open(folder / "samples.png") as picture:
+        assert picture.width > 500
+    row = pd.read_csv(folder / "log.csv").iloc[-1]
+    assert 0 <= row.ASR <= 100 and 0 <= row.ACC <= 100
+
+
+@pytest.fixture(scope="module")
+def cifar100(tmp_path_factory):
+    """100 classes of noise around a colour of their own."""
+    root, rng = tmp_path_factory.mktemp("cifar100"), np.random.default_rng(0)
+    colours = rng.integers(20, 236, (100, 1, 1, 3))
+    for split, count in (("train", 4), ("test", 1)):
+        for label in range(100):
+            folder = root / "cifar100" / split / f"{label:02d}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = np.clip(colours[label] + rng.integers(-20, 20, (32, 32, 3)), 0, 255)
+                Image.fromarray(image.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def test_cifar100_goes_through_sd_st_and_br(cli, cifar100, tmp_path):
+    common = ["--dataset", "cifar100", "--model", "resnet10", "--data_root", cifar100, "--output_root", tmp_path]
+    common += ["--trigger_type", "trojanTrigger", "--poison_rate", 0.2]
+    ratios = ["--clean_ratio", 0.2, "--poison_ratio", 0.05]
+    for name, *more in (
+        ("train_attack_noTrans.py", "--epochs", 1, "--batch_size", 64),
+        ("finetune_attack_noTrans.py", "--epochs", 1, "--batch_size", 64),
+        ("separate_samples.py", *ratios, "--clean_per_class", "--clean_ratio", 0.25),
+        ("separate_samples.py", *ratios),
+        ("train_attack_withTrans.py", "--epochs", 1, "--batch_size", 64),
+        ("unlearn_relearn.py", *ratios, "--epochs", 1, "--batch_size", 16),
+        ("ST/train_extractor.py", *ratios, "--epochs", 1, "--batch_size", 64),
+        ("ST/train_classifier.py", *ratios, "--epochs", 1, "--batch_size", 32),
+        ("ST/test.py", *ratios),
+    ):
+        result = cli(name, *common, *more)
+        assert result.code == 0, (name, result.err)
+    assert "ASR" in result.out
+    samples = np.load(tmp_path / "saved/separated_samples/cifar100/resnet10/trojanTrigger_0.2_0.05/clean_samples.npy")
+    assert len(samples) == 80 and samples["label"].max() > 50
+
+
+def test_the_gallery_shows_every_trigger(cli, tmp_path):
+    result = cli("tools/visualize_triggers.py", "--data_root", ROOT / "dataset", "--out", tmp_path / "new/gallery.png")
+    assert result.code == 0, result.err
+    with Image.open(tmp_path / "new/gallery.png") as picture:
+        assert picture.width > 100 * len(TRIGGERS)
+
+
+def test_a_pipe_that_closes_early_leaves_no_traceback(tmp_path):
+    command = f"{sys.executable} reproduce.py --dry_run --output_root {tmp_path} | head -1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("[1/11]") and "Traceback" not in result.stderr
+
+
+def test_every_row_of_the_papers_tables_has_its_commands(cli, tmp_path):
+    rows = {
+        "BadNets-all2one": "gridTrigger",
+        "BadNets-all2all": "squareTrigger --target_type all2all",
+        "Trojan": "trojanTrigger",
+        "Blend-Strip": "signalTrigger",
+        "Blend-Kitty": "kittyTrigger",
+        "SIG": "sigTrigger --target_type cleanLabel",
+        "CL": "fourCornerTrigger --target_type cleanLabel",
+        "SSBA": "SSBA",
+    }
+    for row, attack in rows.items():
+        said = cli("reproduce.py", "--dry_run", "--row", row, "--output_root", tmp_path).out
+        assert f"train_attack_withTrans.py --dataset cifar10 --model resnet18 --trigger_type {attack}" in said
+        benign = "train_clean_withTrans.py --dataset cifar10 --model resnet18 --output_root"
+        assert (benign in said) == (row == "CL")
+    imagenet = {"BadNets-all2one": "squareTrigger_imagenet", "Blend-Strip": "signalTrigger_imagenet",
+                "Blend-Kitty": "kittyTrigger", "SSBA": "SSBA"}  # fmt: skip
+    for row, trigger in imagenet.items():
+        words = ["--dry_run", "--row", row, "--output_root", tmp_path, "--dataset", "imagenet"]
+        said = cli("reproduce.py", *words, "--defences", "D-BR").out
+        command = f"train_attack_withTrans_imagenet.py --dataset imagenet --model resnet18 --trigger_type {trigger}"
+        assert command in said and "ST/" not in said
+        assert cli("reproduce.py", *words).code == 2
+    assert cli("reproduce.py", "--dry_run", "--row", "Trojan", "--dataset", "imagenet").code == 2
