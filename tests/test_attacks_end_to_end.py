@@ -28,6 +28,21 @@ def test_sd_runs_with_every_trigger(cli, words, tmp_path, trigger):
     assert 0 <= row.ASR <= 100 and 0 <= row.ACC <= 100
 
 
+def test_tau_auto_goes_through_the_steps_and_refuses_a_second_part(cli, words, tmp_path, pipeline, data_root):
+    checkpoint = pipeline / "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger/1.tar"
+    mine = tmp_path / "1.tar"
+    mine.write_bytes(checkpoint.read_bytes())
+    auto = [*words(tmp_path), "--trans1", "auto", "--checkpoint_load", mine]
+    for name in ("calculate_consistency.py", "visualize_consistency.py", "separate_samples.py"):
+        result = cli(name, *auto)
+        assert result.code == 0, result.err
+    assert "computing them" not in result.out  # step 5 took the values that step 3 saved
+    values = np.loadtxt(tmp_path / "1_all.txt")
+    assert (values > 0).all() and abs(np.median(np.log(values))) < 3  # deviations from the middle, not raw FCT
+    result = cli("calculate_consistency.py", *auto, "--trans2", "blur")
+    assert result.code == 2 and "--trans2 blur has no use" in result.err
+
+
 @pytest.fixture(scope="module")
 def cifar100(tmp_path_factory):
     """100 classes of noise around a colour of their own."""
@@ -103,3 +118,25 @@ def test_every_row_of_the_papers_tables_has_its_commands(cli, tmp_path):
         assert command in said and "ST/" not in said
         assert cli("reproduce.py", *words).code == 2
     assert cli("reproduce.py", "--dry_run", "--row", "Trojan", "--dataset", "imagenet").code == 2
+
+
+def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
+    checkpoint = pipeline / "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger/1.tar"
+    whole = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--out", tmp_path / "taus")
+    assert whole.code == 0, whole.err
+    (path,) = (tmp_path / "taus").iterdir()
+    assert path.name == "cifar10_resnet10_gridTrigger_all2one_0.1_train_attack_noTrans_1.csv"
+    table = pd.read_csv(path)
+    assert table.tau.tolist() == ["rotate + affine", "rotate", "affine", "flip", "crop", "blur", "erase", "auto"]
+    assert table.AUROC.between(0, 1).all() and table.Dp_precision.between(0, 100).all()
+    for name, *tau in (("rotate + affine",), ("auto", "--trans1", "auto")):  # what the steps themselves find
+        said = cli("separate_samples.py", *words(tmp_path / name), "--checkpoint_load", checkpoint, *tau)
+        assert said.code == 0, said.err
+        found = next((tmp_path / name).rglob("detection.json"))
+        expected = pd.read_json(found, typ="series")
+        row = table.set_index("tau").loc[name]
+        assert abs(row.AUROC - expected.AUROC) < 1e-4
+        assert abs(row.Dp_precision - expected.Dp_precision) < 1e-3
+    part = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--every", 2,
+               "--out", tmp_path / "taus")  # fmt: skip
+    assert part.code == 0 and "200 samples" in part.out

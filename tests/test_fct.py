@@ -1,5 +1,7 @@
 """FCT against a plain loop over single images; the thresholds and the three sets."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from models import build_model
 from utils.datasets import DATASETS, load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
-from utils.fct import compute_fct, gammas_of_ratios, separate, set_sizes
+from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, separate, set_sizes
+from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator
 from utils.transforms import Tau
@@ -50,6 +53,56 @@ def slow_fct(model, images, trans1, trans2, seed, draw):
         values.append(float(sum((plain - other) ** 2) / len(plain)))
         norms.append(float(plain.norm()))
     return np.array(values), np.array(norms)
+
+
+def slow_combine(values):
+    """Sample by sample: the largest number of median absolute deviations that log FCT lies above its median."""
+
+    def middle(numbers):
+        ordered = sorted(numbers)
+        half = len(ordered) // 2
+        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+    result = []
+    for sample in range(len(values[0])):
+        best = None
+        for of_tau in values:
+            logs = [math.log(value) for value in of_tau if value > 0]
+            if of_tau[sample] > 0:
+                deviation = middle([abs(value - middle(logs)) for value in logs]) or 1.0
+                away = (math.log(of_tau[sample]) - middle(logs)) / deviation
+                best = away if best is None else max(best, away)
+        result.append(0.0 if best is None else math.exp(min(max(best, -80), 80)))
+    return result
+
+
+def test_auto_combines_its_taus_as_the_loop_does(model, images):
+    found, _ = compute_fct(model, images, SPEC, CPU, trans1="auto", seed=3, draws=2)
+    single = [sum(slow_fct(model, images, *names, seed=3, draw=draw)[0] for draw in range(2)) / 2 for names in AUTO]
+    assert len(single) > 1
+    np.testing.assert_allclose(found, slow_combine(single), rtol=1e-3)
+
+
+def test_combine_with_zeros_equal_values_and_outliers():
+    values = np.exp(np.random.default_rng(0).normal(0, 1, (3, 41))).astype(np.float32)
+    values[0, :30] = 0  # a collapsed tau
+    values[:, 5] = 0
+    values[1, 7] = 1e30
+    values[2] = 0.25  # a tau that tells nothing: no spread
+    values[2, 5] = 0
+    found = combine(values)
+    assert found.dtype == np.float32 and np.isfinite(found).all()
+    np.testing.assert_allclose(found, slow_combine(values.astype(float).tolist()), rtol=1e-4)
+    assert found[5] == 0 and found.argmax() == 7
+    assert (combine(np.zeros((2, 9), np.float32)) == 0).all()
+
+
+def test_a_tau_that_breaks_the_trigger_decides_whichever_it_is():
+    rng = np.random.default_rng(1)
+    for breaks in (0, 1):
+        fct = np.exp(rng.normal(0, 1, (2, 1000))) * np.array([[1.0], [50.0]])  # of different size in the mean
+        fct[breaks, :100] *= np.exp(8)
+        assert auroc(combine(fct.astype(np.float32)), np.arange(1000) < 100) > 0.99
 
 
 @pytest.mark.parametrize("pair", [("rotate", "affine"), ("flip", "none"), ("crop", "erase")], ids="+".join)

@@ -141,7 +141,12 @@ def add_overwrite_option(parser):
 
 def add_tau_options(parser):
     """tau, the transform of FCT."""
-    parser.add_argument("--trans1", choices=TAU_NAMES, default="rotate", help="first part of the transform")
+    parser.add_argument(
+        "--trans1",
+        choices=(*TAU_NAMES, "auto"),
+        default="rotate",
+        help="first part of the transform; auto (not in the paper): flip and affine, whichever moves a sample more",
+    )
     parser.add_argument("--trans2", choices=TAU_NAMES, default="affine", help="second part of the transform")
     parser.add_argument("--draws", type=positive_int, default=1, help="draws of the transform whose FCT is averaged")
 
@@ -165,6 +170,8 @@ def check(opt):
         raise UserError(
             f"--clean_ratio {opt.clean_ratio} and --poison_ratio {opt.poison_ratio} overlap: their sum is above 1"
         )
+    if getattr(opt, "trans1", None) == "auto" and opt.trans2 not in ("affine", "none"):
+        raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
     for name in ("data_root", "output_root"):
         if hasattr(opt, name):
             setattr(opt, name, getattr(opt, name).absolute())

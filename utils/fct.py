@@ -20,6 +20,7 @@ from utils.transforms import Tau
 
 SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 TAU_OPTIONS = ("trans1", "trans2", "draws")
+AUTO = (("flip", "none"), ("affine", "none"))  # the two tau that --trans1 auto combines
 
 
 @torch.inference_mode()
@@ -30,7 +31,8 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
         model: a network with ``features``; it is put into evaluation mode.
         images: uint8 (N, H, W, 3), an array or streamed; spec: the data set's `datasets.Spec`; runtime: a
         `device.Runtime`.
-        trans1, trans2: see `transforms.Tau`; draws: how many draws of tau are averaged.
+        trans1, trans2: see `transforms.Tau`; trans1 "auto" combines the FCT of several tau, see `combine`;
+        draws: how many draws of tau are averaged.
         batch_size: images a forward pass; the values do not depend on it but for the last bits.
 
     Returns:
@@ -38,8 +40,11 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     """
     model.eval()
     normalize = Normalize(spec, runtime.device)
-    tau = Tau(trans1, trans2, images.shape[1])
-    tables = [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws)]
+    taus = [Tau(*names, images.shape[1]) for names in (AUTO if trans1 == "auto" else [(trans1, trans2)])]
+    tables = [
+        [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws if tau.is_random else 1)]
+        for tau in taus
+    ]
     held = hold(images, runtime)
 
     def features(batch):
@@ -50,13 +55,41 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     splits = list(torch.arange(len(images)).split(batch_size))
     for rows, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
         plain = features(batch)
-        total = 0
-        for table in tables:
-            changed = tau.apply(batch, {name: value[rows] for name, value in table.items()})
-            total = total + (plain - features(changed)).square().mean(1)
-        fct.append(total / draws)
+        of_taus = []
+        for tau, drawn in zip(taus, tables, strict=True):
+            total = 0
+            for table in drawn:
+                changed = tau.apply(batch, {name: value[rows] for name, value in table.items()})
+                total = total + (plain - features(changed)).square().mean(1)
+            of_taus.append(total / len(drawn))
+        fct.append(torch.stack(of_taus))
         norms.append(plain.norm(dim=1))
-    return torch.cat(fct).cpu().numpy(), torch.cat(norms).cpu().numpy()
+    fct = torch.cat(fct, 1).cpu().numpy()
+    return combine(fct) if trans1 == "auto" else fct[0], torch.cat(norms).cpu().numpy()
+
+
+def combine(fct):
+    """One value a sample from the FCT of several tau (not in the paper; README: choosing tau).
+
+    A tau that breaks the trigger lifts the poisoned samples far above the bulk, one that does not leaves them in it. So
+    log FCT of each tau is measured from its median, in units of its median absolute deviation, and the largest counts.
+    Uses no label. A sample whose FCT is exactly zero under every tau stays at zero.
+
+    Args:
+        fct: float32 (T, N), not negative.
+
+    Returns:
+        float32 (N,), positive where some tau has an effect: e to that number of deviations, kept within e^-80 and e^80.
+    """
+    largest = np.full(fct.shape[1], -np.inf)
+    for values in fct.astype(np.float64):
+        moved = values > 0
+        if moved.any():
+            logs = np.log(values[moved])
+            centre = np.median(logs)
+            deviation = np.median(np.abs(logs - centre)) or 1.0
+            largest[moved] = np.maximum(largest[moved], (logs - centre) / deviation)
+    return np.where(np.isinf(largest), 0, np.exp(largest.clip(-80, 80))).astype(np.float32)
 
 
 def sd_checkpoint(opt):

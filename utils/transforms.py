@@ -273,6 +273,7 @@ class Tau:
 
     def __init__(self, trans1, trans2, size):
         self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
+        self.is_random = not {trans1, trans2} <= {"flip", "none"}
 
     def draw(self, rng, count):
         """Parameters of samples 0 to ``count`` - 1. Drawn by blocks of fixed size, each from a generator of its own, so

@@ -1,0 +1,88 @@
+"""Compare transforms tau on one checkpoint of SD: how well FCT separates under each, by the ground truth.
+
+Writes, a row a tau, AUROC, the share of poisoned samples in the highest poison_ratio (Dp_precision) and what part of all
+of them that is (Dp_recall), and the share of poisoned samples in the lowest clean_ratio (Dc_contamination) to
+<out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv. For evaluation only: no defence step
+reads this.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import torch
+
+from models import build_model
+from utils import args
+from utils.checkpoints import load_checkpoint, load_weights, refuse_other_data
+from utils.dataloader_bd import poison_training_set
+from utils.errors import run_script
+from utils.fct import AUTO, SD_STEPS, combine, compute_fct, gammas_of_ratios, sd_checkpoint, separate
+from utils.files import make_folder, write_rows
+from utils.metrics import detection_quality
+from utils.paths import ROOT, shown
+from utils.samples import CLEAN, POISON
+
+TAUS = (("rotate", "affine"), *((name, "none") for name in ("rotate", "affine", "flip", "crop", "blur", "erase")))
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_device_options(parser)
+    args.add_ratio_options(parser)
+    parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
+    parser.add_argument("--every", type=args.positive_int, default=1, help="take every so-manieth sample, to save time")
+    parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
+    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 1 or 2; default: step 2's last")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/taus", help="folder of the table")
+    return parser
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    path, command = sd_checkpoint(opt)
+    checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
+    dataset = args.load_data(opt)
+    poisoned = poison_training_set(dataset, opt)
+    refuse_other_data(checkpoint, poisoned.digest, path)
+    if opt.precision == "auto":
+        runtime = replace(runtime, dtype=torch.float32)
+    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
+    load_weights(model, checkpoint["model"], path)
+    model = runtime.place(model)
+    rows = np.arange(0, len(poisoned.labels), opt.every)
+    images = poisoned.images.subset(rows) if dataset.spec.streamed else poisoned.images[rows]
+    labels, is_clean = poisoned.labels[rows], poisoned.is_clean[rows]
+
+    values = {}
+    for names in TAUS:
+        options = {"trans1": names[0], "trans2": names[1], "draws": opt.draws, "batch_size": opt.batch_size}
+        values[names], _ = compute_fct(model, images, dataset.spec, runtime, seed=opt.seed, **options)
+    values["auto", ""] = combine(np.stack([values[names] for names in AUTO]))
+
+    table = []
+    for names, fct in values.items():
+        flags = separate(
+            fct, *gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio), opt.clean_ratio, opt.poison_ratio, opt.seed
+        )
+        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
+        quality = detection_quality(fct, *sets, is_clean, labels, dataset.spec.num_classes)
+        tau = " + ".join(name for name in names if name not in ("", "none"))
+        kept = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")
+        table.append({"tau": tau, **{name: round(quality[name], 4) for name in kept}})
+    attack = f"{opt.dataset}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
+    out = make_folder(opt.out.absolute()) / f"{attack}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
+    write_rows(out, table)
+    print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")
+    print(pd.DataFrame(table).to_string(index=False))
+    print(f"The table is {shown(out)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
