@@ -11,7 +11,7 @@ from utils import args
 from utils.checkpoints import Run, claim_folder, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
 from utils.engine import train_epoch
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
@@ -32,10 +32,15 @@ def get_parser():
     return parser
 
 
-def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    command = f"python {STEP}.py {args.attack_arguments(opt)}"
-    checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP]) if opt.checkpoint_load else None
+def train(opt, runtime, step, weight_decay, start_from=None):
+    """The whole step; that on ImageNet is the same with another start.
+
+    Args:
+        opt: the options; runtime: a `device.Runtime`; step: name of the script; weight_decay: of SGD;
+        start_from: called with the new network to give it other weights than random ones, or None.
+    """
+    command = f"python {step}.py {args.attack_arguments(opt)}"
+    checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [step]) if opt.checkpoint_load else None
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
@@ -48,23 +53,26 @@ def main(argv=None):
         runtime,
         opt.batch_size,
         opt.seed,
-        STEP,
+        step,
         augmentation=augmentation,
     )
-    folder = claim_folder(backdoored_folder(opt, "withTrans"), opt)
 
     torch.manual_seed(opt.seed)
-    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
+    if start_from and not checkpoint:
+        start_from(model)
+    model = runtime.place(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
-    run = Run(opt, STEP, folder, poisoned.digest)
+    folder = claim_folder(backdoored_folder(opt, "withTrans"), opt)
+    run = Run(opt, step, folder, poisoned.digest)
     first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
     sample_sheet(folder / "samples.png", dataset, poisoned, opt)
 
     for epoch in range(first, opt.epochs):
         model.train()
-        row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
+        row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{step} epoch {epoch + 1}")
         row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
         if args.due(opt, epoch):
@@ -72,6 +80,13 @@ def main(argv=None):
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
     print(f"Checkpoints are in {shown(folder)}")
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    if opt.dataset == "imagenet":
+        raise UserError("on imagenet this step is train_attack_withTrans_imagenet.py")
+    train(opt, runtime, STEP, weight_decay=5e-4)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,12 @@ Images are decoded, triggered and augmented by worker processes; they are never 
 saved/backdoored_model/poison_rate_<rate>/withTrans/imagenet/<model>/<trigger>/.
 """
 
-import torch
+from functools import partial
 
-from models import build_model
 from models.pretrained import load_pretrained
+from train_attack_withTrans import train
 from utils import args
-from utils.checkpoints import Run, claim_folder, load_checkpoint
-from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.engine import train_epoch
 from utils.errors import UserError, run_script
-from utils.figures import sample_sheet
-from utils.losses import cross_entropy
-from utils.metrics import evaluate
-from utils.paths import backdoored_folder, shown
-from utils.transforms import CropFlip
 
 STEP = "train_attack_withTrans_imagenet"
 
@@ -45,47 +37,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.dataset != "imagenet":
         raise UserError(f"this step is for --dataset imagenet; for {opt.dataset}: python train_attack_withTrans.py")
-    command = f"python {STEP}.py {args.attack_arguments(opt)}"
-    checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP]) if opt.checkpoint_load else None
-
-    dataset = args.load_data(opt)
-    poisoned = poison_training_set(dataset, opt)
-    tests = make_test_sets(dataset, opt, runtime)
-    augmentation = CropFlip.of(dataset.spec)
-    batches = Batches(
-        poisoned.images,
-        poisoned.labels,
-        dataset.spec,
-        runtime,
-        opt.batch_size,
-        opt.seed,
-        STEP,
-        augmentation=augmentation,
-    )
-
-    torch.manual_seed(opt.seed)
-    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
-    if not checkpoint:
-        load_pretrained(model, opt.model, opt.pretrained)
-    model = runtime.place(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
-
-    folder = claim_folder(backdoored_folder(opt, "withTrans"), opt)
-    run = Run(opt, STEP, folder, poisoned.digest)
-    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
-    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
-
-    for epoch in range(first, opt.epochs):
-        model.train()
-        row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
-        row["train_acc"] = 100 * row.pop("correct")
-        schedule.step()
-        if args.due(opt, epoch):
-            model.eval()
-            row.update(evaluate(model, tests, batches.normalize, runtime))
-        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
-    print(f"Checkpoints are in {shown(folder)}")
+    train(opt, runtime, STEP, 1e-4, partial(load_pretrained, name=opt.model, source=opt.pretrained))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """torchvision's ImageNet weights, or a file of such weights."""
 
-import pickle
 from urllib.error import URLError
 
-import torch
 import torchvision
 
-from utils.errors import UserError, require_file
+from utils.errors import UserError
+from utils.files import load_tensors
 
 NAMES = {"resnet18": "ResNet18_Weights", "resnet34": "ResNet34_Weights", "resnet50": "ResNet50_Weights"}
 
@@ -34,14 +33,7 @@ def load_pretrained(model, name, source):
             raise UserError(f"cannot download torchvision's weights of {name} ({error}); {advice}") from None
     else:
         command = f"curl -O {getattr(torchvision.models, NAMES.get(name, 'ResNet18_Weights')).IMAGENET1K_V1.url}"
-        try:
-            state = torch.load(require_file(source, command), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise UserError(f"{source} holds more than plain tensors, or is damaged; it was not opened") from None
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file can fail in the reader in any way
-            raise UserError(f"{source} is no file of weights ({type(error).__name__}); {advice}") from None
+        state = load_tensors(source, command, "file of weights")
     own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
     try:
         model.load_state_dict({**{key: value for key, value in state.items() if not key.startswith("fc.")}, **own})

@@ -201,6 +201,11 @@ def test_what_cannot_be_done_is_refused_in_one_line(cli, words, tmp_path, more, 
     assert not list(tmp_path.rglob("*.tar"))
 
 
+def test_the_step_for_small_images_points_to_this_one(cli, words, tmp_path):
+    result = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 1)
+    assert result.code == 2 and "train_attack_withTrans_imagenet.py" in result.err
+
+
 def test_workers_and_strict_are_refused_for_images_in_memory(cli, tmp_path):
     for extra in (["--workers", 2], ["--strict"]):
         result = cli("train_attack_noTrans.py", "--dataset", "fashion", "--output_root", tmp_path, *extra)

@@ -1,18 +1,16 @@
 """Checkpoints that say what they were made with, and the record of a training run."""
 
-import pickle
 import platform
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 import torchvision
 
 from utils.errors import UserError, require_file
-from utils.files import atomic_write, make_folder, read_json, write_json, write_rows
+from utils.files import atomic_write, load_tensors, make_folder, read_json, write_json, write_rows
 from utils.paths import shown
 
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
@@ -72,20 +70,15 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
     Raises:
         UserError: for a file that is missing, damaged, from elsewhere, or of other options.
     """
-    path = require_file(path, command)
+    checkpoint = load_tensors(path, command, "checkpoint of this project")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd pickle torch warns before it refuses it
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step, options = checkpoint["step"], dict(checkpoint["options"])
         missing = KEYS - checkpoint.keys()
         if missing:
             raise KeyError(sorted(missing))
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
-    except Exception as error:  # a damaged file can fail in the reader in any way
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no checkpoint of this project, or damaged ({type(error).__name__}). Make it with: {command}"
+            f"{path} is no checkpoint of this project ({type(error).__name__}). Make it with: {command}"
         ) from None
     if step not in steps:
         raise UserError(f"{path} was written by {step}, this step needs a checkpoint of {' or '.join(steps)}")

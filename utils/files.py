@@ -1,15 +1,19 @@
-"""Writing results so that a file on disk is always the old or the new whole one, and never half of either."""
+"""Writing results so that a file on disk is always the old or the new whole one, and never half of either; reading what
+a stranger may have written as data only."""
 
 import hashlib
 import json
 import os
+import pickle
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, require_file
 
 
 def make_folder(folder):
@@ -78,6 +82,26 @@ def read_json(path):
         raise UserError(
             f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"
         ) from None
+
+
+def load_tensors(path, command, what):
+    """What torch.save wrote to ``path``, on the CPU: data only, never code.
+
+    Args:
+        path: the file; command: what makes it where it is missing; what: what it should be, for the message.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or holds more than tensors and plain values.
+    """
+    path = require_file(path, command)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle torch warns before it refuses it
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
+    except Exception as error:  # a damaged file can fail in the reader in any way
+        raise UserError(f"{path} is no {what}, or damaged ({type(error).__name__}). Make it with: {command}") from None
 
 
 def write_rows(path, rows):

@@ -1,14 +1,13 @@
 """Hide the secret of a trained encoder in images of any size, and read it from them."""
 
-import pickle
-import warnings
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.errors import UserError, require_file
+from utils.errors import UserError
+from utils.files import load_tensors
 from utils.paths import ROOT, shown
 from utils.SSBA.model import SIZE, Decoder, Encoder
 
@@ -72,20 +71,12 @@ def _resize(images, size):
 @lru_cache(maxsize=2)
 def load_networks(path, changed=0):
     """(encoder, decoder, secret float64 (1, BITS)) of a file; ``changed`` (its time) makes a replaced file count."""
+    content = load_tensors(path, COMMAND, "SSBA encoder")
+    encoder, decoder = Encoder(), Decoder()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(require_file(path, COMMAND), map_location="cpu", weights_only=True)
-        encoder, decoder = Encoder(), Decoder()
         encoder.load_state_dict(content["encoder"])
         decoder.load_state_dict(content["decoder"])
         secret = content["secret"].double()[None]
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{shown(path)} holds more than plain tensors, or is damaged; it was not opened") from None
-    except Exception as error:  # a damaged file can fail in the reader in any way
-        raise UserError(
-            f"{shown(path)} is no SSBA encoder, or damaged ({type(error).__name__}). Make it with: {COMMAND}"
-        ) from None
+    except (TypeError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{shown(path)} is no SSBA encoder ({type(error).__name__}). Make it with: {COMMAND}") from None
     return encoder.double().eval(), decoder.double().eval(), secret
