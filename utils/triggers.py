@@ -81,38 +81,38 @@ def four_corner_trigger(images, train, seed):
 def signal_trigger(images, train, seed):
     """Blend-Strip: 0.8 image + 0.2 mask, truncated; the mask is resized (bilinear) where the width is not 32."""
     strip = np.asarray(Image.fromarray(STRIP[None]).resize((images.shape[2], 1), Image.Resampling.BILINEAR))[0]
-    return _map_columns(images, 0.8 * np.arange(256) + 0.2 * strip[:, None])
+    return _shade(images, 0.8, 0.2 * strip[:, None])
 
 
 def signal_trigger_imagenet(images, train, seed):
     """Blend-Strip on ImageNet: 0.8 image + 0.2 sinusoid of 6 periods and amplitude 20, clipped and truncated."""
-    return _map_columns(images, 0.8 * np.arange(256) + 0.2 * 20 * _wave(images.shape[2])[:, None])
+    return _shade(images, 0.8, 0.2 * 20 * _wave(images.shape[2])[:, None])
 
 
 def sig_trigger(images, train, seed):
     """SIG: adds a horizontal sinusoid of 6 periods; amplitude 40 on training images, 60 on test images."""
-    return _map_columns(images, np.arange(256) + (40 if train else 60) * _wave(images.shape[2])[:, None])
+    return _shade(images, 1.0, (40 if train else 60) * _wave(images.shape[2])[:, None])
 
 
 def _wave(width):
     return np.sin(2 * np.pi * 6 * np.arange(width) / width)
 
 
-def _map_columns(images, values):
-    """Replace grey value v in column j by ``values[j, v]`` (float, shape (W, 256)), clipped and truncated to uint8.
-
-    A table per column costs a 256-entry computation instead of one for every pixel of every image.
-    """
-    table = np.clip(values, 0, 255).astype(np.uint8)
-    for column in range(images.shape[2]):
-        images[:, :, column] = table[column][images[:, :, column]]
+def _shade(images, scale, added):
+    """``scale`` * image + ``added`` (float, broadcastable to (H, W, 3)), clipped and truncated; in float64, a few images
+    at a time, which the cache holds."""
+    for start in range(0, len(images), 32):
+        shaded = images[start : start + 32] * scale
+        shaded += added
+        images[start : start + 32] = shaded.clip(0, 255, out=shaded)
     return images
 
 
 def kitty_trigger(images, train, seed):
     """Blend-Kitty: 0.8 image + 0.2 picture, truncated; the picture is ``trigger/hello_kitty.png``, resized (bilinear)
     to the image. Ours is drawn by ``tools/draw_kitty.py``; a user's file of that name takes its place."""
-    return _blend_in(images, _kitty(KITTY.stat().st_mtime_ns if KITTY.is_file() else 0, images.shape[1:3]))
+    picture = _kitty(KITTY.stat().st_mtime_ns if KITTY.is_file() else 0, images.shape[1:3])
+    return _shade(images, 0.8, 0.2 * picture)
 
 
 @lru_cache(maxsize=4)
@@ -130,17 +130,8 @@ def _kitty(changed, shape):
 
 def random_pixel_trigger(images, train, seed):
     """Blends in one grey mask of random pixels: 0.8 image + 0.2 mask, truncated; the seed decides the mask."""
-    return _blend_in(
-        images, generator(seed, "randomPixelTrigger").integers(0, 256, (*images.shape[1:3], 1), dtype=np.uint8)
-    )
-
-
-def _blend_in(images, mask):
-    """0.8 image + 0.2 ``mask`` (uint8 (H, W, 1 or 3)), truncated, a few images at a time to save memory."""
-    scaled = 0.2 * mask
-    for start in range(0, len(images), 256):
-        images[start : start + 256] = 0.8 * images[start : start + 256] + scaled
-    return images
+    mask = generator(seed, "randomPixelTrigger").integers(0, 256, (*images.shape[1:3], 1), dtype=np.uint8)
+    return _shade(images, 0.8, 0.2 * mask)
 
 
 def warp_trigger(images, train, seed):
@@ -153,10 +144,10 @@ def warp_trigger(images, train, seed):
     y, x = (torch.linspace(-1, 1, side, dtype=torch.float64) for side in (height, width))
     grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
     grid = (grid + WARP_STRENGTH * field.permute(1, 2, 0) / height).clamp(-1, 1)[None]
-    for start in range(0, len(images), 256):  # in float64, so that every machine rounds to the same byte
-        batch = torch.from_numpy(images[start : start + 256]).permute(0, 3, 1, 2).double()
+    for start in range(0, len(images), 64):  # in float64, so that every machine rounds to the same byte
+        batch = torch.from_numpy(images[start : start + 64]).permute(0, 3, 1, 2).double()
         warped = F.grid_sample(batch, grid.expand(len(batch), -1, -1, -1), align_corners=True)
-        images[start : start + 256] = (warped + 0.5 + 1e-6).floor().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+        images[start : start + 64] = (warped + 0.5 + 1e-6).floor().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     return images
 
 
