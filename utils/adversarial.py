@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from models import build_model
 from utils.checkpoints import load_checkpoint, load_weights
-from utils.dataloader_bd import Normalize
 from utils.engine import progress
 from utils.seeding import generator
 
@@ -40,19 +39,17 @@ def perturb(model, images, labels, index, spec, seed):
         uint8 (N, H, W, 3), nowhere further than 8 grey levels from ``images``.
     """
     model = model.double().requires_grad_(False)
-    normalize = Normalize(spec, torch.device("cpu"))
-    normalize.mean, normalize.std = normalize.mean.double(), normalize.std.double()
+    mean, std = (255 * torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (spec.mean, spec.std))
     result = np.empty_like(images)
-    for rows in progress(
-        np.array_split(np.arange(len(images)), -(-len(images) // BATCH)), "PGD", -(-len(images) // BATCH)
-    ):
+    splits = np.array_split(np.arange(len(images)), -(-len(images) // BATCH))
+    for rows in progress(splits, "PGD", len(splits)):
         start = np.stack([generator(seed, "PGD", i).uniform(-EPSILON, EPSILON, images.shape[1:]) for i in index[rows]])
         original = torch.from_numpy(images[rows]).double()
         target = torch.from_numpy(labels[rows])
         current = (original + torch.from_numpy(start)).clamp(0, 255)
         for _ in range(STEPS):
             current.requires_grad_(True)
-            loss = F.cross_entropy(model(normalize(current.permute(0, 3, 1, 2) / 255)), target, reduction="sum")
+            loss = F.cross_entropy(model((current.permute(0, 3, 1, 2) - mean) / std), target, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, current)
             current = current.detach() + STEP * gradient.sign()
             current = torch.clamp(current, original - EPSILON, original + EPSILON).clamp(0, 255)

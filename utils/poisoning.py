@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.adversarial import EPSILON, STEP, STEPS, load_benign_model, perturb
 from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
 from utils.files import atomic_write, make_folder, sha256
@@ -54,8 +55,6 @@ def paint(dataset, opt, rows, train):
 
 
 def _perturbed(dataset, opt, rows, images):
-    from utils.adversarial import EPSILON, STEP, STEPS, load_benign_model, perturb  # it needs batches, which need this
-
     command = f"python train_clean_withTrans.py --dataset {opt.dataset} --model {opt.model} --epochs 200"
     path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
     settings = {
