@@ -135,10 +135,15 @@ def test_tiny_imagenet_is_read_as_it_is_handed_out(tmp_path):
         Image.new("L", (64, 64), label).save(images / f"val_{number}.png")
         lines.append(f"val_{number}.png\t{names[label]}\t0\t0\t62\t62")
     (tmp_path / "tiny/val/val_annotations.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tiny/test/images").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "tiny/test/images/test_0.png")  # without labels, so of no use
     dataset = load_dataset("tiny", tmp_path)
     assert dataset.train_images.shape == (200, 64, 64, 3) and dataset.test_labels.tolist() == [5, 199, 0]
     assert (dataset.train_images[..., 0] == dataset.train_labels[:, None, None]).all()
     assert (dataset.test_images[..., 1] == dataset.test_labels[:, None, None]).all()
+    (images / "val_1.png").unlink()
+    with pytest.raises(UserError, match=r"val_1\.png"):
+        load_dataset("tiny", tmp_path)
     (tmp_path / "tiny/val/val_annotations.txt").write_text("val_0.png\tn99999999\n")
     with pytest.raises(UserError, match="val_annotations"):
         load_dataset("tiny", tmp_path)

@@ -84,6 +84,13 @@ def test_files_are_tried_once_and_again_when_one_changes(tmp_path, capsys):
     assert len(load_dataset("imagenet", tmp_path).train_images) == 8
 
 
+def test_a_link_whose_file_has_moved_counts_as_broken(tmp_path, capsys):
+    folder = write_images(tmp_path / "sub-imagenet-200", train=3, val=1)
+    (folder / "train/n00000001/link.png").symlink_to(tmp_path / "gone.png")
+    assert len(load_dataset("imagenet", tmp_path).train_images) == 9
+    assert "link.png" in capsys.readouterr().out
+
+
 def test_images_of_every_mode_and_size_become_rgb_of_224(dataset):
     images = dataset.train_images
     assert isinstance(images, StreamedImages) and images.shape == (41, 224, 224, 3)

@@ -54,7 +54,7 @@ DATASETS = {
     "fashion": Spec(10, 32, (0.2195, 0.2195, 0.2195), (0.3327, 0.3327, 0.3327)),
     # Traffic signs are not mirrored: a left turn would become a right turn.
     "gtsrb": Spec(43, 32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669), flip=False, resize=True),
-    "tiny": Spec(200, 64, **TINY, padding=8),
+    "tiny": Spec(200, 64, **TINY, padding=8, test="val"),  # the images under its test/ have no labels
     "imagenet": Spec(
         200, 224, **TINY, rotation=20, padding=0, resize=True, streamed=True, folder="sub-imagenet-200", test="val"
     ),
@@ -173,6 +173,7 @@ def _load_torchvision(name, folder, spec):
             warnings.simplefilter("ignore")  # numpy warns of an alignment that old torchvision files carry
             if name == "gtsrb":
                 parts = [kind(folder, split=split, download=True) for split in ("train", "test")]
+                # torchvision has no public name for its list of files, which spares decoding them at each start
                 pairs = [[(Path(file), label) for file, label in part._samples] for part in parts]
             else:
                 parts = [kind(folder, train=split, download=True) for split in (True, False)]
@@ -255,10 +256,10 @@ def _load_streamed(name, folder, spec, strict):
                     f"{len(broken)} of the images in {place} cannot be read: {shown}; remove or replace them"
                 )
             print(f"Warning: {len(broken)} of {len(files)} images in {place} cannot be read and are skipped: {shown}")
-        whole = [place for place, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken]
+        whole = [row for row, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken]
         if len(np.unique(labels[whole])) != len(classes):
             raise UserError(f"{place}: some class has no image that can be read")
-        parts += [StreamedImages([files[place] for place in whole], spec.size), labels[whole]]
+        parts += [StreamedImages([files[row] for row in whole], spec.size), labels[whole]]
     if len(classes) != spec.num_classes:
         print(f"{folder} holds {len(classes)} classes (the paper's subset has {spec.num_classes})")
         spec = replace(spec, num_classes=len(classes))
@@ -338,20 +339,21 @@ def _in_threads(function, files, title):
 
 
 def _listing_digest(folder, files):
-    listing = "\n".join(
-        f"{path.relative_to(folder)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in files
-    )
-    return hashlib.sha256(listing.encode()).hexdigest()
+    """Tells whether a file was added, removed or changed since the last time."""
+
+    def state(path):
+        try:
+            stat = path.stat()
+        except OSError:
+            return "missing"  # such as a link whose file has moved; decoding it will say so
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    return hashlib.sha256("\n".join(f"{file.relative_to(folder)} {state(file)}" for file in files).encode()).hexdigest()
 
 
 def _decode_cached(folder, split, files, spec):
     """Decode ``files`` to uint8 (N, size, size, 3), once: the array is kept beside the folder until a file changes."""
-    try:
-        digest = _listing_digest(folder, files)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); the listing of {folder} names it"
-        ) from None
+    digest = _listing_digest(folder, files)
     cache = folder / f".decoded_{split}_{spec.size}.npz"
     try:
         with np.load(cache, allow_pickle=False) as stored:
