@@ -1,7 +1,7 @@
 """Draw the gallery of triggers: for each a clean image, the triggered one, and ten times their difference.
 
-Training images are shown; below them, for the triggers that are stronger at test time, the triggered test image. The
-adversarial perturbation of CL is left out, for it needs a benign model (see samples.png of its training step).
+The last row is the image as the attack changes it at test time, when some triggers are stronger. The adversarial
+perturbation of CL is left out, for it needs a benign model (see samples.png of its training step).
 """
 
 import sys
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from utils import args
+from utils.datasets import DATASETS, load_dataset
 from utils.errors import run_script
 from utils.figures import save_figure
 from utils.files import make_folder
@@ -22,16 +23,17 @@ from utils.triggers import TRIGGERS, apply_trigger
 
 def get_parser():
     parser = args.Parser(__doc__)
-    args.add_data_options(parser)
-    parser.set_defaults(dataset="fashion")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="fashion", help="data set")
+    parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
+    parser.add_argument("--seed", type=args.natural, default=0, help="of the triggers that draw something at random")
     parser.add_argument("--index", type=args.natural, default=0, help="which training image")
     parser.add_argument("--out", type=Path, default=ROOT / "results/triggers.png", help="the picture")
     return parser
 
 
 def main(argv=None):
-    opt = args.parse(get_parser(), argv)
-    dataset = args.load_data(opt)
+    opt = get_parser().parse_args(argv)
+    dataset = load_dataset(opt.dataset, opt.data_root)
     clean = dataset.train_images[opt.index % len(dataset.train_images) :][:1]
     figure, axes = plt.subplots(4, len(TRIGGERS), figsize=(1.25 * len(TRIGGERS), 5.6), layout="constrained")
     for column, name in enumerate(TRIGGERS):
