@@ -89,6 +89,8 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
             xycoords=("data", "axes fraction"),
             va="top",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=3,  # above the line of gamma_c, which stands there when it is zero
         )
     if gammas:
         for gamma, name, style in zip(gammas, (r"$\gamma_c$", r"$\gamma_p$"), ("--", "-."), strict=True):
