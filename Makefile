@@ -32,5 +32,5 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf saved/*/poison_rate_0.1/*/fashion saved/separated_samples/fashion saved/benign_model/fashion
+	rm -rf saved/*/poison_rate_0.1/*/fashion saved/separated_samples/fashion saved/benign_model/fashion saved/poisoned_images/fashion
 	rm -rf ST/save/poison_rate_0.1/SupCon_models/fashion
