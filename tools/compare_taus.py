@@ -7,21 +7,17 @@ reads this.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
-import torch
 
-from models import build_model
 from utils import args
-from utils.checkpoints import load_checkpoint, load_weights, refuse_other_data
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
-from utils.fct import AUTO, SD_STEPS, combine, compute_fct, gammas_of_ratios, sd_checkpoint, separate
+from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, sd_checkpoint, sd_network, separate
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
@@ -47,15 +43,9 @@ def get_parser():
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
-    checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
-    refuse_other_data(checkpoint, poisoned.digest, path)
-    if opt.precision == "auto":
-        runtime = replace(runtime, dtype=torch.float32)
-    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
-    load_weights(model, checkpoint["model"], path)
-    model = runtime.place(model)
+    checkpoint, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     rows = np.arange(0, len(poisoned.labels), opt.every)
     images = poisoned.images.subset(rows) if dataset.spec.streamed else poisoned.images[rows]
     labels, is_clean = poisoned.labels[rows], poisoned.is_clean[rows]

@@ -34,7 +34,8 @@ def get_parser():
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     dataset = load_dataset(opt.dataset, opt.data_root)
-    clean = dataset.train_images[opt.index % len(dataset.train_images) :][:1]
+    index = opt.index % len(dataset.train_images)
+    clean = dataset.train_images[index : index + 1]  # no more, for a streamed data set would decode the rest
     figure, axes = plt.subplots(4, len(TRIGGERS), figsize=(1.25 * len(TRIGGERS), 5.6), layout="constrained")
     for column, name in enumerate(TRIGGERS):
         train, test = (apply_trigger(name, clean, train=kind, seed=opt.seed) for kind in (True, False))

@@ -113,19 +113,26 @@ def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     return fct
 
 
-def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
-    """FCT of the poisoned training set under the network in a checkpoint; float32 (N,), in sample order.
-
-    Computed in float32 unless ``--precision`` names another; says how far the features have collapsed.
-    """
+def sd_network(path, command, dataset, poisoned, opt, runtime):
+    """The checkpoint of a step of SD, its network on the device, and the runtime in which FCT is computed: float32 unless
+    ``--precision`` names another. Raises `UserError` for a checkpoint that does not fit the options or the data."""
     checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
     refuse_other_data(checkpoint, poisoned.digest, path)
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":
         runtime = Runtime(runtime.device, torch.float32, runtime.workers)
+    return checkpoint, runtime.place(model), runtime
+
+
+def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
+    """FCT of the poisoned training set under the network in a checkpoint; float32 (N,), in sample order.
+
+    Computed in float32 unless ``--precision`` names another; says how far the features have collapsed.
+    """
+    _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     options = {"trans1": opt.trans1, "trans2": opt.trans2, "draws": opt.draws, "batch_size": opt.batch_size}
-    fct, norms = compute_fct(runtime.place(model), poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
+    fct, norms = compute_fct(model, poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
     if not np.isfinite(fct).all():
         raise UserError(f"{path}: FCT is not finite for {(~np.isfinite(fct)).sum()} samples; use an earlier checkpoint")
     zeros = float((fct == 0).mean())
