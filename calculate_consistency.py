@@ -4,13 +4,11 @@ Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line:
 <epoch>_clean.txt and <epoch>_poison.txt; the table <epoch>_fct.csv (index, label, FCT); <epoch>_fct.json, the settings.
 """
 
-from pathlib import Path
-
 from utils import args
+from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
-from utils.fct import fct_of_checkpoint, fct_path, save_fct, sd_checkpoint
-from utils.files import make_folder
+from utils.fct import fct_of_network, fct_path, save_fct, sd_checkpoint, sd_network
 from utils.metrics import auroc
 from utils.paths import shown
 
@@ -24,7 +22,8 @@ def get_parser():
     parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
-    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    args.add_overwrite_option(parser)
     return parser
 
 
@@ -34,9 +33,10 @@ def main(argv=None):
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
-    fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
-    make_folder(path.parent)
-    save_fct(path, fct, poisoned, opt)
+    _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+    claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
+    fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
+    save_fct(path, fct, dataset, poisoned, opt)
     print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")
 

@@ -3,12 +3,11 @@
 Prints both, and the command of step 5 that uses them; writes them to <epoch>_gamma.json beside the checkpoint.
 """
 
-from pathlib import Path
-
 from utils import args
-from utils.checkpoints import latest_checkpoint, write_options
+from utils.checkpoints import latest_checkpoint
 from utils.errors import run_script
 from utils.fct import fct_path, gammas_of_ratios, load_fct
+from utils.manifest import write_options
 from utils.paths import backdoored_folder, shown
 
 
@@ -17,7 +16,9 @@ def get_parser():
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
-    parser.add_argument("--checkpoint_load", type=Path, help="the checkpoint given to step 3; default: step 2's last")
+    parser.add_argument(
+        "--checkpoint_load", type=args.path, help="the checkpoint given to step 3; default: step 2's last"
+    )
     return parser
 
 
@@ -31,7 +32,8 @@ def main(argv=None):
 
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
-    write_options(fct_path(path, "gamma.json"), opt, gamma_low=low, gamma_high=high)
+    record, inputs = fct_path(path, "gamma.json"), [fct_path(path, "all.txt")]
+    write_options(record, opt, step="calculate_gamma", gamma_low=low, gamma_high=high, inputs=inputs)
     print(f"gamma_low {low!r}")
     print(f"gamma_high {high!r}")
     print(

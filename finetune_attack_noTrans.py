@@ -9,7 +9,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import Run, claim_folder, latest_checkpoint, load_checkpoint
+from utils.checkpoints import Run, latest_checkpoint, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
 from utils.engine import train_epoch
 from utils.errors import run_script
@@ -43,14 +43,14 @@ def main(argv=None):
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
-    folder = claim_folder(backdoored_folder(opt, "noTrans_ftsimi"), opt)
+    folder = backdoored_folder(opt, "noTrans_ftsimi")
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
 
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)  # both as step 1 left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
 
-    run = Run(opt, STEP, folder, poisoned.digest)
+    run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
     first = run.resume(checkpoint, path, model, optimizer, schedule)
 
     for epoch in range(first, opt.epochs):
@@ -65,6 +65,7 @@ def main(argv=None):
         if row["feature_norm"] < COLLAPSED * run.history[0]["feature_norm"]:
             print(f"The features are collapsing (mean norm {row['feature_norm']:.3g}, first epoch {run.history[0]['feature_norm']:.3g}): "
                   "an earlier epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -2,12 +2,12 @@
 
 Each command is printed before it runs (--dry_run: only printed). A step whose output is there already, made with the
 same options and newer than what it was made from, is skipped. The table goes to <out>/<name>.csv, the pictures beside
-it to <out>/<name>_samples.png and <out>/<name>_fct.jpg.
+it to <out>/<name>_samples.png and <out>/<name>_fct.jpg; <out>/<name>_manifest.json says what all of it
+was made from, and --verify holds the files against it.
 """
 
 import importlib.util
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +17,10 @@ from pathlib import Path
 import pandas as pd
 
 from utils import args
-from utils.checkpoints import plain_options
+from utils.checkpoints import NEUTRAL
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, write_json, write_rows
+from utils.files import make_folder, read_json, read_record, write_json, write_rows, write_together
+from utils.manifest import plain_options, verify, write_options
 from utils.paths import (
     ROOT,
     attack_and_ratios,
@@ -83,13 +84,13 @@ PRESET_DATA = {"quickstart": ("fashion", "resnet10")}
 
 @dataclass
 class Step:
-    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with
-    (or None), and the steps it builds on."""
+    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with,
+    and the steps it builds on."""
 
     script: str
     words: list
     output: Path
-    record: Path | None
+    record: Path
     needs: list
 
     @property
@@ -103,24 +104,11 @@ class Step:
             step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs
         ):
             return False
-        if self.record is None:
-            return True
-        record = read_json(self.record) or {}
+        record = read_record(self.record) or {}
         made_with, wanted = record.get("options", {}), plain_options(self.options())
         if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
             return False  # interrupted
-        no_matter = {
-            "device",
-            "precision",
-            "workers",
-            "strict",
-            "data_root",
-            "output_root",
-            "overwrite",
-            "checkpoint_load",
-            "ckpt",
-        }
-        compared = (made_with.keys() & wanted.keys()) - no_matter
+        compared = (made_with.keys() & wanted.keys()) - NEUTRAL - {"precision"}
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
 
     def module(self):
@@ -144,13 +132,18 @@ def get_parser():
     parser.add_argument("--defences", choices=("D-BR", "D-ST"), nargs="+", default=["D-BR", "D-ST"], help="what to run")
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
     parser.add_argument("--model", help="network; default: resnet18, with the preset quickstart resnet10")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the table and the pictures")
+    parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the table and the pictures")
     parser.add_argument("--name", help="name of the table; default: the preset's, or row and data set")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "--verify", type=args.path, metavar="FOLDER",
+        help="run nothing; hold the results in FOLDER, and what they were made from, against their manifests",
+    )  # fmt: skip
+    args.add_overwrite_option(parser)
     for name, kind in (("seed", args.natural), ("poison_rate", args.share), ("device", str), ("precision", str)):
         parser.add_argument(f"--{name}", type=kind, help="given to every step")
     for name in ("data_root", "output_root"):
-        parser.add_argument(f"--{name}", type=Path, help="given to every step")
+        parser.add_argument(f"--{name}", type=args.path, help="given to every step")
     return parser
 
 
@@ -201,7 +194,7 @@ def plan(opt):
     preset = {name: shlex.split(text) for name, text in PRESETS[opt.preset].items()}
     steps = {}
 
-    def add(name, script, more, output, record=None, needs=(), computes=True):
+    def add(name, script, more, output, record, needs=(), computes=True):
         all_words = [*words, *more, *(where if computes else [])]
         steps[name] = Step(script, all_words, output, record, [steps[need] for need in needs])
 
@@ -225,7 +218,9 @@ def plan(opt):
     fct = features.with_name(f"{features.stem}_fct.json")
     tau, picture = preset["tau"], features.with_suffix(".jpg")
     add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, ["finetune_attack_noTrans"])
-    add("visualize_consistency", "visualize_consistency.py", [*tau, *ratios], picture, needs=["calculate_consistency"])
+    record = features.with_name(f"{features.stem}_histogram.json")
+    more = [*tau, *ratios]
+    add("visualize_consistency", "visualize_consistency.py", more, picture, record, ["calculate_consistency"])
     gamma = features.with_name(f"{features.stem}_gamma.json")
     add("calculate_gamma", "calculate_gamma.py", ratios, gamma, gamma, ["calculate_consistency"], computes=False)
     separated = separated_folder(resolved) / "options.json"
@@ -243,20 +238,15 @@ def plan(opt):
             ("train_extractor", "last.pth", "separate_samples"),
             ("train_classifier", "ckpt_epoch_{}.pth", "train_extractor"),
         ):
-            step = Step(f"ST/{name}.py", [*words, *ratios, *preset[name], *where], Path(), None, [steps[needs]])
+            step = Step(f"ST/{name}.py", [*words, *ratios, *preset[name], *where], Path(), Path(), [steps[needs]])
             folder = secure_folder(resolved) / step.module().run_name(step.options())
             step.output, step.record = folder / output.format(epochs(name) - 1), folder / "options.json"
             steps[name] = step
         last = steps["train_classifier"].output
         paths = ["--model_ckpt", typed(steps["train_extractor"].output), "--classifier_ckpt", typed(last)]
         steps["train_classifier"].words += ["--ckpt", typed(steps["train_extractor"].output)]
-        add(
-            "test",
-            "ST/test.py",
-            [*ratios, *paths],
-            last.with_name(f"{last.stem}_test.json"),
-            needs=["train_classifier"],
-        )
+        result = last.with_name(f"{last.stem}_test.json")
+        add("test", "ST/test.py", [*ratios, *paths], result, result, ["train_classifier"])
     return steps, resolved
 
 
@@ -265,6 +255,8 @@ def run(steps, opt, ledger_path):
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
+        if opt.overwrite and not done and "overwrite" in vars(step.options()):
+            step.words.append("--overwrite")
         print(f"[{number}/{len(steps)}] {step.command}{'   (already there)' if done else ''}", flush=True)
         if opt.dry_run or done:
             continue
@@ -276,7 +268,7 @@ def run(steps, opt, ledger_path):
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)
-    return {name: ledger[name] for name in steps if name in ledger}
+    return {name: ledger[name] for name in steps if isinstance(ledger.get(name), (int, float))}
 
 
 def table(steps, resolved):
@@ -298,6 +290,12 @@ def table(steps, resolved):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    if opt.verify:
+        found = verify(opt.verify)
+        for path in found["absent"]:
+            print(f"not here, so not checked: {shown(path)}")
+        print(f"{len(found['whole'])} files are what their manifests tell of")
+        return
     steps, resolved = plan(opt)
     name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
     if opt.dry_run:
@@ -314,7 +312,11 @@ def main(argv=None):
         f"{name}_fct.jpg": steps["visualize_consistency"].output,
     }
     for target, source in pictures.items():
-        shutil.copyfile(source, opt.out / target)
+        write_together({opt.out / target: lambda file, source=source: file.write(source.read_bytes())})
+    outputs = [opt.out / target for target in (f"{name}.csv", *pictures)]
+    commands = {"seconds": seconds, "commands": [step.command for step in steps.values()]}
+    inputs = [step.record for step in steps.values()]
+    write_options(opt.out / f"{name}_manifest.json", opt, inputs=inputs, outputs=outputs, **commands)
 
     print(
         f"\n{opt.row} on {resolved.dataset}, {resolved.model}, {attack_and_ratios(resolved)} (last epochs; per cent, AUROC in 0-1)"

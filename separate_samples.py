@@ -5,19 +5,20 @@ options.json and, by the ground truth and for evaluation only, detection.json to
 saved/separated_samples/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/.
 """
 
-from pathlib import Path
+import os
 
 import numpy as np
 
 from utils import args
-from utils.checkpoints import claim_folder, write_options
+from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
-from utils.files import write_json
+from utils.files import json_writer, write_together
+from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, save_samples
+from utils.samples import CLEAN, POISON, UNCERTAIN, sample_writers
 
 
 def get_parser():
@@ -44,7 +45,7 @@ def get_parser():
     parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
-    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
     return parser
 
 
@@ -71,8 +72,6 @@ def main(argv=None):
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
 
-    folder = claim_folder(separated_folder(opt), opt)
-    save_samples(folder, poisoned, flags)
     quality = detection_quality(
         fct,
         np.flatnonzero(flags == CLEAN),
@@ -81,16 +80,13 @@ def main(argv=None):
         poisoned.labels,
         dataset.spec.num_classes,
     )
-    write_json(folder / "detection.json", quality)
-    write_options(
-        folder / "options.json",
-        opt,
-        step="separate_samples",
-        poisoned_digest=poisoned.digest,
-        gamma_low=low,
-        gamma_high=high,
-        checkpoint=str(path),
-    )
+    folder = separated_folder(opt)
+    settings = {"gamma_low": low, "gamma_high": high, "checkpoint": os.path.relpath(path, folder)}
+    claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
+    writers = {**sample_writers(folder, poisoned, flags), folder / "detection.json": json_writer(quality)}
+    outputs = {folder / name: digest for name, digest in write_together(writers).items()}
+    settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
+    write_options(folder / "options.json", opt, inputs=[path], outputs=outputs, **settings)
     print(
         "By the ground truth (evaluation only): "
         + ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))

@@ -8,7 +8,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import Run, claim_folder, load_checkpoint
+from utils.checkpoints import Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
 from utils.engine import train_epoch
 from utils.errors import run_script
@@ -26,7 +26,7 @@ def get_parser():
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=2, batch_size=128, lr=0.01)
-    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
 
@@ -38,17 +38,18 @@ def main(argv=None):
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
+    folder = backdoored_folder(opt, "noTrans")
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
-    folder = claim_folder(backdoored_folder(opt, "noTrans"), opt)
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
-    run = Run(opt, STEP, folder, poisoned.digest)
-    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
-    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
+    run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
+    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
+    sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
+    run.add(folder / "samples.png")
 
     for epoch in range(first, opt.epochs):
         model.train()
@@ -59,6 +60,7 @@ def main(argv=None):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

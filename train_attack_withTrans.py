@@ -8,7 +8,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import Run, claim_folder, load_checkpoint
+from utils.checkpoints import Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
@@ -28,7 +28,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=200, batch_size=128, lr=0.01)
     args.add_step_schedule_options(parser)
-    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
 
@@ -45,6 +45,7 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
+    folder = backdoored_folder(opt, "withTrans")
     augmentation = CropFlip.of(dataset.spec)
     batches = Batches(
         poisoned.images,
@@ -65,10 +66,10 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
-    folder = claim_folder(backdoored_folder(opt, "withTrans"), opt)
-    run = Run(opt, step, folder, poisoned.digest)
-    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
-    sample_sheet(folder / "samples.png", dataset, poisoned, opt)
+    run = Run(opt, step, folder / "options.json", poisoned.digest, data=dataset.record)
+    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
+    sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
+    run.add(folder / "samples.png")
 
     for epoch in range(first, opt.epochs):
         model.train()
@@ -79,6 +80,7 @@ def train(opt, runtime, step, weight_decay, start_from=None):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import CLEAN_IDENTITY, Run, claim_folder, load_checkpoint
+from utils.checkpoints import CLEAN_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import train_epoch
 from utils.errors import run_script
@@ -27,7 +27,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=200, batch_size=128, lr=0.01)
     args.add_step_schedule_options(parser)
-    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
 
@@ -38,7 +38,7 @@ def main(argv=None):
 
     dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime, attack=False)
-    folder = claim_folder(benign_folder(opt), opt, IDENTITY)
+    folder = benign_folder(opt)
     augmentation = CropFlip.of(dataset.spec)
     batches = Batches(
         dataset.train_images,
@@ -56,8 +56,8 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
-    run = Run(opt, STEP, folder, None)
-    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else 0
+    run = Run(opt, STEP, folder / "options.json", None, data=dataset.record, names=IDENTITY)
+    first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):
         model.train()
@@ -68,6 +68,7 @@ def main(argv=None):
             model.eval()
             row["ACC"] = evaluate(model, tests, batches.normalize, runtime)["ACC"]
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -4,7 +4,7 @@ Each epoch is one pass of gradient ascent on the cross-entropy over D_p, then on
 (--checkpoint_save) and, a row an epoch, the log (--log), whose first row, epoch -1, is the model before.
 """
 
-from pathlib import Path
+import os
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,11 @@ from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets, poison_training_set
 from utils.engine import train_epoch
-from utils.errors import run_script
-from utils.files import make_folder
+from utils.errors import UserError, run_script
 from utils.losses import cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
-from utils.samples import CLEAN, POISON, load_samples
+from utils.samples import CLEAN, POISON, load_samples, sample_files
 from utils.transforms import CropFlip
 
 STEP = "unlearn_relearn"
@@ -32,17 +31,17 @@ def get_parser():
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_ratio_options(parser)
-    args.add_training_options(parser, epochs=20, batch_size=128, lr=1e-4, overwrites=False)
+    args.add_training_options(parser, epochs=20, batch_size=128, lr=1e-4)
     parser.add_argument(
         "--checkpoint_load",
-        type=Path,
+        type=args.path,
         help="the backdoored model, or a model of this step to continue; default: BR step 1's last",
     )
     parser.add_argument(
-        "--checkpoint_save", type=Path, help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar"
+        "--checkpoint_save", type=args.path, help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar"
     )
     parser.add_argument(
-        "--log", type=Path, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
+        "--log", type=args.path, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
     )
     return parser
 
@@ -66,8 +65,15 @@ def main(argv=None):
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
     checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
     resumed = checkpoint["step"] == STEP
-    save = opt.checkpoint_save or (path if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
-    log = opt.log or save.with_name("unlearn_purify.csv")
+    own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
+    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
+    if len({save.absolute(), log.absolute(), record.absolute()}) < 3 or (
+        save.absolute() == path.absolute() and not resumed
+    ):
+        raise UserError(
+            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
+        )
 
     dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
@@ -80,20 +86,36 @@ def main(argv=None):
         settings = (dataset.spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
         return Batches(images, samples["label"], *settings, augmentation=augmentation)
 
+    for file in (save, log, record):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
+
     to_unlearn, to_relearn = batches_of(POISON), batches_of(CLEAN)
-    make_folder(save.parent)
-    make_folder(log.parent)
+    if opt.batch_size > len(to_unlearn.labels):
+        raise UserError(
+            f"--batch_size {opt.batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
+        )
 
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
-    run = Run(opt, STEP, save.parent, checkpoint["poisoned_digest"], log=log, record=save.with_suffix(".json"))
+    inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
+    run = Run(
+        opt,
+        STEP,
+        record,
+        checkpoint["poisoned_digest"],
+        inputs,
+        dataset.record,
+        log,
+        checkpoint=os.path.relpath(path, save.parent),
+    )
     load_weights(model, checkpoint["model"], path)
     model.eval()
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
-        first = run.take_history(checkpoint)
+        first = run.take_history(checkpoint, path)
     else:
-        first = 0
+        first = run.start()
         before = {
             "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),
             **evaluate(model, tests, to_relearn.normalize, runtime),
@@ -110,6 +132,7 @@ def main(argv=None):
         model.eval()
         row = {
             "loss_Dp": -up["loss"],  # during the ascent
+            "at_bound": up["at_bound"],  # share of D_p that the guard of the ascent held
             "loss_Dc": down["loss"],  # during the descent
             "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),  # what of the ascent outlives the descent
             "seconds": up["seconds"] + down["seconds"],
@@ -118,6 +141,7 @@ def main(argv=None):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         run.finish_epoch(epoch, row, [save], model, optimizer)
 
+    run.complete()
     measured = [row for row in run.history if row["epoch"] >= 0 and "ACC" in row]
     best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
     for name, row in (("Last epoch", run.history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)):

@@ -3,14 +3,13 @@
 Uses the values that calculate_consistency.py saved where they fit the options, else computes them.
 """
 
-from pathlib import Path
-
 from utils import args
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
-from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint
+from utils.fct import fct_path, gammas_of_ratios, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
 from utils.files import make_folder
+from utils.manifest import write_options
 from utils.metrics import auroc
 from utils.paths import shown
 
@@ -25,7 +24,7 @@ def get_parser():
     parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
-    parser.add_argument("--checkpoint_load", type=Path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
     return parser
 
 
@@ -41,8 +40,9 @@ def main(argv=None):
     title = f"{opt.dataset}, {opt.model}, {opt.trigger_type} {opt.target_type}, checkpoint {path.name}, " \
             f"tau {opt.trans1} + {opt.trans2}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"  # fmt: skip
     make_folder(path.parent)
-    picture = path.with_suffix(".jpg")
+    picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
     fct_histogram(picture, fct, poisoned.is_clean, title, gammas)
+    write_options(record, opt, step="visualize_consistency", data=dataset.record, inputs=[path], outputs=[picture])
     print(f"The histogram is {shown(picture)}")
 
 

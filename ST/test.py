@@ -15,7 +15,8 @@ from utils import args
 from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import run_script
-from utils.files import make_folder, write_json
+from utils.files import make_folder
+from utils.manifest import write_options
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
 
@@ -27,10 +28,10 @@ def get_parser():
     args.add_device_options(parser)
     args.add_ratio_options(parser)
     parser.add_argument(
-        "--model_ckpt", type=Path, help="extractor of ST step 1; default: the newest last.pth of these options"
+        "--model_ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
     )
     parser.add_argument(
-        "--classifier_ckpt", type=Path, help="classifier of ST step 2; default: the newest of these options"
+        "--classifier_ckpt", type=args.path, help="classifier of ST step 2; default: the newest of these options"
     )
     return parser
 
@@ -56,7 +57,8 @@ def main(argv=None):
     print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
     make_folder(classifier_path.parent)
     target = classifier_path.with_name(f"{classifier_path.stem}_test.json")
-    write_json(target, {**result, "model_ckpt": str(extractor_path), "classifier_ckpt": str(classifier_path)})
+    inputs = [extractor_path, classifier_path]
+    write_options(target, opt, step="test", **result, data=dataset.record, inputs=inputs)
     print(f"Written to {shown(target)}")
 
 

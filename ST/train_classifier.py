@@ -16,13 +16,13 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import mixed_cross_entropy
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, Run, claim_folder, latest_file, load_checkpoint, load_weights
+from utils.checkpoints import SECURE_IDENTITY, Run, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, load_samples
+from utils.samples import CLEAN, POISON, load_samples, sample_files
 from utils.transforms import ContrastiveView
 
 STEP = "train_classifier"
@@ -42,8 +42,10 @@ def get_parser():
     parser.add_argument(
         "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"
     )
-    parser.add_argument("--ckpt", help="extractor of ST step 1; default: the newest last.pth of these options")
-    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    parser.add_argument(
+        "--ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
+    )
+    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
 
@@ -65,10 +67,10 @@ def main(argv=None):
     own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     samples = load_samples(opt, [CLEAN, POISON], with_images=True)
-    folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
 
     dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
+    folder = secure_folder(opt) / run_name(opt)
     batches = Batches(
         samples["image"], samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
         augmentation=ContrastiveView(dataset.spec.size), extra=samples["flag"] == CLEAN,
@@ -91,8 +93,9 @@ def main(argv=None):
         loss = mixed_cross_entropy(logits, labels, in_clean.bool(), opt.poison_weight)
         return loss, {"correct": (logits.argmax(1) == labels).sum()}
 
-    run = Run(opt, STEP, folder, None)
-    first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else 0
+    inputs = [path, *sample_files(opt, [CLEAN, POISON])]
+    run = Run(opt, STEP, folder / "options.json", None, inputs, dataset.record)
+    first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):
         row = train_epoch(classifier, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
@@ -101,6 +104,7 @@ def main(argv=None):
         if args.due(opt, epoch):
             row.update(evaluate(lambda x: classifier(extractor.features(x)), tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"ckpt_epoch_{epoch}.pth"], classifier, optimizer, schedule)
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

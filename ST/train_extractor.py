@@ -16,13 +16,13 @@ import torch
 from models import SupConResNet
 from ST.losses import SupConLoss, trusted_mask
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, Run, claim_folder, load_checkpoint
+from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.datasets import DATASETS
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples
+from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples, sample_files
 from utils.transforms import ContrastiveView
 
 STEP = "train_extractor"
@@ -49,7 +49,7 @@ def get_parser():
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"
     )
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
-    parser.add_argument("--checkpoint_load", help="continue after this checkpoint of this step")
+    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
 
@@ -80,8 +80,9 @@ def main(argv=None):
     command = f"python ST/{STEP}.py {args.attack_arguments(opt)} --cosine"
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
-    samples = load_samples(opt, [CLEAN, UNCERTAIN, POISON], with_images=True)
-    folder = claim_folder(secure_folder(opt) / run_name(opt), opt)
+    sets = [CLEAN, UNCERTAIN, POISON]
+    samples = load_samples(opt, sets, with_images=True)
+    folder = secure_folder(opt) / run_name(opt)
     spec = DATASETS[opt.dataset]
     batches = Batches(
         samples["image"], samples["label"], spec, runtime, opt.batch_size, opt.seed, STEP,
@@ -98,8 +99,8 @@ def main(argv=None):
         first, second = model(inputs).float().chunk(2)
         return contrastive(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
 
-    run = Run(opt, STEP, folder, None)
-    first = run.resume(checkpoint, load, model, optimizer) if checkpoint else 0
+    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets))
+    first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):
 
@@ -111,6 +112,7 @@ def main(argv=None):
         row = train_epoch(model, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}", set_rate)
         paths = [folder / f"ckpt_epoch_{epoch}.pth"] if (epoch + 1) % opt.save_freq == 0 else []
         run.finish_epoch(epoch, row, [*paths, folder / "last.pth"], model, optimizer)
+    run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -4,6 +4,7 @@ from urllib.error import URLError
 
 import torchvision
 
+from utils.checkpoints import load_weights
 from utils.errors import UserError
 from utils.files import load_tensors
 
@@ -35,9 +36,7 @@ def load_pretrained(model, name, source):
         command = f"curl -O {getattr(torchvision.models, NAMES.get(name, 'ResNet18_Weights')).IMAGENET1K_V1.url}"
         state = load_tensors(source, command, "file of weights")
     own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
-    try:
-        model.load_state_dict({**{key: value for key, value in state.items() if not key.startswith("fc.")}, **own})
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"the weights in {source} do not fit {name}: {' '.join(str(error).splitlines()[:2])[:300]}"
-        ) from None
+    state = state if isinstance(state, dict) else {}
+    load_weights(
+        model, {**{key: value for key, value in state.items() if not str(key).startswith("fc.")}, **own}, source
+    )

@@ -245,7 +245,7 @@ def test_weights_of_another_class_count_give_all_but_the_last_layer(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model.eval().features(image), theirs.eval()(image))
 
-    with pytest.raises(UserError, match="do not fit resnet34"):
+    with pytest.raises(UserError, match=r"do not fit this network: they lack layer1\.2"):
         load_pretrained(build_model("resnet34", "imagenet", 7), "resnet34", tmp_path / "weights.pth")
     (tmp_path / "weights.pth").write_bytes(b"damaged")
     with pytest.raises(UserError, match="weights"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ST.losses import SupConLoss, mixed_cross_entropy, trusted_mask
 from utils.errors import UserError
-from utils.losses import cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
+from utils.losses import ASCENT_BOUND, cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 
 
 def randn(*shape, seed=0):
@@ -69,10 +69,25 @@ def test_negative_cross_entropy_has_the_opposite_value_and_gradient():
         loss.backward()
         found.append((loss.detach(), model.weight.grad.clone(), model.bias.grad.clone()))
         assert sums["correct"] == (model(inputs).argmax(1) == labels).sum()
-    for up, down in zip(*found, strict=True):
-        assert up.abs().sum() > 0
-        torch.testing.assert_close(up, -down, rtol=0, atol=0)
+    torch.testing.assert_close(found[0][0], -found[1][0])
+    for up, down in zip(found[0][1:], found[1][1:], strict=True):
+        assert up.abs().sum() > 0 and torch.equal(up, -down)
     torch.testing.assert_close(found[0][0], F.cross_entropy(model(inputs), labels))
+
+
+def test_the_guard_of_the_ascent_holds_the_samples_beyond_it_and_no_others():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    inputs = torch.tensor([[0.0, 99.0], [0.0, 101.0], [3.0, 1.0]])  # cross-entropy for label 0: 99, 101, small
+    loss, sums = negative_cross_entropy(model, inputs, torch.zeros(3, dtype=torch.int64))
+    each = F.cross_entropy(model(inputs), torch.zeros(3, dtype=torch.int64), reduction="none")
+    assert sums["at_bound"] == 1
+    torch.testing.assert_close(loss, -(each[0] + ASCENT_BOUND + each[2]) / 3)
+    loss.backward()
+    guarded = model.weight.grad.clone()
+    model.zero_grad()
+    (-F.cross_entropy(model(inputs[[0, 2]]), torch.zeros(2, dtype=torch.int64), reduction="sum") / 3).backward()
+    torch.testing.assert_close(guarded, model.weight.grad)
 
 
 # The supervised contrastive loss

@@ -117,9 +117,11 @@ def test_separation_reuses_saved_values_and_recomputes_the_same(pipeline, words,
     assert "computing" in cli("separate_samples.py", *words(pipeline), "--batch_size", 64).out
     record.write_text(saved)
     assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() == before
-    assert "computing" in cli("separate_samples.py", *words(pipeline), "--trans1", "flip", "--trans2", "none").out
+    other_tau = ["--trans1", "flip", "--trans2", "none", "--overwrite"]
+    assert "computing" in cli("separate_samples.py", *words(pipeline), *other_tau).out
     assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() != before
-    assert cli("separate_samples.py", *words(pipeline)).code == 0
+    assert cli("separate_samples.py", *words(pipeline)).code == 2  # the work of another setting
+    assert cli("separate_samples.py", *words(pipeline), "--overwrite").code == 0
 
 
 def test_the_test_step_agrees_with_the_classifiers_log(pipeline):

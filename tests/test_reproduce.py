@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, load_script, run_cli
 
+from utils.errors import UserError
+
 TINY = {
     "attack": "--target_label 2",
     "train_attack_noTrans": "--epochs 1 --batch_size 64",
@@ -86,7 +88,10 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
 
     # A step with other options, and all that build on it, run again.
     monkeypatch.setitem(TINY, "train_attack_withTrans", "--epochs 1 --batch_size 32")
-    reproduce.main(list(map(str, words)))
+    with pytest.raises(UserError, match="ended with code 2"):
+        reproduce.main(list(map(str, words)))
+    assert "--batch_size 64" in capfd.readouterr().err
+    reproduce.main([*map(str, words), "--overwrite"])
     again = capfd.readouterr().out
     assert again.count("already there") == 9
     lines = [line for line in again.splitlines() if "] python " in line and "already there" not in line]

@@ -24,9 +24,9 @@ CLASSES = Path(__file__).with_name("imagenet_subset_classes.txt")
 
 def get_parser():
     parser = args.Parser(__doc__)
-    parser.add_argument("--imagenet", type=Path, required=True, metavar="DIR", help="your copy of ImageNet")
-    parser.add_argument("--out", type=Path, default=ROOT / "dataset/sub-imagenet-200", help="the subset")
-    parser.add_argument("--classes", type=Path, default=CLASSES, help="file with one class id a line")
+    parser.add_argument("--imagenet", type=args.path, required=True, metavar="DIR", help="your copy of ImageNet")
+    parser.add_argument("--out", type=args.path, default=ROOT / "dataset/sub-imagenet-200", help="the subset")
+    parser.add_argument("--classes", type=args.path, default=CLASSES, help="file with one class id a line")
     parser.add_argument("--copy", action="store_true", help="copy the files instead of linking them")
     return parser
 

@@ -37,14 +37,14 @@ def get_parser():
     parser = args.Parser(__doc__)
     names = [name for name, spec in DATASETS.items() if spec.size == SIZE]
     parser.add_argument("--dataset", nargs="+", choices=names, default=["fashion"], help="data sets of training images")
-    parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
+    parser.add_argument("--data_root", type=args.path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--steps", type=args.positive_int, default=800, help="batches in all")
     parser.add_argument("--batch_size", type=args.positive_int, default=64, help="images a batch")
     parser.add_argument("--lr", type=args.positive, default=2e-3, help="largest learning rate of Adam; a cosine to 0")
     parser.add_argument("--image_weight", type=args.positive, default=20.0, help="final weight of the image terms")
     parser.add_argument("--ramp", type=args.positive_int, default=300, help="steps over which that weight grows")
     parser.add_argument("--seed", type=args.natural, default=0, help="decides the secret, first weights and batches")
-    parser.add_argument("--out", type=Path, default=ENCODER, help="file of encoder, decoder and secret")
+    parser.add_argument("--out", type=args.path, default=ENCODER, help="file of encoder, decoder and secret")
     args.add_device_options(parser)
     return parser
 

@@ -24,10 +24,10 @@ from utils.triggers import TRIGGERS, apply_trigger
 def get_parser():
     parser = args.Parser(__doc__)
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="fashion", help="data set")
-    parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
+    parser.add_argument("--data_root", type=args.path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--seed", type=args.natural, default=0, help="of the triggers that draw something at random")
     parser.add_argument("--index", type=args.natural, default=0, help="which training image")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/triggers.png", help="the picture")
+    parser.add_argument("--out", type=args.path, default=ROOT / "results/triggers.png", help="the picture")
     return parser
 
 

@@ -1,6 +1,7 @@
 """The options that several steps share, so that a name, a default or a check is written once."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -33,12 +34,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def number(kind, low=None, high=None, low_open=False):
-    """An argparse type: an int or float within bounds. ``low_open`` leaves out ``low`` itself."""
+    """An argparse type: a finite int or float within bounds, an int within 64 bits. ``low_open`` leaves out ``low``."""
 
     def convert(text):
         value = kind(text)
+        if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise argparse.ArgumentTypeError(
+                f"{text:.40} is out of range: it must be finite, an integer within 64 bits"
+            )
         below = low is not None and (value <= low if low_open else value < low)
-        if value != value or below or (high is not None and value > high):
+        if below or (high is not None and value > high):
             bounds = [f"{'above' if low_open else 'at least'} {low}"] * (low is not None) + [f"at most {high}"] * (
                 high is not None
             )
@@ -47,6 +52,13 @@ def number(kind, low=None, high=None, low_open=False):
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def path(text):
+    """An argparse type: a path with a name; an empty one is most often a shell variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 positive_int = number(int, 1)
@@ -58,11 +70,11 @@ share = number(float, 0, 1, low_open=True)
 def add_data_options(parser):
     """dataset, data_root, model, seed and where the results go."""
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar10", help="data set")
-    parser.add_argument("--data_root", type=Path, default=ROOT / "dataset", help="folder that holds the data sets")
+    parser.add_argument("--data_root", type=path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--model", choices=tuple(MODELS), default="resnet18", help="network")
     parser.add_argument("--seed", type=natural, default=0, help="decides every random draw")
     parser.add_argument(
-        "--output_root", type=Path, default=ROOT, help="folder under which saved/ and ST/save/ are kept"
+        "--output_root", type=path, default=ROOT, help="folder under which saved/ and ST/save/ are kept"
     )
     parser.add_argument(
         "--strict", action="store_true", help="imagenet: refuse images that cannot be read, instead of skipping them"
@@ -85,11 +97,14 @@ def add_attack_options(parser):
         "--poison_rate", type=share, default=0.1, help="share of the eligible training samples poisoned"
     )
     parser.add_argument(
-        "--benign_checkpoint", help="fourCornerTrigger: checkpoint of train_clean_withTrans.py; default: its last"
+        "--benign_checkpoint",
+        type=path,
+        help="fourCornerTrigger: checkpoint of train_clean_withTrans.py; default: its last",
     )
-    parser.add_argument("--ssba_encoder", type=Path, default=ENCODER, help="SSBA: file of tools/train_ssba.py")
+    parser.add_argument("--ssba_encoder", type=path, default=ENCODER, help="SSBA: file of tools/train_ssba.py")
     parser.add_argument(
         "--ssba_images",
+        type=path,
         nargs="+",
         metavar="FILE.npy",
         help="SSBA: all training (and all test) images encoded elsewhere, uint8 (N, H, W, 3) in sample order",
@@ -111,8 +126,13 @@ def add_device_options(parser):
         "--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the hardware has it"
     )
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run: torch's deterministic algorithms (on CUDA as far as there are such)",
+    )
+    parser.add_argument(
         "--workers",
-        type=natural,
+        type=number(int, 0, 256),
         help="imagenet: processes that decode images; default: one a core, 8 at most; changes no result",
     )
 
@@ -187,7 +207,7 @@ def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
     workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
-    runtime = choose_runtime(opt.device, opt.precision, workers)
+    runtime = choose_runtime(opt.device, opt.precision, workers, opt.deterministic)
     print(f"Running on {runtime}", flush=True)
     return opt, runtime
 
@@ -207,7 +227,7 @@ def attack_arguments(opt):
     for name in TRIGGER_OPTIONS:
         value = getattr(opt, name)
         if value not in (None, ENCODER):
-            words += [f"--{name}", *(value if isinstance(value, list) else [shown(value)])]
+            words += [f"--{name}", *map(shown, value if isinstance(value, list) else [value])]
     return " ".join(words)
 
 

@@ -1,16 +1,26 @@
 """Checkpoints that say what they were made with, and the record of a training run."""
 
-import platform
-import shlex
-import sys
+import math
+import os
+import shutil
 import time
 from pathlib import Path
 
 import torch
-import torchvision
 
 from utils.errors import UserError, require_file
-from utils.files import atomic_write, load_tensors, make_folder, read_json, write_json, write_rows
+from utils.files import (
+    csv_writer,
+    hold_lock,
+    load_tensors,
+    make_folder,
+    read_record,
+    sha256,
+    tensor_writer,
+    write_json,
+    write_together,
+)
+from utils.manifest import manifest, plain_options
 from utils.paths import shown
 
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
@@ -18,18 +28,19 @@ CLEAN_IDENTITY = ("dataset", "model")
 IDENTITY = (*CLEAN_IDENTITY, "trigger_type", "target_type", "target_label", "poison_rate", "seed")
 SECURE_IDENTITY = (*IDENTITY, "clean_ratio", "poison_ratio")  # of a step of ST, which sees the separated samples
 
-KEYS = {"step", "epoch", "model", "optimizer", "schedule", "options", "poisoned_digest", "history"}
+# Options that name places, or how often something is looked at or kept, and change no result.
+NEUTRAL = {
+    "data_root", "output_root", "device", "workers", "strict", "deterministic", "overwrite", "eval_freq", "save_freq",
+    "checkpoint_load", "checkpoint_save", "log", "ckpt", "model_ckpt", "classifier_ckpt",
+}  # fmt: skip
+
+KEYS = {"step": str, "epoch": int, "model": dict, "optimizer": dict, "schedule": dict, "options": dict,
+        "poisoned_digest": (str, type(None)), "history": list}  # fmt: skip
 
 
 def identity(opt, names=IDENTITY):
     """The options ``names`` as a dict."""
     return {name: getattr(opt, name) for name in names}
-
-
-def plain_options(opt):
-    """All options of a script as a dict that JSON and a weights-only checkpoint can hold."""
-    simple = (int, float, str, bool, list, type(None))
-    return {name: value if isinstance(value, simple) else str(value) for name, value in sorted(vars(opt).items())}
 
 
 def refuse_other(found, opt, what, names=IDENTITY):
@@ -51,12 +62,6 @@ def refuse_other_data(checkpoint, digest, path):
         )
 
 
-def save_checkpoint(path, content):
-    """Write a checkpoint (dict of plain values and tensors) whole or not at all."""
-    with atomic_write(path) as file:
-        torch.save(content, file)
-
-
 def load_checkpoint(path, opt, command, steps, names=IDENTITY):
     """Read a checkpoint that one of ``steps`` wrote for the same data set, model and attack.
 
@@ -71,42 +76,123 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
         UserError: for a file that is missing, damaged, from elsewhere, or of other options.
     """
     checkpoint = load_tensors(path, command, "checkpoint of this project")
-    try:
-        step, options = checkpoint["step"], dict(checkpoint["options"])
-        missing = KEYS - checkpoint.keys()
-        if missing:
-            raise KeyError(sorted(missing))
-    except (TypeError, KeyError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is no checkpoint of this project ({type(error).__name__}). Make it with: {command}"
-        ) from None
-    if step not in steps:
+    wrong = _not_a_checkpoint(checkpoint)
+    if wrong:
+        raise UserError(f"{path} is no checkpoint of this project ({wrong}). Make it with: {command}")
+    if checkpoint["step"] not in steps:
+        step = str(checkpoint["step"])[:60]
         raise UserError(f"{path} was written by {step}, this step needs a checkpoint of {' or '.join(steps)}")
-    refuse_other(options, opt, str(path), names)
+    refuse_other(checkpoint["options"], opt, str(path), names)
     return checkpoint
 
 
+def _not_a_checkpoint(content):
+    """What a file lacks to be a checkpoint, as text, or None."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}"
+    missing = [name for name in KEYS if name not in content]
+    if missing:
+        held = ", ".join(str(name)[:30] for name in list(content)[:3])
+        return f"it lacks {', '.join(missing[:3])}; it holds {held or 'nothing'}"
+    for name, kind in KEYS.items():
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            return f"its {name} is a {type(content[name]).__name__}"
+    if content["epoch"] < 0:
+        return f"its epoch is {content['epoch']}"
+    rows = content["history"]
+    if not all(isinstance(row, dict) and all(isinstance(v, (int, float)) for v in row.values()) for row in rows):
+        return "its history is not a list of rows of numbers"
+    if any("epoch" not in row for row in rows):
+        return "a row of its history has no epoch"
+    return None
+
+
 def load_weights(module, state, path):
-    """Load a state dict into ``module``; a `UserError` names the first difference where it does not fit."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        lines = str(error).splitlines()
-        raise UserError(f"the weights in {path} do not fit this network: {' '.join(lines[:2])[:300]}") from None
+    """Load a state dict into ``module``.
+
+    Raises:
+        UserError: that names the first keys which are missing, foreign, of another shape or kind, or not finite.
+    """
+    own = module.state_dict()
+    state = state if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    both = [name for name in own if name in tensors]
+    faults = {
+        "lack": [name for name in own if name not in tensors],
+        "hold the foreign": [str(name) for name in state if name not in own],
+        "have another shape in": [
+            f"{name} {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+            for name in both
+            if tensors[name].shape != own[name].shape
+        ],
+        "have another kind of number in": [
+            f"{name} {tensors[name].dtype}, not {own[name].dtype}"
+            for name in both
+            if tensors[name].is_floating_point() != own[name].is_floating_point() or tensors[name].is_complex()
+        ],
+        "are not finite in": not_finite({name: tensors[name] for name in both}),
+    }
+    found = [f"{what} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for what, names in faults.items() if names]
+    if found:
+        raise UserError(f"the weights in {path} do not fit this network: they {'; they '.join(found)}"[:600])
+    module.load_state_dict(tensors)
+
+
+def not_finite(state):
+    """Names of the tensors in a state dict that hold an infinity or no number."""
+    return [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
 
 
 def load_optimizer(optimizer, state, path):
-    """Load an optimizer's state; a `UserError` where it is of another network."""
+    """Load an optimizer's state. Raises `UserError` where it is of another network or not such a state."""
+    fault = f"the optimizer's state in {path} does not fit this network"
     try:
+        own = optimizer.state_dict()["param_groups"]
+        for group, expected in zip(state["param_groups"], own, strict=True):
+            for name, value in expected.items():
+                if not _alike(group.get(name, value), value):
+                    raise ValueError(f"its {name} is {group[name]!r:.40}")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, held in state["state"].items():
+            for value in held.values():
+                if isinstance(value, torch.Tensor) and value.shape not in (parameters[number].shape, ()):
+                    raise ValueError(f"a tensor of parameter {number} has the shape {tuple(value.shape)}")
+                if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+                    raise ValueError(f"a tensor of parameter {number} is not finite")
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the optimizer's state in {path} does not fit this network: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{fault}: {error}") from None
+
+
+def load_schedule(scheduler, state, path):
+    """Load a schedule's state. Raises `UserError` where it is not that of such a schedule."""
+    own = scheduler.state_dict()
+    for name, value in state.items():
+        if name not in own or not _alike(value, own[name]):
+            raise UserError(f"the schedule in {path} is not that of this step: its {str(name)[:40]} does not fit")
+    scheduler.load_state_dict(state)
+
+
+def _alike(value, expected):
+    """Whether a value read from a file can stand where ``expected`` stands: of its kind, and finite."""
+    if isinstance(expected, bool) or expected is None:
+        return value is None or isinstance(value, bool)
+    if isinstance(expected, (int, float)):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(expected, (list, tuple)):
+        kind = expected[0] if expected else 0
+        return isinstance(value, (list, tuple)) and all(_alike(part, kind) for part in value)
+    if isinstance(expected, dict):  # a Counter of epochs, in a schedule of steps
+        return isinstance(value, dict) and all(_alike(part, 0) for item in value.items() for part in item)
+    return isinstance(value, type(expected))
 
 
 def latest_checkpoint(folder, epochs, command):
     """The last epoch's checkpoint in ``folder``, as a step's own record tells it; ``epochs`` where there is none."""
-    record = read_json(folder / "options.json") or {}
+    record = read_record(folder / "options.json") or {}
     epochs = record.get("options", {}).get("epochs", epochs)
+    if not isinstance(epochs, int):
+        raise UserError(f"{folder / 'options.json'} is not the record of a step. Make it with: {command} --overwrite")
     path = require_file(folder / f"{epochs - 1}.tar", command)
     print(f"Using {shown(path)}")
     return path
@@ -120,42 +206,126 @@ def latest_file(folder, pattern, command):
     return path
 
 
-def claim_folder(folder, opt, names=IDENTITY):
-    """Create an output folder; refuse one that holds the work of other settings, unless ``--overwrite`` is given."""
-    folder = make_folder(folder)
-    record = read_json(folder / "options.json")
-    if record and not opt.overwrite:
-        for name, value in identity(opt, names).items():
-            other = record.get("options", {}).get(name, value)
-            if other != value:
-                raise UserError(
-                    f"{shown(folder)} holds the result of --{name} {other}, which --{name} {value} would replace; "
-                    f"give --overwrite to replace it, or another --output_root"
-                )
-    return folder
+def claim(record, opt, continues=False, names=IDENTITY, ignored=(), **more):
+    """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
+    to replace the work of other settings unless ``--overwrite`` is given.
+
+    Args:
+        record: where the step keeps its options; opt: the options; continues: whether the run goes on from a checkpoint
+        of the same step, so that only ``names`` must agree; ignored: options that change no result of this step;
+        more: settings beside the options, as the record names them.
+
+    Raises:
+        UserError: for a folder that cannot be written, is being written by another run, or holds other work.
+    """
+    make_folder(record.parent)
+    hold_lock(record)
+    if _complete(_staging(record) / record.name):
+        print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
+        _replace(record)
+    earlier = read_record(record)
+    if not earlier or opt.overwrite:
+        return
+    wanted = plain_options(opt)
+    found = {**earlier.get("options", {}), **{name: earlier[name] for name in more if name in earlier}}
+    others = sorted(wanted.keys() - NEUTRAL - set(ignored) - set(names))
+    compared = names if continues else [*names, *others, *more]
+    wanted |= more
+    differ = [name for name in compared if found.get(name, wanted[name]) != wanted[name]][:3]
+    if differ:
+        held, asked = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (found, wanted))
+        go_on = "--checkpoint_load CHECKPOINT to go on with it, " * ("epochs_done" in earlier)
+        raise UserError(
+            f"{shown(record.parent)} holds the result of {held}, which {asked} would replace; give --overwrite to replace "
+            f"it, {go_on}or another --output_root"
+        )
 
 
-def write_options(path, opt, **more):
-    """Record a step's resolved options, its command and the versions as JSON in ``path``."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    write_json(path, {"command": command, "options": plain_options(opt), "versions": versions, **more})
+def _staging(record):
+    """Folder in which a run keeps its files while an earlier result is still in their place."""
+    return record.with_name("unfinished" if record.name == "options.json" else f"{record.stem}_unfinished")
+
+
+def _complete(record):
+    content = read_record(record)
+    return bool(content) and content.get("epochs_done") == content.get("options", {}).get("epochs")
+
+
+def _replace(record):
+    """Put the files of a complete run in the place of the earlier result; done again, it ends the same."""
+    staging, earlier = _staging(record), read_record(record) or {}
+    outputs = read_record(staging / record.name)["outputs"]
+    places = {Path(name).name: record.parent / name for name in outputs}
+    for file in sorted(staging.iterdir()):
+        if file.name != record.name and not file.name.startswith("."):
+            _move(file, places.get(file.name, record.parent / file.name))
+    stale = [name for name in earlier.get("outputs", {}) if name not in outputs and (record.parent / name).is_file()]
+    for name in stale:
+        (record.parent / name).unlink()
+    _move(staging / record.name, record)  # last: until then all this would be done again
+    shutil.rmtree(staging)
+    more = f", and {', '.join(stale[:4])}{' and more' * (len(stale) > 4)} of it removed" if stale else ""
+    print(f"The earlier result in {shown(record.parent)} is replaced{more}")
+
+
+def _move(source, target):
+    try:
+        os.replace(source, target)
+    except OSError:  # another file system
+        write_together({target: lambda file: file.write(source.read_bytes())})
+        source.unlink()
 
 
 class Run:
     """The record of one training step: a checkpoint and a CSV row an epoch, the options as JSON.
 
+    Where an earlier result stands in the place of its files, they are kept in a folder of their own until the run is
+    complete, and replace it then.
+
     Args:
-        opt: the options; step: the script's name without ``.py``; folder: a claimed output folder; digest: of the
-        poisoned indices, or None; log, record: paths of the CSV and the JSON, by default log.csv and options.json there.
+        opt: the options; step: the script's name without ``.py``; record: path of the claimed JSON, see `claim`;
+        digest: of the poisoned indices, or None; inputs: paths of the files that the step builds on; data: what
+        `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; names, more: see `claim`.
     """
 
-    def __init__(self, opt, step, folder, digest, log=None, record=None):
-        self.opt, self.step, self.digest = opt, step, digest
-        self.log = log or folder / "log.csv"
-        self.record = record or folder / "options.json"
-        self.history = []
+    def __init__(self, opt, step, record, digest, inputs=(), data=None, log=None, names=IDENTITY, **more):
+        self.opt, self.step, self.digest, self.data, self.more = opt, step, digest, data, more
+        self.inputs = {path: sha256(path) for path in inputs}
+        self.record, self.log, self.names = record, log or record.with_name("log.csv"), names
+        self.history, self.outputs = [], {}
+        self.staging = None
         self.started, self.finished = time.perf_counter(), 0
+
+    def start(self, first=0, path=None):
+        """Make the place this run's own, see `claim`, and decide where the files go; return ``first``, the epoch to begin
+        with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
+        claim(self.record, self.opt, path is not None, self.names, **self.more)
+        make_folder(self.log.parent)
+        staging, earlier = _staging(self.record), read_record(self.record) or {}
+        if path and Path(path).resolve().parent == staging.resolve():
+            self.staging, earlier = staging, read_record(staging / self.record.name) or {}
+        elif earlier.get("epochs_done", 0) > first:
+            dropped = " (what an interrupted run left there is dropped)" * staging.exists()
+            shutil.rmtree(staging, ignore_errors=True)
+            self.staging = make_folder(staging)
+            place = shown(self.record.parent)
+            print(f"{place} holds an earlier result, which stays until this run is complete; its files are in {shown(staging)} "
+                  f"till then{dropped}")  # fmt: skip
+        if first:  # the files of the epochs before are this run's own, and what it built on then counts
+            self.more |= {name: earlier[name] for name in self.more if name in earlier}
+            self.inputs |= {self.record.parent / name: digest for name, digest in earlier.get("inputs", {}).items()}
+            if Path(path).resolve().parent not in (staging.resolve(), self.record.parent.resolve()):
+                self.inputs[path] = sha256(path)
+            self.outputs = {
+                self.record.parent / name: digest
+                for name, digest in earlier.get("outputs", {}).items()
+                if not Path(name).stem.split("_")[-1].isdigit() or int(Path(name).stem.split("_")[-1]) < first
+            }
+        return first
+
+    def at(self, path):
+        """Where the file that belongs to ``path`` is written now."""
+        return self.staging / path.name if self.staging else path
 
     def resume(self, checkpoint, path, model, optimizer, scheduler=None):
         """Load weights, optimizer and schedule of a checkpoint; return the epoch to go on with.
@@ -166,21 +336,36 @@ class Run:
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         if scheduler is not None:
-            scheduler.load_state_dict(checkpoint["schedule"])
+            load_schedule(scheduler, checkpoint["schedule"], path)
         if checkpoint["step"] != self.step:
-            return 0
-        return self.take_history(checkpoint)
+            self.inputs[path] = sha256(path)
+            return self.start()
+        return self.take_history(checkpoint, path)
 
-    def take_history(self, checkpoint):
+    def take_history(self, checkpoint, path):
         """Go on with the rows that ``checkpoint`` has; return the next epoch."""
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
             print(f"All {self.opt.epochs} epochs are done; a larger --epochs continues")
-        return checkpoint["epoch"] + 1
+        return self.start(checkpoint["epoch"] + 1, path)
+
+    def add(self, path):
+        """Count the file that belongs to ``path``, written `at` its place, among the outputs."""
+        self.outputs[path] = sha256(self.at(path))
 
     def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
-        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats)."""
+        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats).
+
+        Raises:
+            UserError: where the weights are not finite; nothing is written then.
+        """
+        bad = not_finite(model.state_dict())
+        if bad:
+            raise UserError(
+                f"after epoch {epoch + 1} the weights are not finite ({', '.join(bad[:3])}); nothing of this epoch is "
+                f"kept, the earlier checkpoints are. Use a smaller learning rate"
+            )
         row = {"epoch": epoch, **{name: float(f"{value:.6g}") for name, value in row.items()}}
         self.history.append(row)
         content = {
@@ -194,10 +379,17 @@ class Run:
             "history": self.history,
         }
         for path in paths:
-            save_checkpoint(path, content)
-        write_rows(self.log, self.history)
-        write_options(self.record, self.opt, step=self.step, poisoned_digest=self.digest, epochs_done=epoch + 1)
+            (self.outputs[path],) = write_together({self.at(path): tensor_writer(content)}).values()
+        (self.outputs[self.log],) = write_together({self.at(self.log): csv_writer(self.history)}).values()
+        kept = {"step": self.step, "poisoned_digest": self.digest, "epochs_done": epoch + 1, "data": self.data}
+        content = manifest(self.record, self.opt, self.inputs, self.outputs, **kept, **self.more)
+        write_json(self.at(self.record), content)
         self.finished += 1
         left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
         numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")
         print(f"epoch {epoch + 1}/{self.opt.epochs}  {numbers}  about {left / 60:.1f} min left", flush=True)
+
+    def complete(self):
+        """All epochs are done: replace the earlier result where there is one."""
+        if self.staging and _complete(self.staging / self.record.name):
+            _replace(self.record)

@@ -2,9 +2,9 @@
 options."""
 
 import hashlib
+import math
 import os
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError, nearest_existing
-from utils.files import atomic_write, read_json, write_json
+from utils.files import BROKEN, atomic_write, load_npz, read_json, write_json
 from utils.paths import ROOT
 
+# A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
 
 
@@ -77,6 +80,18 @@ class Dataset:
     test_labels: np.ndarray
     source: str
 
+    @property
+    def record(self):
+        """What a manifest says of the data: name, source, and of each split size and SHA-256 of the images and labels
+        (of streamed ones: of the files' names and sizes, and the labels)."""
+        splits = {}
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            digest = hashlib.sha256(labels.astype("<i8").tobytes())
+            digest.update(images.names() if self.spec.streamed else np.ascontiguousarray(images))
+            splits[split] = {"samples": len(labels), "sha256": digest.hexdigest()}
+        return {"name": self.name, "source": self.source, **splits}
+
 
 class StreamedImages:
     """Image files that stand where an array uint8 (N, H, W, 3) stands: indexing decodes, and resizes to H = W.
@@ -108,6 +123,11 @@ class StreamedImages:
     def subset(self, rows):
         """The chosen rows, not decoded yet."""
         return StreamedImages(self.files[rows], self.size)
+
+    def names(self):
+        """Class folder, name and size in bytes of every file, a line each, as bytes."""
+        lines = ("{1}/{2} {0}".format(os.path.getsize(file), *Path(file).parts[-2:]) for file in self.files)
+        return "\n".join(lines).encode()
 
 
 def load_dataset(name, data_root, strict=False):
@@ -147,10 +167,16 @@ def _load_fashion(folder, spec):
     path = folder / "fashion.npz"
     if not path.is_file():
         path = ROOT / "dataset/fashion/fashion.npz"
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("train_images", "train_labels", "test_images", "test_labels")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        arrays = dict(zip(keys, load_npz(path, keys, 1 << 30), strict=True))
+        for split in ("train", "test"):
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or labels.shape != (len(images),):
+                raise ValueError(f"its {split} set is {images.dtype} {images.shape} with labels {labels.shape}")
+            if not np.isin(labels, range(spec.num_classes)).all():
+                raise ValueError(f"its {split} labels are not 0 to {spec.num_classes - 1}")
+    except BROKEN as error:
         raise UserError(
             f"cannot read the bundled data {path} ({error}); make it with: python tools/build_fashion.py"
         ) from None
@@ -260,6 +286,8 @@ def _load_streamed(name, folder, spec, strict):
         if len(np.unique(labels[whole])) != len(classes):
             raise UserError(f"{place}: some class has no image that can be read")
         parts += [StreamedImages([files[row] for row in whole], spec.size), labels[whole]]
+    if len(classes) < 2:
+        raise UserError(f"{folder} holds one class; an attack, and telling clean from poisoned, need two or more")
     if len(classes) != spec.num_classes:
         print(f"{folder} holds {len(classes)} classes (the paper's subset has {spec.num_classes})")
         spec = replace(spec, num_classes=len(classes))
@@ -328,7 +356,7 @@ def decode(path, size, resize):
                 raise UserError(f"{path} is {image.size[0]}x{image.size[1]} pixels; this data set has {size}x{size}")
             image.draft("RGB", (size, size))  # a JPEG is then decoded at a fraction of its size
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, *BOMB) as error:
         raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
 
 
@@ -355,11 +383,12 @@ def _decode_cached(folder, split, files, spec):
     """Decode ``files`` to uint8 (N, size, size, 3), once: the array is kept beside the folder until a file changes."""
     digest = _listing_digest(folder, files)
     cache = folder / f".decoded_{split}_{spec.size}.npz"
+    shape = (len(files), spec.size, spec.size, 3)
     try:
-        with np.load(cache, allow_pickle=False) as stored:
-            if str(stored["digest"]) == digest:
-                return stored["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        images, kept = load_npz(cache, ("images", "digest"), math.prod(shape) + 4096)
+        if str(kept) == digest and (images.dtype, images.shape) == (np.uint8, shape):
+            return images
+    except BROKEN:
         pass  # no cache, or not one of ours: decode again
     images = np.stack(_in_threads(lambda file: decode(file, spec.size, spec.resize), files, f"decoding {split}"))
     try:

@@ -1,12 +1,13 @@
 """Device, precision and memory layout, chosen once per script."""
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, at_exit
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -33,13 +34,14 @@ class Runtime:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose_runtime(device="auto", precision="auto", workers=0):
-    """Turn the options ``--device``, ``--precision`` and ``--workers`` into a `Runtime`.
+def choose_runtime(device="auto", precision="auto", workers=0, deterministic=False):
+    """Turn the options ``--device``, ``--precision``, ``--workers`` and ``--deterministic`` into a `Runtime`.
 
     Args:
         device: auto (cuda, else mps, else cpu) or any name torch knows, such as cpu or cuda:1.
         precision: auto (bfloat16 where the hardware computes in it, else float32), float32 or bfloat16.
         workers: processes that decode streamed images; 0: this one.
+        deterministic: whether torch is told to use deterministic algorithms until the script ends.
 
     Raises:
         UserError: for a device this machine has not.
@@ -54,9 +56,28 @@ def choose_runtime(device="auto", precision="auto", workers=0):
         raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
     if place.type == "cpu":
         _keep_freed_memory()
+    if deterministic:
+        _be_deterministic(place)
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(place) else "float32"
     return Runtime(place, getattr(torch, precision), workers)
+
+
+def _be_deterministic(place):
+    """Deterministic algorithms, until the script ends; says what remains."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
+    torch.use_deterministic_algorithms(True, warn_only=place.type != "cpu")
+    torch.backends.cudnn.benchmark = False
+    at_exit.callback(torch.use_deterministic_algorithms, before[0])
+    at_exit.callback(setattr, torch.backends.cudnn, "benchmark", before[1])
+    threads = torch.get_num_threads()
+    remains = {
+        "cpu": f"equal bits on this processor with {threads} threads and this version of torch; others round otherwise",
+        "cuda": "what has no deterministic algorithm on CUDA is named in a warning; another model of GPU, or version of "
+        "torch, CUDA or cuDNN, rounds otherwise",
+    }
+    print(f"Deterministic: {remains.get(place.type, 'as far as this device has such algorithms')}")
 
 
 def _computes_bfloat16(device):

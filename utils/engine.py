@@ -23,12 +23,13 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         dict: ``loss`` (mean over samples), each of the objective's sums over the samples seen, and ``seconds``.
 
     Raises:
-        UserError: where there is no batch, or the loss is not finite.
+        UserError: where there is no batch, or the loss or one of the sums is not finite.
     """
     if len(batches) == 0:
         raise UserError(f"{len(batches.labels)} samples make no batch of two or more; there is nothing to train on")
     started = time.perf_counter()
     totals, seen = {}, 0
+    watch = _Watch(title, len(batches))
     for number, (inputs, labels, extra) in enumerate(progress(batches.epoch(epoch), title, len(batches))):
         if before_batch:
             before_batch(number)
@@ -40,10 +41,32 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         seen += len(labels)
         for name, value in {"loss": loss.detach() * len(labels), **sums}.items():
             totals[name] = totals.get(name, 0) + value  # stays on the device: reading it would wait for the device
+        watch.look(number, totals)
     means = {name: torch.as_tensor(value).item() / seen for name, value in totals.items()}
-    if not all(torch.isfinite(torch.tensor(list(means.values())))):
-        raise UserError(f"the loss is not finite in {title}; earlier epochs are kept. Use a smaller learning rate")
     return {**means, "seconds": round(time.perf_counter() - started, 2)}
+
+
+class _Watch:
+    """Stops a training whose numbers have gone bad, and says in which batch. The first such batch is found on the
+    device; other devices than the CPU are asked for it only now and then, for that waits for them."""
+
+    EVERY = 50
+
+    def __init__(self, title, batches):
+        self.title, self.batches, self.first = title, batches, None
+
+    def look(self, number, totals):
+        """Look at the sums (dict of scalars) after batch ``number``; a sum that once was not finite stays so."""
+        total = sum(torch.as_tensor(value).detach().float() for value in totals.values())
+        bad = torch.where(torch.isfinite(total), self.batches, number)
+        self.first = bad if self.first is None else torch.minimum(self.first, bad)
+        asked = bad.device.type == "cpu" or number % self.EVERY == self.EVERY - 1 or number == self.batches - 1
+        if asked and self.first.item() < self.batches:
+            names = [name for name, value in totals.items() if not torch.isfinite(torch.as_tensor(value))]
+            raise UserError(
+                f"{', '.join(names)} is not finite in {self.title}, batch {self.first.item() + 1} of {self.batches}; nothing "
+                f"of this epoch is kept, the earlier checkpoints are. Use a smaller learning rate"
+            )
 
 
 def progress(iterable, title, total):

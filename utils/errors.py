@@ -1,8 +1,16 @@
-"""User mistakes end in one line and exit code 2, never in a traceback."""
+"""User mistakes end in one line and exit code 2, never in a traceback; Ctrl-C and SIGTERM in one line and 130."""
 
 import os
+import signal
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
+
+# What a script gives back when it ends, however it ends: its locks.
+at_exit = ExitStack()
 
 
 class UserError(Exception):
@@ -10,12 +18,17 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Run a script's ``main()``; exit 2 on a `UserError`, 130 on Ctrl-C."""
+    """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM."""
     name = Path(sys.argv[0]).name
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite end is that of Ctrl-C
     try:
         main()
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -23,6 +36,8 @@ def run_script(main):
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what earlier epochs saved is whole and can be resumed from", file=sys.stderr)
         sys.exit(130)
+    finally:
+        at_exit.close()
 
 
 def nearest_existing(path):
@@ -40,7 +55,11 @@ def nearest_existing(path):
 def require_file(path, command):
     """Return ``path`` as a `Path`, or raise a `UserError` that names the command which makes the file."""
     path = Path(path)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise UserError(f"{str(path)[:100]!r} is no file name ({error}). The file is made with: {command}") from None
+    if not there:
         raise UserError(
             f"no such file: {path}. Make it with: {command}. Nearest existing path: {nearest_existing(path)}"
         )

@@ -3,17 +3,26 @@
 FCT(x) = mean over feature dimensions of (e(x) - e(tau(x)))^2.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import identity, latest_checkpoint, load_checkpoint, load_weights, refuse_other_data
+from utils.checkpoints import (
+    IDENTITY,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    refuse_other_data,
+)
 from utils.dataloader_bd import Normalize, fetch, hold
 from utils.device import Runtime
 from utils.engine import progress
 from utils.errors import UserError, require_file
-from utils.files import read_json, sha256, write_json, write_rows, write_text
+from utils.files import csv_writer, read_record, sha256, text_writer, write_together
+from utils.manifest import write_options
 from utils.paths import backdoored_folder, shown
 from utils.seeding import generator
 from utils.transforms import Tau
@@ -109,7 +118,8 @@ def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     fct = _saved_fct(path, opt, len(poisoned.labels))
     if fct is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
-        fct = fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime)
+        _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+        fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
     return fct
 
 
@@ -125,12 +135,9 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     return checkpoint, runtime.place(model), runtime
 
 
-def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
-    """FCT of the poisoned training set under the network in a checkpoint; float32 (N,), in sample order.
-
-    Computed in float32 unless ``--precision`` names another; says how far the features have collapsed.
-    """
-    _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+def fct_of_network(path, model, runtime, dataset, poisoned, opt):
+    """FCT of the poisoned training set under the network of the checkpoint ``path``, as `sd_network` gives it and its
+    runtime; float32 (N,), in sample order. Says how far the features have collapsed."""
     options = {"trans1": opt.trans1, "trans2": opt.trans2, "draws": opt.draws, "batch_size": opt.batch_size}
     fct, norms = compute_fct(model, poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
     if not np.isfinite(fct).all():
@@ -144,11 +151,14 @@ def fct_of_checkpoint(path, command, dataset, poisoned, opt, runtime):
     return fct
 
 
-def fct_record(path, opt):
-    """What the FCT values beside a checkpoint depend on, to tell whether saved ones can be used again."""
-    precision = "float32" if opt.precision == "auto" else opt.precision
-    settings = {**identity(opt), **{name: getattr(opt, name) for name in TAU_OPTIONS}, "precision": precision}
-    return {"options": settings, "checkpoint_sha256": sha256(path)}
+def _fits(record, path, opt):
+    """Whether saved FCT values (their ``record``) are those of the checkpoint ``path`` and of these options."""
+    found = dict(record.get("options", {}))
+    wanted = {name: getattr(opt, name) for name in (*IDENTITY, *TAU_OPTIONS, "precision")}
+    for settings in (found, wanted):
+        if settings.get("precision") == "auto":
+            settings["precision"] = "float32"
+    return wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
 
 
 def fct_path(path, kind):
@@ -156,20 +166,26 @@ def fct_path(path, kind):
     return path.with_name(f"{path.stem}_{kind}")
 
 
-def save_fct(path, fct, poisoned, opt):
+def save_fct(path, fct, dataset, poisoned, opt):
     """Write the values beside the checkpoint, in sample order, one a line.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, for plots alone.
     """
-    for kind, keep in (("all", slice(None)), ("clean", poisoned.is_clean), ("poison", ~poisoned.is_clean)):
-        write_text(fct_path(path, f"{kind}.txt"), "".join(f"{float(value)!r}\n" for value in fct[keep]))
+    kinds = {"all": slice(None), "clean": poisoned.is_clean, "poison": ~poisoned.is_clean}
+    writers = {
+        fct_path(path, f"{kind}.txt"): text_writer("".join(f"{float(value)!r}\n" for value in fct[keep]))
+        for kind, keep in kinds.items()
+    }
     rows = [
         {"index": int(index), "label": int(label), "FCT": repr(float(value))}
         for index, label, value in zip(poisoned.index, poisoned.labels, fct, strict=True)
     ]
-    write_rows(fct_path(path, "fct.csv"), rows)
-    write_json(fct_path(path, "fct.json"), fct_record(path, opt))
+    writers[fct_path(path, "fct.csv")] = csv_writer(rows)
+    digests = write_together(writers)
+    outputs = {path.with_name(name): digest for name, digest in digests.items()}
+    record, inputs = fct_path(path, "fct.json"), {path: sha256(path)}
+    write_options(record, opt, step="calculate_consistency", data=dataset.record, inputs=inputs, outputs=outputs)
 
 
 def load_fct(path, command):
@@ -183,14 +199,24 @@ def load_fct(path, command):
         values = np.loadtxt(source, dtype=np.float64, ndmin=1)
     except (ValueError, OSError) as error:
         raise UserError(f"{shown(source)} is not one number a line ({error}). Make it anew with: {command}") from None
-    if not len(values) or not np.isfinite(values).all():
-        raise UserError(f"{shown(source)} holds no values, or some that are not finite. Make it anew with: {command}")
+    if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values >= 0)).all():
+        raise UserError(
+            f"{shown(source)} holds no values, or some that are negative or not finite. Make it anew with: {command}"
+        )
+    record = read_record(fct_path(path, "fct.json")) or {}
+    if record.get("outputs", {}).get(source.name, "") not in ("", sha256(source)) or (
+        Path(path).is_file() and record.get("inputs", {}).get(Path(path).name, "") not in ("", sha256(path))
+    ):
+        raise UserError(
+            f"{shown(source)} is not what the run wrote that {shown(fct_path(path, 'fct.json'))} tells of, or {shown(path)} "
+            f"has been replaced since. Make it anew with: {command} --overwrite"
+        )
     return values.astype(np.float32)
 
 
 def _saved_fct(path, opt, count):
-    record = read_json(fct_path(path, "fct.json"))
-    if record != fct_record(path, opt) or not fct_path(path, "all.txt").is_file():
+    record, values = read_record(fct_path(path, "fct.json")) or {}, fct_path(path, "all.txt")
+    if not _fits(record, path, opt) or not values.is_file() or record["outputs"].get(values.name) != sha256(values):
         return None
     fct = load_fct(path, "python calculate_consistency.py")
     return fct if len(fct) == count else None

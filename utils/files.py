@@ -1,19 +1,30 @@
 """Writing results so that a file on disk is always the old or the new whole one, and never half of either; reading what
-a stranger may have written as data only."""
+a stranger may have written as data only; locks."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
+import socket
 import tempfile
 import warnings
-from contextlib import contextmanager
+import zipfile
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
-from utils.errors import UserError, require_file
+from utils.errors import UserError, at_exit, require_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks there
+    fcntl = None
+
+BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)  # what a bad npz can raise
 
 
 def make_folder(folder):
@@ -33,23 +44,142 @@ def make_folder(folder):
 @contextmanager
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error."""
+    with _temporary(path, mode) as (file, finish):
+        yield file
+        finish()
+
+
+def write_together(writers):
+    """Write several files that belong together: all are complete on disk before the first takes its name.
+
+    Args:
+        writers: dict of paths, in the order in which they take their names, and functions that write to an open file.
+
+    Returns:
+        dict: name of each file -> its SHA-256.
+    """
+    digests = {}
+    with ExitStack() as stack:
+        finishes = []
+        for path, write in writers.items():
+            file, finish = stack.enter_context(_temporary(path, "wb"))
+            with _told(path):
+                write(file)
+                file.flush()
+            digests[Path(path).name] = sha256(file.name)
+            finishes.append(finish)
+        for finish in finishes:
+            finish()
+    return digests
+
+
+@contextmanager
+def _temporary(path, mode):
+    """(an open temporary file beside ``path``, the function that gives it the name ``path``)."""
     path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            mode, dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            yield file
+    name = None
+
+    def finish():
+        with _told(path):
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is made readable by its owner alone
-        os.replace(temporary, path)
+            file.close()
+            os.chmod(name, 0o666 & ~_umask())  # a temporary file is made readable by its owner alone
+            os.replace(name, path)
+
+    try:
+        with _told(path):
+            _sweep(path)
+            file = tempfile.NamedTemporaryFile(  # noqa: SIM115, closed below
+                mode, dir=path.parent, prefix=f".{path.name}.{_HERE}-{os.getpid()}-", suffix=".tmp", delete=False
+            )
+            name = file.name
+        with file, _told(path):
+            yield file, finish
+    finally:
+        if name and os.path.exists(name):
+            os.unlink(name)
+
+
+@contextmanager
+def _told(path):
+    """An error of the file system, such as a full disk, as a `UserError`."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; nothing of it was changed") from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+
+
+_HERE = "".join(letter for letter in socket.gethostname() if letter.isalnum())[:20]
+
+
+def _sweep(path):
+    """Remove what a killed process of this machine left of an earlier attempt to write ``path``."""
+    for left in path.parent.glob(f".{_literal(path.name)}.{_HERE}-*.tmp"):
+        pid = left.name.split(f".{_HERE}-")[-1].split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _literal(name):
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
+
+
+_locks = []
+
+
+def hold_lock(path):
+    """Keep other runs from writing ``path`` (a file or folder) until this script ends; the lock is a file beside it,
+    which the system gives free when the process ends, however it ends.
+
+    Raises:
+        UserError: where another run holds it.
+    """
+    if fcntl is None:
+        return
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    while True:
+        with _told(lock):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise UserError(
+                f"another run ({owner}) is writing {path}; wait until it ends, or give another --output_root"
+            ) from None
+        except OSError as error:
+            print(f"Note: no lock can be had on {lock} ({error.strerror}); start no second run of this step")
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == os.stat(lock).st_ino:
+                break
+        os.close(handle)  # its last owner has just removed it
+    os.truncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _locks.append(handle)
+
+    def free():
+        _locks.remove(handle)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+    at_exit.callback(free)
+
+
+# A worker process must not keep the lock of a script that was killed.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _locks])
 
 
 def _umask():
@@ -58,15 +188,41 @@ def _umask():
     return mask
 
 
-def write_text(path, text):
-    """Write ``text`` (str) to ``path`` whole or not at all."""
-    with atomic_write(path, "w") as file:
-        file.write(text)
+def text_writer(text):
+    """A function that writes ``text`` (str) to an open binary file, for `write_together`."""
+    return lambda file: file.write(text.encode())
+
+
+def json_writer(content):
+    """A function that writes ``content`` (dict) as indented JSON to an open binary file, for `write_together`."""
+    return text_writer(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def csv_writer(rows):
+    """A function that writes ``rows`` (dicts; the longest has all keys, in the order of the columns) as CSV with a
+    header to an open binary file, for `write_together`."""
+    return text_writer(pd.DataFrame(rows, columns=list(max(rows, key=len))).to_csv(index=False))
+
+
+def tensor_writer(content):
+    """A function that writes ``content`` (tensors and plain values) to an open binary file, for `write_together`."""
+
+    def write(file):
+        buffer = io.BytesIO()  # torch.save itself does not tell a full disk from other trouble
+        torch.save(content, buffer)
+        file.write(buffer.getbuffer())
+
+    return write
 
 
 def write_json(path, content):
     """Write ``content`` (dict) to ``path`` as indented JSON."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    write_together({path: json_writer(content)})
+
+
+def write_rows(path, rows):
+    """Write ``rows`` to ``path`` as CSV, see `csv_writer`."""
+    write_together({path: csv_writer(rows)})
 
 
 def read_json(path):
@@ -78,10 +234,42 @@ def read_json(path):
         return content
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # undecodable bytes and malformed JSON are ValueErrors too
+    except (OSError, ValueError, RecursionError) as error:  # bad bytes and malformed JSON are ValueErrors too
         raise UserError(
             f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"
         ) from None
+
+
+def read_record(path):
+    """The record of a step in ``path``, see `checkpoints.write_options`, or None where there is no such file.
+
+    Raises:
+        UserError: for a file that is no such record.
+    """
+    record = read_json(path)
+    if record is not None:
+        kinds = {"options": dict, "outputs": dict, "inputs": dict, "epochs_done": int}
+        if not all(isinstance(record.get(name, kind()), kind) for name, kind in kinds.items()):
+            raise UserError(f"{path} is not the record of a step; remove it and run the step that writes it again")
+    return record
+
+
+def load_npz(path, names, limit):
+    """The arrays ``names`` of an ``.npz`` file, as data only.
+
+    Args:
+        path: the file; names: of the arrays; limit: bytes that one of them may take when unpacked, so that a small file
+        cannot fill the memory.
+
+    Raises:
+        One of `BROKEN`: where the file is missing or not such an archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            if archive.getinfo(f"{name}.npy").file_size > limit:
+                raise ValueError(f"{name} is larger than it can be")
+    with np.load(path, allow_pickle=False) as stored:
+        return [stored[name] for name in names]
 
 
 def load_tensors(path, command, what):
@@ -102,11 +290,6 @@ def load_tensors(path, command, what):
         raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
     except Exception as error:  # a damaged file can fail in the reader in any way
         raise UserError(f"{path} is no {what}, or damaged ({type(error).__name__}). Make it with: {command}") from None
-
-
-def write_rows(path, rows):
-    """Write ``rows`` (dicts; the longest has all keys, in the order of the columns) to ``path`` as CSV with a header."""
-    write_text(path, pd.DataFrame(rows, columns=list(max(rows, key=len))).to_csv(index=False))
 
 
 def sha256(path):

@@ -5,7 +5,6 @@ What takes a network to make is kept in saved/poisoned_images/, with its setting
 
 import hashlib
 import json
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from utils.adversarial import EPSILON, STEP, STEPS, load_benign_model, perturb
 from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
-from utils.files import atomic_write, make_folder, sha256
+from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.paths import benign_folder, shown
 from utils.SSBA.encode_image import encode_images
 from utils.triggers import apply_trigger
@@ -100,10 +99,10 @@ def _kept(opt, settings, images, train, make):
     name = f"{opt.trigger_type}_{'train' if train else 'test'}_{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
     path = opt.output_root / "saved/poisoned_images" / opt.dataset / name
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["settings"]) == settings and stored["images"].shape == images.shape:
-                return stored["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        kept, made_with = load_npz(path, ("images", "settings"), images.nbytes + 4096)
+        if str(made_with) == settings and (kept.dtype, kept.shape) == (images.dtype, images.shape):
+            return kept
+    except BROKEN:
         pass  # none kept, or damaged: make it again
     print(
         f"Making {len(images)} {'training' if train else 'test'} images of {opt.trigger_type}; they are kept in {shown(path)}"

@@ -1,12 +1,14 @@
 """The separated samples on disk: plain ``.npy`` files with a structured dtype and a record of how they were made."""
 
+from functools import partial
+
 import numpy as np
 
 from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
 from utils.datasets import DATASETS
 from utils.errors import UserError, require_file
-from utils.files import atomic_write, read_json
+from utils.files import read_record, sha256
 from utils.paths import separated_folder, shown
 
 CLEAN, UNCERTAIN, POISON = 0, 1, 2
@@ -20,18 +22,21 @@ def sample_dtype(shape):
     return np.dtype([*image, ("label", np.int64), ("flag", np.uint8), ("index", np.int64)])
 
 
-def save_samples(folder, poisoned, flags):
-    """Write one file a set. ``flags`` int64 (N,), as `fct.separate` gives them; labels are those the victim has."""
+def sample_writers(folder, poisoned, flags):
+    """Functions that write one file a set, by path, for `files.write_together`. ``flags`` int64 (N,), as `fct.separate`
+    gives them; labels are those the victim has."""
     in_memory = isinstance(poisoned.images, np.ndarray)
-    for flag, name in FILES.items():
+
+    def write(file, flag):
         rows = np.flatnonzero(flags == flag)
         samples = np.empty(len(rows), dtype=sample_dtype(poisoned.images.shape[1:] if in_memory else None))
         if in_memory:
             samples["image"] = poisoned.images[rows]
         samples["label"] = poisoned.labels[rows]
         samples["flag"], samples["index"] = flag, poisoned.index[rows]
-        with atomic_write(folder / name) as file:
-            np.save(file, samples, allow_pickle=False)
+        np.save(file, samples, allow_pickle=False)
+
+    return {folder / name: partial(write, flag=flag) for flag, name in FILES.items()}
 
 
 def load_samples(opt, flags, with_images=False):
@@ -55,18 +60,36 @@ def load_samples(opt, flags, with_images=False):
     folder = separated_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     command = f"python separate_samples.py {args.attack_arguments(opt)} {ratios}"
-    record = read_json(require_file(folder / "options.json", command))
+    record = read_record(require_file(folder / "options.json", command))
     refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", IDENTITY)
-    parts = []
+    spec, parts = DATASETS[opt.dataset], []
     for flag in flags:
         path = require_file(folder / FILES[flag], command)
         try:
             part = np.load(path, allow_pickle=False, mmap_mode="r")
-            if part.dtype != sample_dtype(None if DATASETS[opt.dataset].streamed else part.dtype["image"].shape):
-                raise ValueError(f"its dtype is {part.dtype}")
+            if not isinstance(part, np.ndarray) or part.ndim != 1 or part.dtype != sample_dtype(
+                None if spec.streamed else (spec.size, spec.size, 3)
+            ):  # fmt: skip
+                raise ValueError("it holds other arrays than samples of this data set")
+            if len(part) and not (part["flag"] == flag).all():
+                raise ValueError("it holds samples of another set")
+            if len(part) and (
+                part["label"].min() < 0 or part["label"].max() >= spec.num_classes or part["index"].min() < 0
+            ):
+                raise ValueError(f"a label is not 0 to {spec.num_classes - 1}, or an index below 0")
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise UserError(
-                f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {command}"
+                f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {command} --overwrite"
             ) from None
+        if record.get("outputs", {}).get(path.name, "") not in ("", sha256(path)):
+            raise UserError(
+                f"{shown(path)} is not what the run wrote that options.json beside it tells of; it was changed, or a run was "
+                f"killed at its end. Make it anew with: {command} --overwrite"
+            )
         parts.append(part)
     return np.concatenate(parts)
+
+
+def sample_files(opt, flags):
+    """Paths of the files of the sets ``flags`` of these options."""
+    return [separated_folder(opt) / FILES[flag] for flag in flags]

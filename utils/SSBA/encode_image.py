@@ -6,10 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.checkpoints import load_weights
 from utils.errors import UserError
 from utils.files import load_tensors
 from utils.paths import ROOT, shown
-from utils.SSBA.model import SIZE, Decoder, Encoder
+from utils.SSBA.model import BITS, SIZE, Decoder, Encoder
 
 ENCODER = ROOT / "trigger/ssba_encoder.pt"
 COMMAND = "python tools/train_ssba.py --dataset fashion cifar10"
@@ -73,10 +74,10 @@ def load_networks(path, changed=0):
     """(encoder, decoder, secret float64 (1, BITS)) of a file; ``changed`` (its time) makes a replaced file count."""
     content = load_tensors(path, COMMAND, "SSBA encoder")
     encoder, decoder = Encoder(), Decoder()
-    try:
-        encoder.load_state_dict(content["encoder"])
-        decoder.load_state_dict(content["decoder"])
-        secret = content["secret"].double()[None]
-    except (TypeError, KeyError, IndexError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{shown(path)} is no SSBA encoder ({type(error).__name__}). Make it with: {COMMAND}") from None
+    secret = content.get("secret") if isinstance(content, dict) else None
+    if not isinstance(secret, torch.Tensor) or secret.shape != (BITS,) or not {"encoder", "decoder"} <= content.keys():
+        raise UserError(f"{shown(path)} is no SSBA encoder: it lacks a secret of {BITS} bits. Make it with: {COMMAND}")
+    load_weights(encoder, content["encoder"], path)
+    load_weights(decoder, content["decoder"], path)
+    secret = secret.double()[None]
     return encoder.double().eval(), decoder.double().eval(), secret

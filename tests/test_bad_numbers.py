@@ -1,0 +1,185 @@
+"""Numbers that go bad stop a step with epoch, batch and advice; what was good before stays, and no row pretends."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from test_bad_input import refused, snapshot
+from test_pipeline import NO_TRANS, TUNED, WITH_TRANS, same_weights
+from torch import nn
+
+from utils import losses
+from utils.checkpoints import Run
+from utils.device import choose_runtime
+from utils.engine import train_epoch
+from utils.errors import UserError
+
+
+class FourBatches:
+    """Four batches of two samples, as `Batches` gives them."""
+
+    labels = torch.zeros(8, dtype=torch.int64)
+
+    def __len__(self):
+        return 4
+
+    def epoch(self, number):
+        for batch in range(4):
+            yield torch.full((2, 1), float(batch)), torch.zeros(2, dtype=torch.int64), None
+
+
+@pytest.mark.parametrize("bad", [0, 2, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["loss", "feature_norm"])
+def test_the_batch_in_which_a_number_went_bad_is_named(bad, value, where):
+    model = nn.Linear(1, 1)
+
+    def objective(model, inputs, labels):
+        wrong = torch.where(inputs[0, 0] == bad, value, 0.0)
+        loss = model(inputs).mean() + (wrong if where == "loss" else 0)
+        return loss, {"feature_norm": wrong if where != "loss" else torch.tensor(1.0)}
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    runtime = choose_runtime("cpu", "float32")
+    with pytest.raises(
+        UserError, match=f"^{where} is not finite in step epoch 7, batch {bad + 1} of 4; .* smaller learning"
+    ):
+        train_epoch(model, FourBatches(), 6, objective, optimizer, runtime, "step epoch 7")
+
+
+def test_sums_that_stay_finite_pass():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def objective(model, inputs, labels):
+        return model(inputs).mean(), {"correct": (labels == 0).sum()}
+
+    found = train_epoch(model, FourBatches(), 0, objective, optimizer, choose_runtime("cpu", "float32"), "x")
+    assert found["correct"] == 1
+
+
+DIVERGE = [
+    ("train_attack_noTrans.py", ["--lr", "1e30"]),
+    ("train_attack_withTrans.py", ["--lr", "1e30", "--schedule", 1]),
+    ("train_clean_withTrans.py", ["--lr", "1e30", "--schedule", 1]),
+    ("unlearn_relearn.py", ["--lr", "1e30"]),
+    ("ST/train_extractor.py", ["--learning_rate", "1e30", "--cosine"]),
+    ("ST/train_classifier.py", ["--learning_rate", "1e38"]),
+]
+
+
+@pytest.mark.parametrize("script, more", DIVERGE, ids=lambda value: value if str(value).endswith(".py") else "")
+def test_a_training_that_diverges_stops_with_epoch_batch_and_advice(cli, words, pipeline, tmp_path, script, more):
+    import os
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline, root, copy_function=os.link)
+    if script.startswith("train"):  # nothing there yet
+        shutil.rmtree(root / "saved")
+    before = snapshot(root)
+    batch = ["--batch_size", 16]
+    result = cli(script, *words(root), *more, *batch, "--epochs", 9, "--overwrite")
+    refused(result, "not finite", "epoch ", "batch ", "smaller learning rate")
+    left = {path: state for path, state in snapshot(root).items() if path.name != "samples.png"}
+    assert left == {path: state for path, state in before.items() if path.name != "samples.png"}
+
+
+def test_a_run_that_goes_bad_keeps_its_last_good_checkpoint_and_its_log(cli, words, pipeline, tmp_path):
+    common = [*words(tmp_path), "--batch_size", 64]
+    assert cli("train_attack_noTrans.py", *common, "--epochs", 1).code == 0
+    folder = tmp_path / NO_TRANS
+    good, rows = torch.load(folder / "0.tar", weights_only=True), (folder / "log.csv").read_bytes()
+    good["optimizer"]["param_groups"][0]["lr"] = 1e30
+    torch.save(good, tmp_path / "bad.tar")
+    refused(
+        cli("train_attack_noTrans.py", *common, "--epochs", 3, "--checkpoint_load", tmp_path / "bad.tar"),
+        "epoch 2, batch",
+    )
+    assert (folder / "log.csv").read_bytes() == rows
+    assert [path.name for path in folder.glob("*.tar")] == ["0.tar"] and len(pd.read_csv(folder / "log.csv")) == 1
+
+
+def test_l_intra_whose_features_run_away_stops(cli, words, pipeline, tmp_path):
+    good = torch.load(pipeline / NO_TRANS / "1.tar", weights_only=True)
+    good["model"]["bn1.weight"] = torch.full_like(good["model"]["bn1.weight"], 3e38)
+    torch.save(good, tmp_path / "runaway.tar")
+    words = [*words(tmp_path), "--batch_size", 64, "--checkpoint_load", tmp_path / "runaway.tar"]
+    refused(cli("finetune_attack_noTrans.py", *words), "not finite in finetune_attack_noTrans epoch 1, batch 1 of")
+    assert not list(tmp_path.rglob("*.csv")) and not list((tmp_path / "saved").rglob("*.tar"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = nn.Linear(2, 2)
+    opt = SimpleNamespace(epochs=1, overwrite=False, dataset="d", model="m", trigger_type="t", target_type="a",
+                          target_label=0, poison_rate=0.1, seed=0)  # fmt: skip
+    run = Run(opt, "train_attack_noTrans", tmp_path / "options.json", None)
+    run.start()
+    model.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"after epoch 1 the weights are not finite \(weight\)"):
+        run.finish_epoch(0, {"loss": 1.0}, [tmp_path / "0.tar"], model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def unlearn(cli, words, pipeline, target, *more):
+    words = [*words(pipeline), "--batch_size", 8, "--checkpoint_save", target, "--log", target.with_suffix(".csv")]
+    assert cli("unlearn_relearn.py", *words, *more).code == 0
+    return pd.read_csv(target.with_suffix(".csv"))
+
+
+def test_the_guard_of_the_ascent_does_nothing_in_the_papers_settings(cli, words, pipeline, tmp_path, monkeypatch):
+    guarded = unlearn(cli, words, pipeline, tmp_path / "guarded.tar", "--epochs", 3)
+    assert (guarded["at_bound"].dropna() == 0).all() and len(guarded) == 4
+    monkeypatch.setattr(losses, "ASCENT_BOUND", float("inf"))
+    unlearn(cli, words, pipeline, tmp_path / "free.tar", "--epochs", 3)
+    assert same_weights(tmp_path / "guarded.tar", tmp_path / "free.tar")
+
+
+def test_the_guard_bounds_an_ascent_that_would_blow_up(cli, words, pipeline, tmp_path, monkeypatch):
+    rate = ["--epochs", 2, "--lr", 3.0]
+    guarded = unlearn(cli, words, pipeline, tmp_path / "guarded.tar", *rate)
+    assert guarded["at_bound"].max() > 0 and guarded["loss_Dp"].max() <= losses.ASCENT_BOUND
+    monkeypatch.setattr(losses, "ASCENT_BOUND", float("inf"))
+    free = unlearn(cli, words, pipeline, tmp_path / "free.tar", *rate)
+    assert free["loss_Dp"].max() > 1000
+
+
+def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
+    from utils import engine
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "progress", no_memory)
+    refused(cli("train_attack_noTrans.py", *words(tmp_path), "--epochs", 1), "out of memory", "--batch_size")
+
+
+def test_deterministic_runs_give_the_same_bits(cli, words, tmp_path):
+    for number in (1, 2):
+        common = [*words(tmp_path / str(number)), "--deterministic", "--epochs", 1, "--batch_size", 64]
+        said = cli("train_attack_noTrans.py", *common)
+        assert said.code == 0 and "Deterministic: equal bits on this processor" in said.out
+        assert cli("finetune_attack_noTrans.py", *common).code == 0
+        assert not torch.are_deterministic_algorithms_enabled()  # given back at the end
+    for folder in (NO_TRANS, TUNED):
+        assert same_weights(tmp_path / "1" / folder / "0.tar", tmp_path / "2" / folder / "0.tar")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_deterministic_runs_give_the_same_bits_on_a_gpu(cli, words, tmp_path):
+    for number in (1, 2):
+        common = [
+            *words(tmp_path / str(number)),
+            "--deterministic",
+            "--device",
+            "cuda",
+            "--epochs",
+            2,
+            "--batch_size",
+            64,
+        ]
+        said = cli("train_attack_withTrans.py", *common, "--schedule", 1)
+        assert said.code == 0 and "on CUDA" in said.out
+    assert same_weights(tmp_path / "1" / WITH_TRANS / "1.tar", tmp_path / "2" / WITH_TRANS / "1.tar")

@@ -1,0 +1,328 @@
+"""Files from strangers are data: no input of any script runs what a pickle in it says, and odd contents end in one line."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_bad_input import Bomb, refused, snapshot
+from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
+
+NPY = [f"{SAMPLES}/{kind}_samples.npy" for kind in ("clean", "poison")]
+# What a script reads, by the places where the steps before it put it.
+READ = {
+    "finetune_attack_noTrans.py": [f"{NO_TRANS}/1.tar", f"{NO_TRANS}/options.json", f"{TUNED}/options.json"],
+    "calculate_consistency.py": [f"{TUNED}/1.tar", f"{TUNED}/options.json", f"{TUNED}/1_fct.json"],
+    "visualize_consistency.py": [f"{TUNED}/1.tar", f"{TUNED}/1_fct.json", f"{TUNED}/1_all.txt"],
+    "calculate_gamma.py": [f"{TUNED}/1_all.txt", f"{TUNED}/1_fct.json", f"{TUNED}/options.json"],
+    "separate_samples.py": [f"{TUNED}/1.tar", f"{TUNED}/1_fct.json", f"{TUNED}/1_all.txt", f"{SAMPLES}/options.json"],
+    "train_attack_noTrans.py": [f"{NO_TRANS}/options.json"],
+    "train_attack_withTrans.py": [f"{WITH_TRANS}/options.json"],
+    "unlearn_relearn.py": [f"{WITH_TRANS}/1.tar", f"{WITH_TRANS}/options.json", f"{SAMPLES}/options.json", *NPY],
+    "ST/train_extractor.py": [f"{SAMPLES}/options.json", f"{SAMPLES}/suspicious_samples.npy", *NPY],
+    "ST/train_classifier.py": [f"{EXTRACTOR}/last.pth", f"{SAMPLES}/options.json", *NPY],
+    "ST/test.py": [f"{EXTRACTOR}/last.pth", f"{CLASSIFIER}/ckpt_epoch_1.pth"],
+}
+# Options that name a file, where the file is not one of the above.
+NAMED = [
+    ("train_attack_noTrans.py", ["--checkpoint_load"]),
+    ("finetune_attack_noTrans.py", ["--checkpoint_load"]),
+    ("train_attack_withTrans.py", ["--checkpoint_load"]),
+    ("train_clean_withTrans.py", ["--checkpoint_load"]),
+    ("unlearn_relearn.py", ["--checkpoint_load"]),
+    ("ST/train_extractor.py", ["--checkpoint_load"]),
+    ("ST/train_classifier.py", ["--checkpoint_load"]),
+    ("ST/train_classifier.py", ["--ckpt"]),
+    ("ST/test.py", ["--model_ckpt"]),
+    ("train_attack_noTrans.py", ["--trigger_type", "fourCornerTrigger", "--benign_checkpoint"]),
+    ("train_attack_noTrans.py", ["--trigger_type", "SSBA", "--ssba_encoder"]),
+    ("train_attack_noTrans.py", ["--trigger_type", "SSBA", "--ssba_images"]),
+]
+
+
+def hostile(trace):
+    """The same attack in the dresses that a file can wear; ``trace`` is the file that it would make."""
+    array, archive, stored = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.save(array, np.array([Bomb(trace)], dtype=object), allow_pickle=True)
+    np.savez(archive, images=np.array([Bomb(trace)], dtype=object), digest=np.array([Bomb(trace)], dtype=object))
+    torch.save({"model": Bomb(trace), "step": "train_attack_noTrans"}, stored)
+    dresses = pickle.dumps(Bomb(trace)), array.getvalue(), archive.getvalue(), stored.getvalue()
+    trace.unlink(missing_ok=True)  # numpy has run it once to measure it
+    return dresses
+
+
+@pytest.fixture
+def copy(pipeline, tmp_path):
+    """A copy of the pipeline's output whose files are links: to be replaced, not written into."""
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline, root, copy_function=os.link)
+    return root
+
+
+def put(path, content):
+    path.unlink()
+    path.write_bytes(content)
+
+
+QUICK = {"train_attack_noTrans.py", "finetune_attack_noTrans.py", "train_attack_withTrans.py", "unlearn_relearn.py",
+         "ST/train_extractor.py", "ST/train_classifier.py"}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", READ)
+def test_a_pickle_in_the_place_of_any_input_does_not_run(cli, words, copy, tmp_path, script):
+    trace = tmp_path / "it ran"
+    more = ["--epochs", 1, "--batch_size", 16] if script in QUICK else []
+    for name in READ[script]:
+        good = (copy / name).read_bytes()
+        for content in hostile(trace):
+            put(copy / name, content)
+            result = cli(script, *words(copy), *more)
+            if name.endswith("_all.txt") and script != "calculate_gamma.py":
+                assert result.code == 0 and "computing them" in result.out, result  # not the saved values
+            else:
+                refused(result, name.rsplit("/", 1)[-1])
+            assert not trace.exists(), name
+        put(copy / name, good)
+
+
+@pytest.mark.parametrize("script, option", NAMED, ids=lambda value: str(value))
+def test_a_pickle_given_by_an_option_does_not_run(cli, words, copy, tmp_path, script, option):
+    trace = tmp_path / "it ran"
+    before = snapshot(copy)
+    for number, content in enumerate(hostile(trace)):
+        path = tmp_path / f"hostile {number}.npy"
+        path.write_bytes(content)
+        refused(cli(script, *words(copy), *option, path), path)
+        assert not trace.exists()
+    assert snapshot(copy) == before
+
+
+def test_hostile_caches_are_made_again(cli, words, data_root, tmp_path):
+    trace, data = tmp_path / "it ran", tmp_path / "data"
+    shutil.copytree(data_root, data)
+    common = [*words(tmp_path), "--data_root", data, "--epochs", 1, "--batch_size", 64]
+    ssba = [*common, "--trigger_type", "SSBA", "--poison_rate", 0.2, "--overwrite"]
+    assert cli("train_attack_noTrans.py", *common).code == 0
+    assert cli("train_attack_noTrans.py", *ssba).code == 0
+    caches = [*data.rglob(".decoded_*.npz"), *(tmp_path / "saved/poisoned_images").rglob("*.npz")]
+    assert len(caches) == 4
+    whole = {path: path.read_bytes() for path in caches}
+    for content in hostile(trace):
+        for path in caches:
+            path.write_bytes(content)
+        assert cli("train_attack_noTrans.py", *ssba).code == 0
+        assert not trace.exists()
+        assert {path: np.load(path)["images"].tobytes() for path in caches} == {
+            path: np.load(io.BytesIO(content))["images"].tobytes() for path, content in whole.items()
+        }
+
+
+def test_torchvisions_pickles_of_cifar_are_not_opened_unless_they_are_the_known_ones(cli, words, tmp_path, monkeypatch):
+    trace = tmp_path / "it ran"
+    folder = tmp_path / "data/cifar10/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps(Bomb(trace)))
+    import torchvision.datasets.cifar as cifar
+
+    def no_network(*_, **__):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
+    refused(
+        cli("train_attack_noTrans.py", *words(tmp_path), "--data_root", tmp_path / "data"), "could not be downloaded"
+    )
+    assert not trace.exists()
+
+
+def png(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_small_files_that_claim_to_be_huge_do_not_fill_the_memory(cli, words, data_root, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(data_root, data)
+    common = [*words(tmp_path), "--data_root", data, "--epochs", 1]
+    victim = data / "cifar10/train/class 3/005.png"
+    good = victim.read_bytes()
+    for size in ((100_000, 100_000), (11_000, 11_000), (40, 40)):
+        victim.write_bytes(png(*size))
+        refused(cli("train_attack_noTrans.py", *common), victim)
+    victim.write_bytes(good)
+    gtsrb = tmp_path / "more/gtsrb"
+    for split in ("train", "test"):
+        for label in range(43):
+            (gtsrb / split / f"{label:02d}").mkdir(parents=True)
+            shutil.copy(victim, gtsrb / split / f"{label:02d}/1.png")
+    (gtsrb / "train/07/1.png").write_bytes(png(11_000, 11_000))
+    result = cli("train_attack_noTrans.py", *words(tmp_path), "--dataset", "gtsrb", "--data_root", tmp_path / "more")
+    refused(result, "07/1.png", "121000000 pixels")
+
+    # A cache whose array unpacks to a gigabyte is not unpacked.
+    assert cli("train_attack_noTrans.py", *common, "--batch_size", 64).code == 0
+    cache = next(data.rglob(".decoded_train_*.npz"))
+    digest = np.load(cache)["digest"]
+    with zipfile.ZipFile(cache, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in (("digest", digest), ("images", np.zeros((1 << 28,), np.uint8))):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.save(file, array)
+    assert cache.stat().st_size < 1 << 20
+    assert cli("train_attack_noTrans.py", *common, "--batch_size", 64, "--overwrite").code == 0
+    assert np.load(cache)["images"].shape == (400, 32, 32, 3)
+
+
+def changed(content, **entries):
+    return {**content, **entries}
+
+
+BAD_CHECKPOINTS = {
+    "epoch is text": (lambda c: changed(c, epoch="1"), "its epoch is a str"),
+    "epoch is true": (lambda c: changed(c, epoch=True), "its epoch is a bool"),
+    "epoch is negative": (lambda c: changed(c, epoch=-1), "its epoch is -1"),
+    "step is a list": (lambda c: changed(c, step=["train_attack_noTrans"]), "its step is a list"),
+    "another step": (lambda c: changed(c, step="x" * 1000), "was written by xxx"),
+    "options are a list": (lambda c: changed(c, options=[]), "its options is a list"),
+    "history of text": (lambda c: changed(c, history=[{"epoch": "0"}]), "history"),
+    "history of lists": (lambda c: changed(c, history=[[0]]), "history"),
+    "history without epochs": (lambda c: changed(c, history=[{"loss": 1.0}]), "no epoch"),
+    "model is a list": (lambda c: changed(c, model=[]), "its model is a list"),
+    "no tensors": (lambda c: changed(c, model={"fc.weight": 3}), "lack conv1.weight"),
+    "weights are not finite": (
+        lambda c: changed(c, model=changed(c["model"], **{"fc.bias": torch.full((10,), float("nan"))})),
+        "not finite in fc.bias",
+    ),
+    "weights are integers": (
+        lambda c: changed(c, model=changed(c["model"], **{"fc.bias": torch.zeros(10, dtype=torch.int64)})),
+        "torch.int64, not torch.float32",
+    ),
+    "a batch norm counts in floats": (
+        lambda c: changed(c, model=changed(c["model"], **{"bn1.num_batches_tracked": torch.tensor(1.0)})),
+        "another kind of number in bn1.num_batches_tracked",
+    ),
+    "another architecture": (
+        lambda c: changed(c, model={f"module.{key}": value for key, value in c["model"].items()}),
+        "hold the foreign module.conv1.weight",
+    ),
+    "no optimizer": (lambda c: changed(c, optimizer={}), "optimizer"),
+    "rate is text": (
+        lambda c: changed(c, optimizer=changed(c["optimizer"], param_groups=[
+            changed(c["optimizer"]["param_groups"][0], lr="fast")])), "its lr is 'fast'"),
+    "rate is infinite": (
+        lambda c: changed(c, optimizer=changed(c["optimizer"], param_groups=[
+            changed(c["optimizer"]["param_groups"][0], lr=float("inf"))])), "its lr is inf"),
+    "two groups": (
+        lambda c: changed(c, optimizer=changed(c["optimizer"], param_groups=2 * c["optimizer"]["param_groups"])),
+        "optimizer",
+    ),
+    "momentum of another shape": (
+        lambda c: changed(c, optimizer=changed(c["optimizer"], state={0: {"momentum_buffer": torch.zeros(3)}})),
+        "shape (3,)",
+    ),
+    "momentum is not finite": (
+        lambda c: changed(c, optimizer=changed(c["optimizer"], state={
+            0: {"momentum_buffer": torch.full_like(c["model"]["conv1.weight"], float("inf"))}})), "not finite"),
+    "schedule is foreign": (lambda c: changed(c, schedule={"step": "x"}), "schedule"),
+    "schedule is text": (lambda c: changed(c, schedule=changed(c["schedule"], last_epoch="1")), "last_epoch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_CHECKPOINTS)
+def test_an_odd_checkpoint_ends_in_one_line_that_names_the_fault(cli, words, copy, tmp_path, fault):
+    change, needle = BAD_CHECKPOINTS[fault]
+    good = torch.load(copy / NO_TRANS / "0.tar", weights_only=True)
+    torch.save(change(good), tmp_path / "odd.tar")
+    before = snapshot(copy)
+    for script in ("train_attack_noTrans.py", "finetune_attack_noTrans.py"):
+        refused(cli(script, *words(copy), "--checkpoint_load", tmp_path / "odd.tar"), tmp_path / "odd.tar", needle)
+    assert snapshot(copy) == before
+
+
+BAD_RECORDS = ["", "[]", "[" * 100_000, '{"options": []}', '{"outputs": 3}', '{"epochs_done": "x"}', "\udcff", "null"]
+
+
+def test_odd_records_end_in_one_line(cli, words, copy):
+    for name, script in (
+        (f"{NO_TRANS}/options.json", "finetune_attack_noTrans.py"),
+        (f"{TUNED}/1_fct.json", "calculate_gamma.py"),
+        (f"{SAMPLES}/options.json", "unlearn_relearn.py"),
+    ):
+        good = (copy / name).read_bytes()
+        for text in BAD_RECORDS:
+            put(copy / name, text.encode(errors="surrogateescape"))
+            refused(
+                cli(script, *words(copy), "--batch_size", 16) if "gamma" not in script else cli(script, *words(copy)),
+                name,
+            )
+        put(copy / name, good)
+    put(copy / NO_TRANS / "options.json", json.dumps({"options": {"epochs": "two"}}).encode())
+    refused(cli("finetune_attack_noTrans.py", *words(copy)), "options.json is not the record of a step")
+
+
+def test_sample_files_with_impossible_labels_or_of_another_set_are_refused(cli, words, copy):
+    path, options = copy / SAMPLES / "poison_samples.npy", copy / SAMPLES / "options.json"
+    good = np.load(path)
+    record = json.loads(options.read_text())
+    put(options, json.dumps({**record, "outputs": {}}).encode())  # a stranger's, who knows of our manifests
+    for name, value, needle in (
+        ("label", 10, "0 to 9"),
+        ("label", -1, "0 to 9"),
+        ("index", -5, "below 0"),
+        ("flag", 0, "another set"),
+    ):
+        bad = good.copy()
+        bad[name] = value
+        content = io.BytesIO()
+        np.save(content, bad)
+        put(path, content.getvalue())
+        for script in ("unlearn_relearn.py", "ST/train_extractor.py"):
+            refused(cli(script, *words(copy), "--epochs", 1, "--batch_size", 16), "poison_samples.npy", needle)
+    put(options, json.dumps(record).encode())
+    content = io.BytesIO()
+    np.save(content, good[::-1].copy())
+    put(path, content.getvalue())
+    refused(
+        cli("unlearn_relearn.py", *words(copy), "--batch_size", 16), "is not what the run wrote", "separate_samples.py"
+    )
+
+
+def test_fct_values_of_a_checkpoint_that_was_replaced_are_not_used(cli, words, copy):
+    put(copy / TUNED / "1.tar", (copy / TUNED / "0.tar").read_bytes())
+    refused(cli("calculate_gamma.py", *words(copy)), "has been replaced since", "calculate_consistency.py")
+    assert "computing them" in cli("separate_samples.py", *words(copy), "--overwrite").out
+
+
+def test_nothing_in_the_project_unpickles_or_evaluates_text():
+    """The calls that could, looked for in the syntax of every file; the two allowed ones are safe by an argument."""
+    import ast
+
+    found = []
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for part in ("ST", "utils", "models", "tools") for p in (ROOT / part).rglob("*.py")),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "joblib.load", "pd.read_pickle") or (
+                name == "torch.load" and options.get("weights_only") != "True"
+            ) or (name == "np.load" and options.get("allow_pickle") != "False") or options.get("shell") == "True":  # fmt: skip
+                found.append(f"{path.name}:{node.lineno} {name}")
+    assert not found

@@ -1,0 +1,322 @@
+"""A run that is killed, stopped, or runs out of disk leaves whole files, and goes on to the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_cli, write_folder
+from PIL import Image
+from steps import Step, moments
+from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
+
+RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
+EXTRACTOR = EXTRACTOR.replace("bsz_64", "bsz_32")
+CLASSIFIER = CLASSIFIER.replace("bsz_32", "bsz_16")
+BENIGN = "saved/benign_model/cifar10/resnet10"
+SMALL = ["--epochs", 3, "--batch_size", 32]
+# script, the folder it writes to, its words, and (training steps) the pattern of its checkpoints
+STEPS = {
+    "train_attack_noTrans": ("train_attack_noTrans.py", NO_TRANS, SMALL, "*.tar"),
+    "finetune_attack_noTrans": ("finetune_attack_noTrans.py", TUNED, SMALL, "*.tar"),
+    "calculate_consistency": ("calculate_consistency.py", TUNED, [], None),
+    "visualize_consistency": ("visualize_consistency.py", TUNED, RATIOS, None),
+    "calculate_gamma": ("calculate_gamma.py", TUNED, RATIOS, None),
+    "separate_samples": ("separate_samples.py", SAMPLES, RATIOS, None),
+    "train_attack_withTrans": ("train_attack_withTrans.py", WITH_TRANS, [*SMALL, "--schedule", 2], "*.tar"),
+    "unlearn_relearn": (
+        "unlearn_relearn.py", WITH_TRANS, [*RATIOS, "--epochs", 3, "--batch_size", 4], "*_unlearn_purify.tar"
+    ),
+    "train_clean_withTrans": ("train_clean_withTrans.py", BENIGN, [*SMALL, "--schedule", 2], "*.tar"),
+    "train_extractor": (
+        "ST/train_extractor.py", EXTRACTOR, [*RATIOS, *SMALL, "--cosine", "--save_freq", 2], "last.pth"
+    ),
+    "train_classifier": (
+        "ST/train_classifier.py", CLASSIFIER,
+        [*RATIOS, "--epochs", 3, "--batch_size", 16, "--learning_rate", 0.5], "*.pth",
+    ),
+    "test": ("ST/test.py", CLASSIFIER, RATIOS, None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_data(fashion, tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    write_folder(root / "cifar10", fashion, train=12, test=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def states(small_data, tmp_path_factory):
+    """``states(name)`` -> (output root before the step, output root after it, seconds it takes), made when first asked
+    for, each step once."""
+    base = tmp_path_factory.mktemp("states")
+    made = {}
+
+    def upto(name):
+        if name in made:
+            return made[name]
+        names = list(STEPS)
+        before = names[names.index(name) - 1] if names.index(name) else None
+        root, earlier = base / name, upto(before)[1] if before else None
+        shutil.copytree(earlier, root) if earlier else root.mkdir()
+        step = start(name, root, small_data, base / "log")
+        assert step.wait() == 0, step.said
+        made[name] = (earlier, root, step.seconds)
+        return made[name]
+
+    return upto
+
+
+def start(name, root, data, log, *more):
+    script, _, words, _ = STEPS[name]
+    common = ["--dataset", "cifar10", "--model", "resnet10", "--data_root", data, "--output_root", root]
+    return Step(script, *common, *words, *more, log=log)
+
+
+def open_whole(path):
+    """Read a file to its end, as what its name says it is."""
+    if path.suffix in (".tar", ".pth"):
+        return torch.load(path, weights_only=True)
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix == ".csv":
+        return pd.read_csv(path)
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".txt":
+        return np.loadtxt(path)
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def files(root):
+    return {path for path in root.rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".lock"))}
+
+
+def resume_words(name, root):
+    """What a user types to go on: the newest checkpoint that is there, of the unfinished run if there is one."""
+    _, folder, _, pattern = STEPS[name]
+    if pattern is None:
+        return []
+    for place in (*(root / folder).glob("*unfinished"), root / folder):
+        own = [path for path in place.glob(pattern) if name == "unlearn_relearn" or "purify" not in path.name]
+        if own:
+            newest = max(own, key=lambda path: torch.load(path, weights_only=True)["epoch"])
+            complete = torch.load(newest, weights_only=True)["epoch"] == 2
+            return [] if place == root / folder and complete else ["--checkpoint_load", newest]
+    return []
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def same_content(one, other):
+    """Whether two files say the same, but for how long it took and where they lay."""
+    if one.suffix in (".tar", ".pth"):
+        one, other = open_whole(one), open_whole(other)
+        equal = all(torch.equal(one["model"][key], other["model"][key]) for key in other["model"])
+        state, expected = (part["optimizer"]["state"] for part in (one, other))
+        momenta = all(torch.equal(state[key]["momentum_buffer"], expected[key]["momentum_buffer"]) for key in expected)
+        return equal and momenta and without_seconds(one["history"]) == without_seconds(other["history"])
+    if one.name in ("log.csv", "unlearn_purify.csv"):
+        return without_seconds(open_whole(one).fillna(-1).to_dict("records")) == without_seconds(
+            open_whole(other).fillna(-1).to_dict("records")
+        )
+    if one.suffix == ".json":
+        return open_whole(one).keys() == open_whole(other).keys()
+    return one.read_bytes() == other.read_bytes()
+
+
+def survives(name, states, data, tmp_path, when, number, again):
+    """Send signal ``number`` at the moment ``when``, look at every file, go on, and compare with the whole run."""
+    before, after, _ = states(name)
+    root, log = tmp_path / "root", tmp_path / "log"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(after if again else before, root) if again or before else root.mkdir()
+    old = {path: path.read_bytes() for path in files(root)}
+    step = start(name, root, data, log)
+    code = step.signal_after(number, when)
+    assert "Traceback" not in step.said, step.said
+    for path in files(root):
+        open_whole(path)
+        if "unfinished" not in str(path) and path.suffix in (".tar", ".pth", ".npy") and path in old:
+            reference = after / path.relative_to(root)
+            assert path.read_bytes() == old[path] or same_content(path, reference), path
+    assert set(old) <= files(root)  # nothing is lost
+    finish = start(name, root, data, log, *resume_words(name, root))
+    assert finish.wait() == 0, finish.said
+    for path in files(after):
+        assert same_content(root / path.relative_to(after), path), path
+    assert {path.relative_to(root) for path in files(root)} == {path.relative_to(after) for path in files(after)}
+    assert not [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock", "unfinished"))]
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_killed_at_thirty_moments_loses_nothing(name, states, small_data, tmp_path):
+    seconds = states(name)[2]
+    killed = 0
+    for number, when in enumerate(moments(30, 1.05 * seconds, name)):
+        killed += (
+            survives(name, states, small_data, tmp_path, when, signal.SIGKILL, again=number % 2) == -signal.SIGKILL
+        )
+    assert killed >= 20
+
+
+@pytest.mark.parametrize("name", ["train_attack_noTrans", "separate_samples"])
+def test_a_killed_step_loses_nothing(name, states, small_data, tmp_path):
+    seconds = states(name)[2]
+    for number, when in enumerate(moments(4, seconds, 1)):
+        survives(name, states, small_data, tmp_path, when, signal.SIGKILL, again=number % 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["train_attack_noTrans", "train_extractor"])
+def test_a_polite_end_keeps_the_last_epoch_and_says_one_line(name, number, states, small_data, tmp_path):
+    states(list(STEPS)[list(STEPS).index(name) - 1] if name != "train_attack_noTrans" else name)
+    before = states(name)[0]
+    root = tmp_path / "root"
+    shutil.copytree(before, root) if before else root.mkdir()
+    step = start(name, root, small_data, tmp_path / "log", "--epochs", 50)
+    step.wait_for("epoch 2/50")
+    os.kill(step.process.pid, number)
+    assert step.wait() == 130
+    last = step.said.strip().splitlines()[-1]
+    assert "interrupted" in last and "Traceback" not in step.said
+    record = json.loads((root / STEPS[name][1] / "options.json").read_text())
+    assert record["epochs_done"] >= 2 and len(open_whole(root / STEPS[name][1] / "log.csv")) == record["epochs_done"]
+    assert not [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock"))]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_a_dead_ones_lock_is_not(states, small_data, tmp_path):
+    root = tmp_path / "root"
+    first = start("train_attack_noTrans", root, small_data, tmp_path / "first", "--epochs", 60)
+    first.wait_for("epoch 1/60")
+    second = start("train_attack_noTrans", root, small_data, tmp_path / "second", "--epochs", 60)
+    assert second.wait() == 2
+    assert "another run (process " in second.said and second.said.count("error") == 1
+    assert (root / NO_TRANS / ".options.json.lock").exists() and first.process.is_alive()
+    first.process.kill()
+    first.wait()
+    again = start("train_attack_noTrans", root, small_data, tmp_path / "third", "--overwrite")
+    assert again.wait() == 0, again.said
+    assert not list(root.rglob("*.lock"))
+
+
+def test_two_runs_that_start_at_once_do_not_mix(states, small_data, tmp_path):
+    root = tmp_path / "root"
+    runs = [start("train_attack_noTrans", root, small_data, tmp_path / f"log {lr}", "--lr", lr) for lr in (0.01, 0.05)]
+    codes = sorted(run.wait() for run in runs)
+    assert codes == [0, 2], [run.said for run in runs]
+    record = json.loads((root / NO_TRANS / "options.json").read_text())
+    rates = {torch.load(path, weights_only=True)["options"]["lr"] for path in (root / NO_TRANS).glob("*.tar")}
+    assert rates == {record["options"]["lr"]} and record["epochs_done"] == 3
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_complete(states, small_data, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(states("train_attack_noTrans")[1], root)
+    folder = root / NO_TRANS
+    old = {path: path.read_bytes() for path in files(root)}
+    step = start(
+        "train_attack_noTrans", root, small_data, tmp_path / "log", "--epochs", 60, "--lr", 0.02, "--overwrite"
+    )
+    step.wait_for("epoch 2/60")
+    assert "holds an earlier result, which stays" in step.said
+    os.kill(step.process.pid, signal.SIGTERM)
+    assert step.wait() == 130
+    assert all(path.read_bytes() == content for path, content in old.items())
+
+    # The unfinished run goes on from its own checkpoint; complete, it replaces the earlier one and what it left over.
+    last = max((folder / "unfinished").glob("*.tar"), key=lambda path: int(path.stem))
+    more = ["--epochs", int(last.stem) + 2, "--lr", 0.02, "--checkpoint_load", last, "--overwrite"]
+    step = start("train_attack_noTrans", root, small_data, tmp_path / "log", *more)
+    assert step.wait() == 0, step.said
+    assert "is replaced" in step.said and not (folder / "unfinished").exists()
+    assert {torch.load(path, weights_only=True)["options"]["lr"] for path in folder.glob("*.tar")} == {0.02}
+
+    # A shorter run removes what the longer one had beyond it, and says so.
+    step = start("train_attack_noTrans", root, small_data, tmp_path / "log", "--epochs", 1, "--overwrite")
+    assert step.wait() == 0 and "1.tar" in step.said
+    assert [path.name for path in folder.glob("*.tar")] == ["0.tar"]
+
+
+def test_a_replacement_that_was_cut_off_is_finished_by_the_next_run(states, small_data, tmp_path, monkeypatch):
+    from utils import checkpoints
+
+    root = tmp_path / "root"
+    shutil.copytree(states("train_attack_noTrans")[1], root)
+    common = ["--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
+    words = [*common, *SMALL, "--lr", 0.02, "--overwrite"]
+    moved = []
+
+    def die_after_two(source, target, move=checkpoints._move):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(checkpoints, "_move", die_after_two)
+    assert run_cli("train_attack_noTrans.py", *words) == 130
+    monkeypatch.undo()
+    record = root / NO_TRANS / "options.json"
+    assert json.loads(record.read_text())["options"]["lr"] == 0.01  # the record moves last
+    step = start("train_attack_noTrans", root, small_data, tmp_path / "log")
+    assert step.wait() == 2 and "Finishing" in step.said and "--lr 0.02" in step.said
+    assert json.loads(record.read_text())["options"]["lr"] == 0.02 and not (root / NO_TRANS / "unfinished").exists()
+    rates = {torch.load(path, weights_only=True)["options"]["lr"] for path in (root / NO_TRANS).glob("*.tar")}
+    assert rates == {0.02}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB: room for one checkpoint of 10 MB and not for two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(small_data, small_disk, tmp_path):
+    step = start("train_attack_noTrans", small_disk, small_data, tmp_path / "log")
+    assert step.wait() == 2
+    line = step.said.strip().splitlines()[-1]
+    assert "cannot write" in line and "1.tar" in line and "No space left" in line and "Traceback" not in step.said
+    for path in files(small_disk):
+        open_whole(path)
+    assert [path.name for path in (small_disk / NO_TRANS).glob("*.tar")] == ["0.tar"]
+    assert not [path for path in small_disk.rglob("*") if path.name.endswith((".tmp", ".lock"))]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
+def test_a_file_that_may_not_grow_is_a_clear_error(tmp_path, monkeypatch):
+    import resource
+
+    from utils.errors import UserError
+    from utils.files import tensor_writer, write_together
+
+    target = tmp_path / "0.tar"
+    write_together({target: tensor_writer({"old": torch.zeros(3)})})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*0\.tar: File too large"):
+            write_together({target: tensor_writer({"new": torch.zeros(100_000)})})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(torch.load(target, weights_only=True)) == ["old"] and [path.name for path in tmp_path.iterdir()] == [
+        "0.tar"
+    ]

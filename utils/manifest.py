@@ -1,0 +1,116 @@
+"""What a run read and wrote, with SHA-256, so that a figure in a table can be traced to its bytes; and the check of it."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torchvision
+
+from utils.errors import UserError
+from utils.files import read_json, read_record, sha256, write_json
+from utils.paths import ROOT, shown
+
+
+def plain_options(opt):
+    """All options of a script as a dict that JSON and a weights-only checkpoint can hold."""
+
+    def plain(value):
+        if isinstance(value, Path):  # those of the repository stay the same when it is moved
+            return os.fspath(value.relative_to(ROOT) if value.is_relative_to(ROOT) else value)
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+    return {name: plain(value) for name, value in sorted(vars(opt).items())}
+
+
+@lru_cache
+def _commit():
+    """The commit of the code, with a + where files were changed since, or None outside a clone."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def manifest(record, opt, inputs=None, outputs=None, **more):
+    """The record of a run: its command, resolved options, versions, and what it read and wrote.
+
+    Args:
+        record: path that the record will have; opt: the options; inputs, outputs: dicts path -> SHA-256, or paths alone,
+        whose files are then hashed; more: what else the step wants to keep.
+
+    Returns:
+        dict for JSON; its ``inputs`` and ``outputs`` are relative to the folder of ``record``.
+    """
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    named = []
+    for files in (inputs, outputs):
+        files = files if isinstance(files, dict) else {path: sha256(path) for path in files or ()}
+        named.append({os.path.relpath(path, record.parent): digest for path, digest in files.items()})
+    return {
+        "command": command,
+        "options": plain_options(opt),
+        "versions": versions,
+        "commit": _commit(),
+        **more,
+        "inputs": named[0],
+        "outputs": named[1],
+    }
+
+
+def write_options(record, opt, **more):
+    """Write the `manifest` of a run as JSON to ``record``."""
+    write_json(record, manifest(record, opt, **more))
+
+
+def verify(folder):
+    """Hold every file that the manifests in and below ``folder`` name, and the manifests that these build on, against its
+    SHA-256.
+
+    Returns:
+        dict: ``whole`` and ``absent``, sorted lists of paths: as written, and named as an input but not here.
+
+    Raises:
+        UserError: where there is no manifest, or a file is not what was written, or an output is missing.
+    """
+    pending = [path for path in sorted(Path(folder).rglob("*.json")) if _is_manifest(path)]
+    if not pending:
+        raise UserError(f"no manifest lies in or below {shown(folder)}; reproduce.py and every step write one")
+    seen, whole, absent, wrong = set(), set(), set(), []
+    while pending:
+        record = pending.pop()
+        if record.resolve() in seen:
+            continue
+        seen.add(record.resolve())
+        content = read_record(record)
+        for kind in ("inputs", "outputs"):
+            for name, digest in content[kind].items():
+                path = record.parent / name
+                if path.is_file() and sha256(path) == digest:
+                    whole.add(os.path.normpath(path))
+                    pending += [path] if path.suffix == ".json" and _is_manifest(path) else []
+                elif path.is_file():
+                    wrong.append(f"{shown(path)} is not what {shown(record)} tells of")
+                elif kind == "outputs":
+                    wrong.append(f"{shown(path)}, an output in {shown(record)}, is missing")
+                else:
+                    absent.add(os.path.normpath(path))
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(whole) + len(wrong)} files do not fit: {'; '.join(wrong[:3])}")
+    return {"whole": sorted(whole), "absent": sorted(absent)}
+
+
+def _is_manifest(path):
+    try:
+        content = read_json(path) or {}
+        return all(isinstance(content.get(kind), dict) for kind in ("inputs", "outputs"))
+    except UserError:
+        return False
