@@ -4,9 +4,10 @@ Prints both, and the command of step 5 that uses them; writes them to <epoch>_ga
 """
 
 from utils import args
-from utils.checkpoints import latest_checkpoint
+from utils.checkpoints import latest_checkpoint, refuse_other
 from utils.errors import run_script
 from utils.fct import fct_path, gammas_of_ratios, load_fct
+from utils.files import read_record
 from utils.manifest import write_options
 from utils.paths import backdoored_folder, shown
 
@@ -30,10 +31,12 @@ def main(argv=None):
         folder, 10, f"python finetune_attack_noTrans.py {args.attack_arguments(opt)}"
     )
 
+    values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
+    refuse_other(record.get("options", {}), opt, shown(values))
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
-    record, inputs = fct_path(path, "gamma.json"), [fct_path(path, "all.txt")]
-    write_options(record, opt, step="calculate_gamma", gamma_low=low, gamma_high=high, inputs=inputs)
+    found = {"gamma_low": low, "gamma_high": high}
+    write_options(fct_path(path, "gamma.json"), opt, step="calculate_gamma", inputs=[values], **found)
     print(f"gamma_low {low!r}")
     print(f"gamma_high {high!r}")
     print(

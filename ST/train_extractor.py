@@ -20,13 +20,14 @@ from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.datasets import DATASETS
 from utils.engine import train_epoch
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.paths import secure_folder, shown
 from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples, sample_files
 from utils.transforms import ContrastiveView
 
 STEP = "train_extractor"
 WARM_FROM, WARM_EPOCHS = 0.01, 10
+DROPS = (700, 800, 900)
 
 
 def get_parser():
@@ -41,7 +42,12 @@ def get_parser():
     parser.add_argument(
         "--cosine", action="store_true", help="cosine schedule; without it the rate drops at lr_decay_epochs"
     )
-    parser.add_argument("--lr_decay_epochs", type=args.positive_int, nargs="+", default=[700, 800, 900])
+    parser.add_argument(
+        "--lr_decay_epochs",
+        type=args.positive_int,
+        nargs="+",
+        help="epochs at which the rate drops without --cosine; 700 800 900 if left out",
+    )
     parser.add_argument(
         "--lr_decay_rate", type=args.positive, default=0.1, help="factor of a drop; cosine ends at its cube"
     )
@@ -61,7 +67,7 @@ def learning_rate(opt, epoch, batch, batches):
         if opt.cosine:
             least = opt.learning_rate * opt.lr_decay_rate**3
             return least + (opt.learning_rate - least) * (1 + math.cos(math.pi * epochs / opt.epochs)) / 2
-        return opt.learning_rate * opt.lr_decay_rate ** sum(epochs > drop for drop in opt.lr_decay_epochs)
+        return opt.learning_rate * opt.lr_decay_rate ** sum(epochs > drop for drop in opt.lr_decay_epochs or DROPS)
 
     if opt.batch_size > 256 and epoch < WARM_EPOCHS:
         share = (batch + epoch * batches) / (WARM_EPOCHS * batches)
@@ -77,6 +83,8 @@ def run_name(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    if opt.cosine and opt.lr_decay_epochs:
+        raise UserError("--lr_decay_epochs has no use with --cosine; leave one out")
     command = f"python ST/{STEP}.py {args.attack_arguments(opt)} --cosine"
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None

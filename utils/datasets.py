@@ -193,8 +193,9 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "gtsrb": "GTSRB"}
 
 def _load_torchvision(name, folder, spec):
     kind = getattr(torchvision.datasets, TORCHVISION[name])
-    there = folder.exists()
+    made = []
     try:
+        made += [place for place in (folder, *folder.parents) if not place.exists()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of an alignment that old torchvision files carry
             if name == "gtsrb":
@@ -204,8 +205,9 @@ def _load_torchvision(name, folder, spec):
             else:
                 parts = [kind(folder, train=split, download=True) for split in (True, False)]
     except (OSError, RuntimeError) as error:
-        if not there and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # torchvision makes it before it downloads
+        for place in made:  # torchvision makes them before it downloads
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
         raise UserError(
             f"{name} is not under {folder} and could not be downloaded; put an image folder "
             f"{folder}/{{train,test}}/<class>/*.png there, or the files of torchvision.datasets.{TORCHVISION[name]}, "

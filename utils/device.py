@@ -51,6 +51,8 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)
+        if not torch.amp.is_autocast_available(place.type):
+            raise RuntimeError("it has no autocast")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
