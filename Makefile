@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: help setup quickstart test test-slow lint clean
+.PHONY: help setup quickstart test test-slow coverage lint clean
 
 help:
 	@echo "make quickstart   both defences on the bundled images, end to end; table and pictures in results/"
 	@echo "make test         the fast tests      make test-slow   all of them"
-	@echo "make lint         ruff                make clean       remove what quickstart wrote"
+	@echo "make lint         ruff                make coverage    the fast tests, with the lines they miss"
+	@echo "make clean        remove what quickstart wrote"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; use make PYTHON=...")'
@@ -26,6 +27,9 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -m ''
+
+coverage: setup
+	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -32,7 +32,8 @@ def main(argv=None):
     )
 
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
-    refuse_other(record.get("options", {}), opt, shown(values))
+    if not opt.checkpoint_load:  # a path that is given says which values are meant; the document gives it alone
+        refuse_other(record.get("options", {}), opt, shown(values))
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     found = {"gamma_low": low, "gamma_high": high}
