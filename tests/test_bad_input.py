@@ -307,3 +307,48 @@ def test_a_real_process_ends_with_code_2_and_no_traceback():
         and done.stderr.startswith("calculate_gamma.py: error: no such file")
         and done.stderr.count("\n") == 1
     )
+
+
+def test_data_on_which_the_method_makes_no_sense_is_refused(cli, words, data_root, tmp_path):
+    def attempt(*more):
+        return cli("train_attack_noTrans.py", *words(tmp_path / "out"), "--data_root", tmp_path, "--epochs", "1", *more)
+
+    folder = tmp_path / "cifar10"
+    shutil.copytree(data_root / "cifar10", folder)
+    for image in (folder / "train/class 3").iterdir():
+        image.unlink()
+    refused(attempt(), "class 3 holds no image")
+
+    # One image a class: nothing is left to poison at 10 %; and with more of it, L_intra has no two samples a class.
+    shutil.rmtree(folder)
+    for split in ("train", "test"):
+        for label in range(10):
+            (folder / split / f"class {label}").mkdir(parents=True)
+            source = data_root / "cifar10/train/class 3/000.png"
+            shutil.copy(source, folder / split / f"class {label}/0.png")
+    refused(attempt(), "poisons none")
+    for label in range(1, 10):
+        shutil.rmtree(folder / f"train/class {label}")
+        shutil.rmtree(folder / f"test/class {label}")
+    refused(attempt(), "holds 1 classes, cifar10 has 10")
+    subset = tmp_path / "sub-imagenet-200"
+    for split in ("train", "val"):
+        (subset / split / "n01").mkdir(parents=True)
+        shutil.copy(folder / "train/class 0/0.png", subset / split / "n01")
+    refused(attempt("--dataset", "imagenet"), "one class")
+
+
+def test_grey_images_count_as_three_equal_channels(cli, words, data_root, tmp_path):
+    shutil.copytree(data_root / "cifar10", tmp_path / "cifar10")
+    for path in (tmp_path / "cifar10").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    common = ["--epochs", "1", "--batch_size", "64"]
+    for root, data in (("grey", tmp_path), ("colour", data_root)):  # the images here are grey, stored as RGB
+        assert cli("train_attack_noTrans.py", *words(tmp_path / root), *common, "--data_root", data).code == 0
+    one, other = (torch.load(tmp_path / root / NO_TRANS / "0.tar", weights_only=True) for root in ("grey", "colour"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in other["model"])
+
+
+def test_a_batch_of_one_class_is_refused_by_step_2(cli, words, pipeline):
+    words = [*words(pipeline), "--target_type", "all2one", "--batch_size", "2", "--epochs", "1", "--overwrite"]
+    refused(cli("finetune_attack_noTrans.py", *words), "a batch holds a single class", "--batch_size")

@@ -16,6 +16,10 @@ from conftest import ROOT
 from test_bad_input import Bomb, refused, snapshot
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
+from models import build_model
+from models.pretrained import load_pretrained
+from utils.errors import UserError
+
 NPY = [f"{SAMPLES}/{kind}_samples.npy" for kind in ("clean", "poison")]
 # What a script reads, by the places where the steps before it put it.
 READ = {
@@ -103,6 +107,15 @@ def test_a_pickle_given_by_an_option_does_not_run(cli, words, copy, tmp_path, sc
         refused(cli(script, *words(copy), *option, path), path)
         assert not trace.exists()
     assert snapshot(copy) == before
+
+
+def test_a_pickle_in_the_place_of_pretrained_weights_does_not_run(tmp_path):
+    trace, path = tmp_path / "it ran", tmp_path / "weights.pth"
+    for content in hostile(trace):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"weights\.pth"):
+            load_pretrained(build_model("resnet18", "imagenet", 7), "resnet18", path)
+        assert not trace.exists()
 
 
 def test_hostile_caches_are_made_again(cli, words, data_root, tmp_path):

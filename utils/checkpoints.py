@@ -16,6 +16,7 @@ from utils.files import (
     make_folder,
     read_record,
     sha256,
+    sweep,
     tensor_writer,
     write_json,
     write_together,
@@ -220,6 +221,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), **more):
     """
     make_folder(record.parent)
     hold_lock(record)
+    sweep(record.parent)
     if _complete(_staging(record) / record.name):
         print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
         _replace(record)

@@ -89,7 +89,7 @@ def _temporary(path, mode):
 
     try:
         with _told(path):
-            _sweep(path)
+            sweep(path.parent)
             file = tempfile.NamedTemporaryFile(  # noqa: SIM115, closed below
                 mode, dir=path.parent, prefix=f".{path.name}.{_HERE}-{os.getpid()}-", suffix=".tmp", delete=False
             )
@@ -113,16 +113,12 @@ def _told(path):
 _HERE = "".join(letter for letter in socket.gethostname() if letter.isalnum())[:20]
 
 
-def _sweep(path):
-    """Remove what a killed process of this machine left of an earlier attempt to write ``path``."""
-    for left in path.parent.glob(f".{_literal(path.name)}.{_HERE}-*.tmp"):
+def sweep(folder):
+    """Remove the temporary files in ``folder`` that killed processes of this machine left."""
+    for left in Path(folder).glob(f".*.{_HERE}-*.tmp"):
         pid = left.name.split(f".{_HERE}-")[-1].split("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
             left.unlink(missing_ok=True)
-
-
-def _literal(name):
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _alive(pid):
