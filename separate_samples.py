@@ -81,7 +81,7 @@ def main(argv=None):
         dataset.spec.num_classes,
     )
     folder = separated_folder(opt)
-    settings = {"gamma_low": low, "gamma_high": high, "checkpoint": os.path.relpath(path, folder)}
+    settings = {"gamma_low": low, "gamma_high": high, "checkpoint_load": os.path.relpath(path, folder)}
     claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
     writers = {**sample_writers(folder, poisoned, flags), folder / "detection.json": json_writer(quality)}
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}

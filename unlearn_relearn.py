@@ -99,16 +99,8 @@ def main(argv=None):
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
-    run = Run(
-        opt,
-        STEP,
-        record,
-        checkpoint["poisoned_digest"],
-        inputs,
-        dataset.record,
-        log,
-        checkpoint=os.path.relpath(path, save.parent),
-    )
+    source = os.path.relpath(path, save.parent)
+    run = Run(opt, STEP, record, checkpoint["poisoned_digest"], inputs, dataset.record, log, checkpoint_load=source)
     load_weights(model, checkpoint["model"], path)
     model.eval()
     if resumed:

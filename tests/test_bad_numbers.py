@@ -142,7 +142,7 @@ def test_the_guard_bounds_an_ascent_that_would_blow_up(cli, words, pipeline, tmp
     assert guarded["at_bound"].max() > 0 and guarded["loss_Dp"].max() <= losses.ASCENT_BOUND
     monkeypatch.setattr(losses, "ASCENT_BOUND", float("inf"))
     free = unlearn(cli, words, pipeline, tmp_path / "free.tar", *rate)
-    assert free["loss_Dp"].max() > 1000
+    assert free["loss_Dp"].max() > 3 * 100
 
 
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):

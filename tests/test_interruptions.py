@@ -276,6 +276,25 @@ def test_a_replacement_that_was_cut_off_is_finished_by_the_next_run(states, smal
     assert rates == {0.02}
 
 
+def test_a_strangers_record_cannot_have_files_elsewhere_removed_or_replaced(states, small_data, tmp_path):
+    root, victim = tmp_path / "root", tmp_path / "victim.txt"
+    shutil.copytree(states("train_attack_noTrans")[1], root)
+    victim.write_text("mine")
+    record = root / NO_TRANS / "options.json"
+    content = json.loads(record.read_text())
+    for name in (str(victim), os.path.relpath(victim, record.parent)):
+        record.write_text(json.dumps({**content, "outputs": {name: "0"}}))
+        step = start("train_attack_noTrans", root, small_data, tmp_path / "log", "--lr", 0.02, "--overwrite")
+        assert step.wait() == 0 and "is replaced" in step.said
+        record.write_text(json.dumps({**content, "outputs": {}}))
+        (record.parent / "unfinished").mkdir()
+        (record.parent / "unfinished/victim.txt").write_text("theirs")
+        (record.parent / "unfinished/options.json").write_text(json.dumps({**content, "outputs": {name: "0"}}))
+        step = start("train_attack_noTrans", root, small_data, tmp_path / "log", "--overwrite")
+        assert step.wait() == 0 and "Finishing" in step.said
+        assert victim.read_text() == "mine"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 12 MB: room for one checkpoint of 10 MB and not for two."""

@@ -84,7 +84,7 @@ def test_a_continued_run_keeps_the_inputs_it_began_with(words, copy, cli):
     assert run_cli("unlearn_relearn.py", *common, "--checkpoint_load", copy / WITH_TRANS / "1_unlearn_purify.tar") == 0
     content = json.loads((copy / WITH_TRANS / "1_unlearn_purify.json").read_text())
     assert "1.tar" in content["inputs"] and "1_unlearn_purify.tar" not in content["inputs"]
-    assert content["checkpoint"] == "1.tar" and content["epochs_done"] == 3
+    assert content["checkpoint_load"] == "1.tar" and content["epochs_done"] == 3
     assert cli("reproduce.py", "--verify", copy / WITH_TRANS).code == 0
 
 

@@ -207,14 +207,14 @@ def latest_file(folder, pattern, command):
     return path
 
 
-def claim(record, opt, continues=False, names=IDENTITY, ignored=(), **more):
+def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **more):
     """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
     to replace the work of other settings unless ``--overwrite`` is given.
 
     Args:
         record: where the step keeps its options; opt: the options; continues: whether the run goes on from a checkpoint
         of the same step, so that only ``names`` must agree; ignored: options that change no result of this step;
-        more: settings beside the options, as the record names them.
+        log: the step's CSV where it keeps one; more: settings that the record keeps beside the options.
 
     Raises:
         UserError: for a folder that cannot be written, is being written by another run, or holds other work.
@@ -224,7 +224,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), **more):
     sweep(record.parent)
     if _complete(_staging(record) / record.name):
         print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
-        _replace(record)
+        _replace(record, log)
     earlier = read_record(record)
     if not earlier or opt.overwrite:
         return
@@ -253,15 +253,16 @@ def _complete(record):
     return bool(content) and content.get("epochs_done") == content.get("options", {}).get("epochs")
 
 
-def _replace(record):
-    """Put the files of a complete run in the place of the earlier result; done again, it ends the same."""
+def _replace(record, log):
+    """Put the files of a complete run in the place of the earlier result; done again, it ends the same. Nothing outside
+    the record's folder is touched but the log, whatever the records say."""
     staging, earlier = _staging(record), read_record(record) or {}
     outputs = read_record(staging / record.name)["outputs"]
-    places = {Path(name).name: record.parent / name for name in outputs}
     for file in sorted(staging.iterdir()):
         if file.name != record.name and not file.name.startswith("."):
-            _move(file, places.get(file.name, record.parent / file.name))
-    stale = [name for name in earlier.get("outputs", {}) if name not in outputs and (record.parent / name).is_file()]
+            _move(file, log if log and file.name == log.name else record.parent / file.name)
+    names = [name for name in earlier.get("outputs", {}) if name not in outputs and Path(name).name == name]
+    stale = [name for name in names if (record.parent / name).is_file()]
     for name in stale:
         (record.parent / name).unlink()
     _move(staging / record.name, record)  # last: until then all this would be done again
@@ -301,7 +302,7 @@ class Run:
     def start(self, first=0, path=None):
         """Make the place this run's own, see `claim`, and decide where the files go; return ``first``, the epoch to begin
         with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
-        claim(self.record, self.opt, path is not None, self.names, **self.more)
+        claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
         make_folder(self.log.parent)
         staging, earlier = _staging(self.record), read_record(self.record) or {}
         if path and Path(path).resolve().parent == staging.resolve():
@@ -394,4 +395,4 @@ class Run:
     def complete(self):
         """All epochs are done: replace the earlier result where there is one."""
         if self.staging and _complete(self.staging / self.record.name):
-            _replace(self.record)
+            _replace(self.record, self.log)
