@@ -99,7 +99,7 @@ def bad_command(draw):
     return script, [f"{name}={text}"] if action.type or action.choices else [name]
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=160, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(command=bad_command())
 def test_bad_command_lines_end_in_one_line_and_leave_no_file(command, cli, words, pipeline, monkeypatch, tmp_path):
     script, mistake = command
