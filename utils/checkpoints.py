@@ -39,11 +39,6 @@ KEYS = {"step": str, "epoch": int, "model": dict, "optimizer": dict, "schedule":
         "poisoned_digest": (str, type(None)), "history": list}  # fmt: skip
 
 
-def identity(opt, names=IDENTITY):
-    """The options ``names`` as a dict."""
-    return {name: getattr(opt, name) for name in names}
-
-
 def refuse_other(found, opt, what, names=IDENTITY):
     """Raise a `UserError` that names both values where ``found`` (dict) differs from the options."""
     for name in names:
