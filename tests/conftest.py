@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,14 @@ def pipeline(words, tmp_path_factory):
     """The output root of one run of every step."""
     root = tmp_path_factory.mktemp("pipeline")
     assert run_all(words(root)) == [0] * 11
+    return root
+
+
+@pytest.fixture
+def copy(pipeline, tmp_path):
+    """A copy of the pipeline's output whose files are links: to be replaced, not written into."""
+    root = tmp_path / "copy"
+    shutil.copytree(pipeline, root, copy_function=os.link)
     return root
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -61,14 +60,6 @@ def hostile(trace):
     dresses = pickle.dumps(Bomb(trace)), array.getvalue(), archive.getvalue(), stored.getvalue()
     trace.unlink(missing_ok=True)  # numpy has run it once to measure it
     return dresses
-
-
-@pytest.fixture
-def copy(pipeline, tmp_path):
-    """A copy of the pipeline's output whose files are links: to be replaced, not written into."""
-    root = tmp_path / "copy"
-    shutil.copytree(pipeline, root, copy_function=os.link)
-    return root
 
 
 def put(path, content):

@@ -1,7 +1,6 @@
 """Every run says what it read and wrote; --verify holds the files against it."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -17,13 +16,6 @@ MANIFESTS = [
     f"{WITH_TRANS}/1_unlearn_purify.json",
     f"{CLASSIFIER}/ckpt_epoch_1_test.json",
 ]
-
-
-@pytest.fixture
-def copy(pipeline, tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(pipeline, root, copy_function=os.link)
-    return root
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -22,7 +22,7 @@ from utils.device import Runtime
 from utils.engine import progress
 from utils.errors import UserError, require_file
 from utils.files import csv_writer, read_record, sha256, text_writer, write_together
-from utils.manifest import write_options
+from utils.manifest import is_other, write_options
 from utils.paths import backdoored_folder, shown
 from utils.seeding import generator
 from utils.transforms import Tau
@@ -204,9 +204,7 @@ def load_fct(path, command):
             f"{shown(source)} holds no values, or some that are negative or not finite. Make it anew with: {command}"
         )
     record = read_record(fct_path(path, "fct.json")) or {}
-    if record.get("outputs", {}).get(source.name, "") not in ("", sha256(source)) or (
-        Path(path).is_file() and record.get("inputs", {}).get(Path(path).name, "") not in ("", sha256(path))
-    ):
+    if is_other(record, "outputs", source) or (Path(path).is_file() and is_other(record, "inputs", path)):
         raise UserError(
             f"{shown(source)} is not what the run wrote that {shown(fct_path(path, 'fct.json'))} tells of, or {shown(path)} "
             f"has been replaced since. Make it anew with: {command} --overwrite"

@@ -8,7 +8,8 @@ from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
 from utils.datasets import DATASETS
 from utils.errors import UserError, require_file
-from utils.files import read_record, sha256
+from utils.files import read_record
+from utils.manifest import is_other
 from utils.paths import separated_folder, shown
 
 CLEAN, UNCERTAIN, POISON = 0, 1, 2
@@ -81,7 +82,7 @@ def load_samples(opt, flags, with_images=False):
             raise UserError(
                 f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {command} --overwrite"
             ) from None
-        if record.get("outputs", {}).get(path.name, "") not in ("", sha256(path)):
+        if is_other(record, "outputs", path):
             raise UserError(
                 f"{shown(path)} is not what the run wrote that options.json beside it tells of; it was changed, or a run was "
                 f"killed at its end. Make it anew with: {command} --overwrite"
