@@ -1,7 +1,8 @@
 """SD step 3: the FCT value of every training sample (paper section 4.1).
 
-Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line: <epoch>_all.txt, and for plots
-<epoch>_clean.txt and <epoch>_poison.txt; the table <epoch>_fct.csv (index, label, FCT); <epoch>_fct.json, the settings.
+Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line: <epoch>_all.txt, and for plots, where
+the ground truth is known, <epoch>_clean.txt and <epoch>_poison.txt; the table <epoch>_fct.csv (index, label, FCT);
+<epoch>_fct.json, the settings.
 """
 
 from utils import args
@@ -37,7 +38,8 @@ def main(argv=None):
     claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
     fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
     save_fct(path, fct, dataset, poisoned, opt)
-    print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
+    if poisoned.is_clean is not None:
+        print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")
 
 

@@ -1,12 +1,13 @@
 """SD step 4: the thresholds gamma_c and gamma_p from the FCT values of step 3 (paper section 4.1).
 
-Prints both, and the command of step 5 that uses them; writes them to <epoch>_gamma.json beside the checkpoint.
+--auto proposes, beside those of the ratios, thresholds found in the values (not in the paper). Prints both, and the
+command of step 5 that uses them; writes them to <epoch>_gamma.json beside the checkpoint.
 """
 
 from utils import args
 from utils.checkpoints import latest_checkpoint, refuse_other
 from utils.errors import run_script
-from utils.fct import fct_path, gammas_of_ratios, load_fct
+from utils.fct import fct_path, gammas_of_distribution, gammas_of_ratios, load_fct
 from utils.files import read_record
 from utils.manifest import write_options
 from utils.paths import backdoored_folder, shown
@@ -17,6 +18,11 @@ def get_parser():
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="not in the paper: thresholds, and ratios, from two groups in the values, where there are two",
+    )
     parser.add_argument(
         "--checkpoint_load", type=args.path, help="the checkpoint given to step 3; default: step 2's last"
     )
@@ -36,15 +42,25 @@ def main(argv=None):
         refuse_other(record.get("options", {}), opt, shown(values))
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
-    found = {"gamma_low": low, "gamma_high": high}
+    found, clean_ratio, poison_ratio = {"gamma_low": low, "gamma_high": high}, opt.clean_ratio, opt.poison_ratio
+    proposal = gammas_of_distribution(fct) if opt.auto else None
+    if proposal:
+        print(f"by the ratios: gamma_low {low!r}, gamma_high {high!r}")
+        found |= {"of_ratios": [low, high], **proposal}
+        low, high = proposal["gamma_low"], proposal["gamma_high"]
+        clean_ratio, poison_ratio = (float(f"{proposal[name]:.3g}") for name in ("clean_ratio", "poison_ratio"))
+        print(f"Two groups of values (the valley between them has {proposal['valley']:.2f} of the lower peak): "
+              f"clean_ratio {clean_ratio}, poison_ratio {poison_ratio}")  # fmt: skip
+    elif opt.auto:
+        print("The values fall into no two groups, so those of the ratios stay")
     write_options(fct_path(path, "gamma.json"), opt, step="calculate_gamma", inputs=[values], **found)
     print(f"gamma_low {low!r}")
     print(f"gamma_high {high!r}")
     print(
         f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
     )
-    print(f"Next: python separate_samples.py {args.attack_arguments(opt)} --clean_ratio {opt.clean_ratio} "
-          f"--poison_ratio {opt.poison_ratio} --gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
+    print(f"Next: python separate_samples.py {args.attack_arguments(opt)} --clean_ratio {clean_ratio} "
+          f"--poison_ratio {poison_ratio} --gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(argv=None):
     folder = backdoored_folder(opt, "noTrans_ftsimi")
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
 
-    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)  # both as step 1 left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
 

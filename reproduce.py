@@ -6,21 +6,17 @@ it to <out>/<name>_samples.png and <out>/<name>_fct.jpg; <out>/<name>_manifest.j
 was made from, and --verify holds the files against it.
 """
 
-import importlib.util
 import shlex
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from utils import args
-from utils.checkpoints import NEUTRAL
+from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, read_record, write_json, write_rows, write_together
-from utils.manifest import plain_options, verify, write_options
+from utils.files import make_folder, read_json, write_rows, write_together
+from utils.manifest import verify, write_options
 from utils.paths import (
     ROOT,
     attack_and_ratios,
@@ -29,7 +25,9 @@ from utils.paths import (
     secure_folder,
     separated_folder,
     shown,
+    typed,
 )
+from utils.steps import Step, run
 
 # Rows of the paper's tables: (target_type, trigger_type).
 ROWS = {
@@ -82,47 +80,6 @@ PRESETS = {
 PRESET_DATA = {"quickstart": ("fashion", "resnet10")}
 
 
-@dataclass
-class Step:
-    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with,
-    and the steps it builds on."""
-
-    script: str
-    words: list
-    output: Path
-    record: Path
-    needs: list
-
-    @property
-    def command(self):
-        """The command as a user would type it, in the folder of the repository."""
-        return shlex.join(["python", self.script, *self.words])
-
-    def is_done(self):
-        """Whether the output is there, newer than its inputs and made with these options."""
-        if not self.output.is_file() or any(
-            step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs
-        ):
-            return False
-        record = read_record(self.record) or {}
-        made_with, wanted = record.get("options", {}), plain_options(self.options())
-        if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
-            return False  # interrupted
-        compared = (made_with.keys() & wanted.keys()) - NEUTRAL - {"precision"}
-        return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
-
-    def module(self):
-        """The script as a module, so that its own parser and names count."""
-        spec = importlib.util.spec_from_file_location(Path(self.script).stem, ROOT / self.script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    def options(self):
-        """The options that the script takes from the command."""
-        return args.parse(self.module().get_parser(), self.words)
-
-
 def get_parser():
     parser = args.Parser(__doc__)
     parser.add_argument(
@@ -147,11 +104,6 @@ def get_parser():
     return parser
 
 
-def typed(path):
-    """A path as a user would type it in the folder of the repository, where the commands run."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
 def without_attack(words):
     """The places in ``words`` (options, each followed by one value) that a step on clean data takes."""
     taken = {f"--{name}" for name in ("dataset", "model", "seed", "data_root", "output_root")}
@@ -162,12 +114,14 @@ def resolve(opt):
     """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
     target_type, trigger_type = ROWS[opt.row]
     dataset, model = PRESET_DATA.get(opt.preset, ("cifar10", "resnet18"))
+    if (opt.dataset or dataset) in DATASETS and DATASETS[opt.dataset or dataset].own:
+        raise UserError("this poisons a data set to show the defences; for data of your own: python audit_dataset.py")
     if (opt.dataset or dataset) == "imagenet":
         if opt.row not in ON_IMAGENET:
             raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
         trigger_type = ON_IMAGENET[opt.row]
         if "D-ST" in opt.defences:
-            raise UserError("ST is not built for imagenet, and the paper's table has D-BR alone; add --defences D-BR")
+            raise UserError("the paper's table of imagenet has D-BR alone; add --defences D-BR")
     words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
     if target_type != "all2one":
         words += ["--target_type", target_type]
@@ -248,27 +202,6 @@ def plan(opt):
         result = last.with_name(f"{last.stem}_test.json")
         add("test", "ST/test.py", [*ratios, *paths], result, result, ["train_classifier"])
     return steps, resolved
-
-
-def run(steps, opt, ledger_path):
-    """Run the steps that are not done; return the seconds that each took, when it last ran."""
-    ledger = read_json(ledger_path) or {}
-    for number, (name, step) in enumerate(steps.items(), 1):
-        done = step.is_done()
-        if opt.overwrite and not done and "overwrite" in vars(step.options()):
-            step.words.append("--overwrite")
-        print(f"[{number}/{len(steps)}] {step.command}{'   (already there)' if done else ''}", flush=True)
-        if opt.dry_run or done:
-            continue
-        started = time.perf_counter()
-        code = subprocess.run([sys.executable, ROOT / step.script, *step.words], cwd=ROOT).returncode
-        if code:
-            raise UserError(
-                f"{step.script} ended with code {code}; the steps before it are kept, and running this again goes on there"
-            )
-        ledger[name] = round(time.perf_counter() - started, 1)
-        write_json(ledger_path, ledger)
-    return {name: ledger[name] for name in steps if isinstance(ledger.get(name), (int, float))}
 
 
 def table(steps, resolved):

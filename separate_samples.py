@@ -1,7 +1,7 @@
 """SD step 5: separate the training samples by FCT into clean, poisoned and uncertain ones (paper section 4.1).
 
 Writes clean_samples.npy, poison_samples.npy, suspicious_samples.npy (structured arrays: image, label, flag, index),
-options.json and, by the ground truth and for evaluation only, detection.json to
+options.json and, by the ground truth where it is known and for evaluation only, detection.json to
 saved/separated_samples/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/.
 """
 
@@ -13,7 +13,7 @@ from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
-from utils.fct import gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
+from utils.fct import confine, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
 from utils.files import json_writer, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
@@ -43,6 +43,13 @@ def get_parser():
         help="not in the paper: D_c takes clean_ratio of every label, so that no class is left out",
     )
     parser.add_argument(
+        "--poison_classes",
+        type=args.natural,
+        nargs="+",
+        metavar="LABEL",
+        help="not in the paper: D_p takes poison_ratio of all samples from those with these labels alone",
+    )
+    parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
@@ -53,6 +60,10 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.clean_per_class and opt.gamma_low is not None:
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
+    if opt.poison_classes and opt.gamma_high is not None:
+        raise UserError(
+            "--poison_classes takes poison_ratio of all samples and has no use for --gamma_high; leave one out"
+        )
     path, command = sd_checkpoint(opt)
 
     dataset = args.load_data(opt)
@@ -64,6 +75,9 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
+    if opt.poison_classes:
+        flags = confine(flags, fct, poisoned.labels, opt.poison_classes, opt.poison_ratio, opt.seed)
+        high = float(fct[flags == POISON].min())
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
@@ -72,25 +86,20 @@ def main(argv=None):
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
 
-    quality = detection_quality(
-        fct,
-        np.flatnonzero(flags == CLEAN),
-        np.flatnonzero(flags == POISON),
-        poisoned.is_clean,
-        poisoned.labels,
-        dataset.spec.num_classes,
-    )
     folder = separated_folder(opt)
     settings = {"gamma_low": low, "gamma_high": high, "checkpoint_load": os.path.relpath(path, folder)}
     claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
-    writers = {**sample_writers(folder, poisoned, flags), folder / "detection.json": json_writer(quality)}
+    writers = sample_writers(folder, poisoned, flags)
+    if poisoned.is_clean is not None:
+        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
+        quality = detection_quality(fct, *sets, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
+        writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
     write_options(folder / "options.json", opt, inputs=[path], outputs=outputs, **settings)
-    print(
-        "By the ground truth (evaluation only): "
-        + ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))
-    )
+    if poisoned.is_clean is not None:
+        found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))
+        print(f"By the ground truth (evaluation only): {found}")
     print(f"The samples are in {shown(folder)}")
 
 

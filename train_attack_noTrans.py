@@ -26,6 +26,12 @@ def get_parser():
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=2, batch_size=128, lr=0.01)
+    parser.add_argument(
+        "--cosine_epochs",
+        type=args.positive_int,
+        default=100,
+        help="T_max: epochs in which the cosine takes the rate to 0",
+    )
     parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
@@ -42,9 +48,9 @@ def main(argv=None):
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
 
     torch.manual_seed(opt.seed)
-    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=opt.cosine_epochs)
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
     first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()

@@ -59,7 +59,7 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     )
 
     torch.manual_seed(opt.seed)
-    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
+    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     if start_from and not checkpoint:
         start_from(model)
     model = runtime.place(model)

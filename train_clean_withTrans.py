@@ -52,7 +52,7 @@ def main(argv=None):
     )
 
     torch.manual_seed(opt.seed)
-    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
@@ -66,7 +66,7 @@ def main(argv=None):
         schedule.step()
         if args.due(opt, epoch):
             model.eval()
-            row["ACC"] = evaluate(model, tests, batches.normalize, runtime)["ACC"]
+            row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")

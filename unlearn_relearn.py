@@ -2,23 +2,29 @@
 
 Each epoch is one pass of gradient ascent on the cross-entropy over D_p, then one of descent over D_c. Writes the model
 (--checkpoint_save) and, a row an epoch, the log (--log), whose first row, epoch -1, is the model before.
+
+--checkpoint_load may also be a plain state dict of any classifier of torchvision, which --model names. The cleaned one is
+then such a file too; a checkpoint to continue from is beside it.
 """
 
 import os
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from models import build_model
+from models import MODELS, build_model
+from models.foreign import NAMES, build_foreign, is_state_dict, plain_state
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
-from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets, poison_training_set
+from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
+from utils.files import load_tensors, tensor_writer, write_together
 from utils.losses import cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
-from utils.samples import CLEAN, POISON, load_samples, sample_files
+from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.transforms import CropFlip
 
 STEP = "unlearn_relearn"
@@ -27,7 +33,7 @@ BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
 
 def get_parser():
     parser = args.Parser(__doc__)
-    args.add_data_options(parser)
+    args.add_data_options(parser, (*MODELS, *(name for name in NAMES if name not in MODELS)))
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_ratio_options(parser)
@@ -35,11 +41,21 @@ def get_parser():
     parser.add_argument(
         "--checkpoint_load",
         type=args.path,
-        help="the backdoored model, or a model of this step to continue; default: BR step 1's last",
+        help="the backdoored model, a model of this step to continue, or a plain state dict; default: BR step 1's last",
     )
     parser.add_argument(
-        "--checkpoint_save", type=args.path, help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar"
+        "--checkpoint_save",
+        type=args.path,
+        help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar, of a plain state dict .pth",
     )
+    parser.add_argument(
+        "--samples", type=args.path, help="folder of separated samples, of any network; default: that of these options"
+    )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
+            help="plain state dict: what its images are normalised with, in 0-1; default: the data set's",
+        )  # fmt: skip
     parser.add_argument(
         "--log", type=args.path, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
     )
@@ -63,32 +79,44 @@ def main(argv=None):
     before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
     command = f"python {before}.py {args.attack_arguments(opt)} --epochs {epochs}"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
-    checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
-    resumed = checkpoint["step"] == STEP
+    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
+    plain = is_state_dict(content)
+    if plain:
+        checkpoint = {"step": "", "model": content, "poisoned_digest": None}
+    else:
+        checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
+        plain = checkpoint["options"].get("foreign") is True
+    resumed, opt.foreign = checkpoint["step"] == STEP, plain
+    if not plain and (opt.mean or opt.std):
+        raise UserError(
+            "--mean and --std are for a plain state dict; this project's networks have those of the data set"
+        )
+    if not plain and opt.model not in MODELS:
+        raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
     own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
     save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    result = save.with_suffix(".pth") if save.suffix == ".tar" else save  # of a plain state dict
+    save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    if len({save.absolute(), log.absolute(), record.absolute()}) < 3 or (
-        save.absolute() == path.absolute() and not resumed
-    ):
+    different = {file.absolute() for file in (save, log, record, *([result] * plain), *([path] * (not resumed)))}
+    if len(different) < 3 + plain + (not resumed):
         raise UserError(
             f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
         )
-
-    dataset = args.load_data(opt)
-    tests = make_test_sets(dataset, opt, runtime)
-    augmentation = CropFlip(dataset.spec.size, flip=dataset.spec.flip_relearn)  # 4 pixels of crop on every data set
-    poisoned = poison_training_set(dataset, opt) if dataset.spec.streamed else None  # the samples then hold no images
-
-    def batches_of(flag):
-        samples = load_samples(opt, [flag])
-        images = poisoned.images.subset(samples["index"]) if poisoned else samples["image"]
-        settings = (dataset.spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
-        return Batches(images, samples["label"], *settings, augmentation=augmentation)
-
-    for file in (save, log, record):
+    for file in (save, log, record, result):
         if file.is_dir():
             raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
+
+    dataset = args.load_data(opt)
+    spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
+    tests = make_test_sets(dataset, opt, runtime)
+    augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
+
+    def batches_of(flag):
+        samples = load_samples(opt, spec, [flag], opt.samples)
+        settings = (spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
+        images = images_of(samples, dataset, opt, opt.samples)
+        return Batches(images, samples["label"], *settings, augmentation=augmentation)
 
     to_unlearn, to_relearn = batches_of(POISON), batches_of(CLEAN)
     if opt.batch_size > len(to_unlearn.labels):
@@ -96,12 +124,17 @@ def main(argv=None):
             f"--batch_size {opt.batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
         )
 
-    model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes))
+    if plain:
+        state = {name.removeprefix("network."): value for name, value in checkpoint["model"].items()}
+        model = build_foreign(opt.model, state, path, opt.dataset, spec)
+    else:
+        model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
+        load_weights(model, checkpoint["model"], path)
+    model = runtime.place(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
-    inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
+    inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN], opt.samples)]
     source = os.path.relpath(path, save.parent)
     run = Run(opt, STEP, record, checkpoint["poisoned_digest"], inputs, dataset.record, log, checkpoint_load=source)
-    load_weights(model, checkpoint["model"], path)
     model.eval()
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
@@ -135,12 +168,21 @@ def main(argv=None):
 
     run.complete()
     measured = [row for row in run.history if row["epoch"] >= 0 and "ACC" in row]
-    best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
-    for name, row in (("Last epoch", run.history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)):
-        print(
-            f"{name} ({row['epoch'] + 1}): "
-            + ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
-        )
+    if "ASR" in run.history[-1]:
+        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
+        for name, row in (
+            ("Last epoch", run.history[-1]),
+            ("The paper's selection, by ACC - ASR on the test set", best),
+        ):
+            print(
+                f"{name} ({row['epoch'] + 1}): "
+                + ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
+            )
+    elif measured:
+        print(f"ACC {run.history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
+    if plain:
+        write_together({result: tensor_writer(plain_state(model, state))})
+        print(f"The cleaned state dict is {shown(result)}; to continue, give {shown(save)}")
     print(f"The model is {shown(save)}, the log {shown(log)}")
 
 

@@ -37,8 +37,9 @@ def main(argv=None):
     fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 
     gammas = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
-    title = f"{opt.dataset}, {opt.model}, {opt.trigger_type} {opt.target_type}, checkpoint {path.name}, " \
-            f"tau {opt.trans1} + {opt.trans2}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"  # fmt: skip
+    title = f"{opt.dataset}, {opt.model}, checkpoint {path.name}, tau {opt.trans1} + {opt.trans2}"
+    if poisoned.is_clean is not None:
+        title += f", {opt.trigger_type} {opt.target_type}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"
     make_folder(path.parent)
     picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
     fct_histogram(picture, fct, poisoned.is_clean, title, gammas)

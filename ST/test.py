@@ -14,7 +14,7 @@ from models import SupConResNet
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Normalize, make_test_sets
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import evaluate
@@ -46,7 +46,11 @@ def main(argv=None):
 
     dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)
-    extractor = SupConResNet(opt.model)
+    if tests is None:
+        raise UserError(
+            f"{shown(opt.data_root)} has no test images to test on; put some into test/<class>/ (x_test of an .npz)"
+        )
+    extractor = SupConResNet(opt.model, size=dataset.spec.size)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes)
     load_weights(extractor, extractor_state["model"], extractor_path)
     load_weights(classifier, classifier_state["model"], classifier_path)

@@ -22,7 +22,7 @@ from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, load_samples, sample_files
+from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.transforms import ContrastiveView
 
 STEP = "train_classifier"
@@ -66,17 +66,16 @@ def main(argv=None):
     extractor_state = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)["model"]
     own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
-    samples = load_samples(opt, [CLEAN, POISON], with_images=True)
-
     dataset = args.load_data(opt)
+    samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
     batches = Batches(
-        samples["image"], samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
         augmentation=ContrastiveView(dataset.spec.size), extra=samples["flag"] == CLEAN,
     )  # fmt: skip
 
-    extractor = SupConResNet(opt.model)
+    extractor = SupConResNet(opt.model, size=dataset.spec.size)
     load_weights(extractor, extractor_state, path)
     extractor = runtime.place(extractor).eval()
     torch.manual_seed(opt.seed)

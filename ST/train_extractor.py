@@ -18,11 +18,10 @@ from ST.losses import SupConLoss, trusted_mask
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
-from utils.datasets import DATASETS
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples, sample_files
+from utils.samples import CLEAN, POISON, UNCERTAIN, images_of, load_samples, sample_files
 from utils.transforms import ContrastiveView
 
 STEP = "train_extractor"
@@ -89,17 +88,17 @@ def main(argv=None):
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     sets = [CLEAN, UNCERTAIN, POISON]
-    samples = load_samples(opt, sets, with_images=True)
+    dataset = args.load_data(opt)
+    samples = load_samples(opt, dataset.spec, sets)
     folder = secure_folder(opt) / run_name(opt)
-    spec = DATASETS[opt.dataset]
     batches = Batches(
-        samples["image"], samples["label"], spec, runtime, opt.batch_size, opt.seed, STEP,
-        augmentation=ContrastiveView(spec.size), views=2, extra=samples["flag"] == CLEAN,
+        images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        augmentation=ContrastiveView(dataset.spec.size), views=2, extra=samples["flag"] == CLEAN,
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
 
     torch.manual_seed(opt.seed)
-    model = runtime.place(SupConResNet(opt.model))
+    model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay)
     contrastive = SupConLoss(opt.temp)
 
@@ -107,7 +106,7 @@ def main(argv=None):
         first, second = model(inputs).float().chunk(2)
         return contrastive(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
 
-    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets))
+    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets), dataset.record)
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

@@ -2,7 +2,7 @@
 
 - ``pool``: 3x3 stem with max-pool (CIFAR-10 in SD and BR),
 - ``plain``: 3x3 stem without max-pool (CIFAR-100 in SD and BR, the encoder of ST),
-- ``imagenet``: 7x7 stem with max-pool, as torchvision has it.
+- ``imagenet``: 7x7 stem with max-pool, as torchvision has it, for images of 100 pixels and more.
 """
 
 import torch
@@ -19,6 +19,8 @@ MODELS = {
     # Not in the paper: half as wide and deep as resnet18, for a CPU. Its stem pools in every step, the encoder included.
     "resnet10": (BasicBlock, (1, 1, 1, 1), 32),
 }
+
+LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
 
 
 class ResNet(torchvision.models.ResNet):
@@ -67,10 +69,11 @@ class SupConResNet(nn.Module):
     ``forward`` maps float (N, 3, H, W) to float (N, 128); ``features`` gives what the linear classifier is trained on.
     """
 
-    def __init__(self, name, projection=128):
+    def __init__(self, name, projection=128, size=32):
         super().__init__()
         # A CPU network keeps its max-pool: without it a contrastive epoch costs about four times as much.
-        self.encoder = ResNet(name, num_classes=1, stem="pool" if name == "resnet10" else "plain")
+        stem = "imagenet" if size >= LARGE else "pool" if name == "resnet10" else "plain"
+        self.encoder = ResNet(name, num_classes=1, stem=stem)
         size = self.encoder.feature_size
         self.encoder.fc = nn.Identity()
         self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(inplace=True), nn.Linear(size, projection))
@@ -83,17 +86,17 @@ class SupConResNet(nn.Module):
         return F.normalize(self.head(self.features(x)), dim=1)
 
 
-def build_model(name, dataset, num_classes):
+def build_model(name, dataset, num_classes, size=32):
     """A classifier in the shape that SD and BR use for a data set.
 
     Args:
         name: a name in `MODELS`.
         dataset: name of the data set; CIFAR-100 has no max-pool (paper appendix, authors' models).
-        num_classes: number of logits.
+        num_classes: number of logits; size: side of the images in pixels.
 
     Returns:
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
-    stem = {"cifar100": "plain", "imagenet": "imagenet"}.get(dataset, "pool")
+    stem = "imagenet" if dataset == "imagenet" or size >= LARGE else "plain" if dataset == "cifar100" else "pool"
     stem = "pool" if stem == "plain" and name == "resnet10" else stem
     return ResNet(name, num_classes, stem)

@@ -117,7 +117,7 @@ def test_traffic_signs_come_from_torchvisions_files_too(tmp_path, monkeypatch):
             self._samples = [(str(tmp_path / f"{split}.ppm"), 7)] * 3
 
     monkeypatch.setattr(torchvision.datasets, "GTSRB", Fake)
-    monkeypatch.setattr("utils.datasets._listing_digest", lambda folder, files: "any")
+    monkeypatch.setattr("utils.datasets.listing_digest", lambda folder, files: "any")
     dataset = load_dataset("gtsrb", tmp_path)
     assert (dataset.train_images == [0, 0, 255]).all() and dataset.test_labels.tolist() == [7, 7, 7]
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from utils import args
 from utils.dataloader_bd import poison_training_set
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, sd_checkpoint, sd_network, separate
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
@@ -45,6 +45,8 @@ def main(argv=None):
     path, command = sd_checkpoint(opt)
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
+    if poisoned.is_clean is None:
+        raise UserError("this compares tau by the ground truth, which nobody has of your own data")
     checkpoint, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     rows = np.arange(0, len(poisoned.labels), opt.every)
     images = poisoned.images.subset(rows) if dataset.spec.streamed else poisoned.images[rows]

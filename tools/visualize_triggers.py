@@ -23,7 +23,12 @@ from utils.triggers import TRIGGERS, apply_trigger
 
 def get_parser():
     parser = args.Parser(__doc__)
-    parser.add_argument("--dataset", choices=tuple(DATASETS), default="fashion", help="data set")
+    parser.add_argument(
+        "--dataset",
+        choices=[name for name, spec in DATASETS.items() if not spec.own],
+        default="fashion",
+        help="data set",
+    )
     parser.add_argument("--data_root", type=args.path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--seed", type=args.natural, default=0, help="of the triggers that draw something at random")
     parser.add_argument("--index", type=args.natural, default=0, help="which training image")

@@ -20,7 +20,7 @@ def load_benign_model(path, opt, spec, command):
         UserError: where ``path`` is missing (``command`` makes it), damaged, or of another data set.
     """
     checkpoint = load_checkpoint(path, opt, command, ["train_clean_withTrans"], ["dataset"])
-    model = build_model(checkpoint["options"]["model"], opt.dataset, spec.num_classes)
+    model = build_model(checkpoint["options"]["model"], opt.dataset, spec.num_classes, spec.size)
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
 from utils.triggers import TRIGGERS
 
+DATA_ROOT = "folder that holds the data sets; of --dataset folder: DIR with train/<class>/*; of --dataset npz: the file"
+
+# What the options of the attack say where nobody knows of one.
+UNKNOWN = {"trigger_type": "unknown", "target_type": "unknown", "target_label": -1, "poison_rate": "unknown"}
+
 # Options that one trigger alone has a use for.
+ATTACK_DEFAULTS = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 0, "poison_rate": 0.1}
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
 
 
@@ -75,31 +82,54 @@ positive = number(float, 0, low_open=True)
 share = number(float, 0, 1, low_open=True)
 
 
-def add_data_options(parser):
-    """dataset, data_root, model, seed and where the results go."""
-    parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar10", help="data set")
-    parser.add_argument("--data_root", type=path, default=ROOT / "dataset", help="folder that holds the data sets")
-    parser.add_argument("--model", choices=tuple(MODELS), default="resnet18", help="network")
+def add_data_options(parser, models=tuple(MODELS)):
+    """dataset, data_root, model (one of ``models``), seed and where the results go."""
+    parser.add_argument(
+        "--dataset", choices=tuple(DATASETS), default="cifar10", help="data set; folder or npz: your own, at data_root"
+    )
+    parser.add_argument("--data_root", type=path, default=ROOT / "dataset", help=DATA_ROOT)
+    parser.add_argument(
+        "--model", choices=models, default="resnet18", metavar="NAME", help=f"network: {_named(models)}"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="decides every random draw")
     parser.add_argument(
         "--output_root", type=path, default=ROOT, help="folder under which saved/ and ST/save/ are kept"
     )
     parser.add_argument(
-        "--strict", action="store_true", help="imagenet: refuse images that cannot be read, instead of skipping them"
+        "--strict",
+        action="store_true",
+        help="imagenet, folder: refuse images that cannot be read, instead of skipping them",
     )
+    parser.add_argument(
+        "--image_size",
+        type=number(int, 8, 1024),
+        help="folder, npz: side in pixels; default: 32, 64 or 224, by the median",
+    )
+
+
+def _named(models):
+    return ", ".join(models) if len(models) < 9 else f"{', '.join(MODELS)}, or any classifier of torchvision"
 
 
 def load_data(opt):
     """The `datasets.Dataset` that the options name."""
-    return load_dataset(opt.dataset, opt.data_root, opt.strict)
+    return load_dataset(opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded")
 
 
 def add_attack_options(parser):
     """Which attack the training set suffered."""
     parser.add_argument(
-        "--trigger_type", choices=tuple(TRIGGERS), default="gridTrigger", help="what the trigger looks like"
+        "--trigger_type",
+        choices=tuple(TRIGGERS),
+        default=ATTACK_DEFAULTS["trigger_type"],
+        help="what the trigger looks like",
     )
-    parser.add_argument("--target_type", choices=TARGET_TYPES, default="all2one", help="which samples get which label")
+    parser.add_argument(
+        "--target_type",
+        choices=TARGET_TYPES,
+        default=ATTACK_DEFAULTS["target_type"],
+        help="which samples get which label",
+    )
     parser.add_argument("--target_label", type=natural, default=0, help="target class of all2one and cleanLabel")
     parser.add_argument(
         "--poison_rate", type=share, default=0.1, help="share of the eligible training samples poisoned"
@@ -141,7 +171,7 @@ def add_device_options(parser):
     parser.add_argument(
         "--workers",
         type=number(int, 0, 256),
-        help="imagenet: processes that decode images; default: one a core, 8 at most; changes no result",
+        help="imagenet, folder of images above 64 pixels: processes that decode; default: one a core, 8 at most",
     )
 
 
@@ -181,8 +211,17 @@ def add_tau_options(parser):
 
 def check(opt):
     """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
-    streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
-    if hasattr(opt, "target_label"):
+    streamed, own = (
+        DATASETS[opt.dataset].streamed,
+        DATASETS[opt.dataset].own,
+    )  # the data then says how many classes it has
+    if own:
+        _forget_the_attack(opt)
+    elif opt.image_size is not None:
+        raise UserError(
+            f"--image_size has no use with --dataset {opt.dataset}, whose images have one size; leave it out"
+        )
+    elif hasattr(opt, "target_label"):
         classes = DATASETS[opt.dataset].num_classes
         if opt.target_label >= classes and not streamed:
             raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
@@ -206,6 +245,18 @@ def check(opt):
     return opt
 
 
+def _forget_the_attack(opt):
+    """Of data of the user's own nobody knows the attack: put `UNKNOWN` in the place of its options."""
+    for name, value in UNKNOWN.items():
+        if hasattr(opt, name):
+            if getattr(opt, name) != ATTACK_DEFAULTS[name]:
+                raise UserError(f"--{name} has no use with --dataset {opt.dataset}: your own data is taken as it is")
+            setattr(opt, name, value)
+    for name in TRIGGER_OPTIONS:
+        if getattr(opt, name, None) not in (None, ENCODER):
+            raise UserError(f"--{name} has no use with --dataset {opt.dataset}: your own data is taken as it is")
+
+
 def parse(parser, argv=None):
     """Parse and check the options."""
     return check(parser.parse_args(argv))
@@ -227,8 +278,16 @@ def due(opt, epoch):
 
 def attack_arguments(opt):
     """The options of data set and attack as the user would type them, for messages and commands."""
-    words = ["--dataset", opt.dataset, "--model", opt.model, "--trigger_type", opt.trigger_type]
-    defaults = {"target_type": "all2one", "target_label": 0, "poison_rate": 0.1, "seed": 0}
+    words = ["--dataset", opt.dataset, "--model", opt.model]
+    if DATASETS[opt.dataset].own:
+        words += [
+            "--data_root",
+            shlex.quote(shown(opt.data_root)),
+            *(["--image_size", str(opt.image_size)] * bool(opt.image_size)),
+        ]
+        return " ".join([*words, *(["--seed", str(opt.seed)] * bool(opt.seed))])
+    words += ["--trigger_type", opt.trigger_type]
+    defaults = {**ATTACK_DEFAULTS, "trigger_type": opt.trigger_type, "seed": 0}
     for name, default in defaults.items():
         if getattr(opt, name) != default:
             words += [f"--{name}", str(getattr(opt, name))]

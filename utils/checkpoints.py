@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from utils.datasets import DATASETS
 from utils.errors import UserError, require_file
 from utils.files import (
     csv_writer,
@@ -224,6 +225,8 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     if not earlier or opt.overwrite:
         return
     wanted = plain_options(opt)
+    if DATASETS[opt.dataset].own:
+        names = [*names, "data_root"]  # which then says whose data it is
     found = {**earlier.get("options", {}), **{name: earlier[name] for name in more if name in earlier}}
     others = sorted(wanted.keys() - NEUTRAL - set(ignored) - set(names))
     compared = names if continues else [*names, *others, *more]

@@ -22,13 +22,14 @@ class PoisonedSet:
 
     ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's
     place in the data set.
-    ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them.
+    ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them. Of data of the
+    user's own they are None.
     """
 
     images: "np.ndarray | TriggeredImages"
     labels: np.ndarray
-    true_labels: np.ndarray
-    is_clean: np.ndarray
+    true_labels: np.ndarray | None
+    is_clean: np.ndarray | None
     index: np.ndarray
     digest: str
 
@@ -42,6 +43,7 @@ class TriggeredImages:
     """
 
     dtype = np.dtype(np.uint8)
+    decodes = True
 
     def __init__(self, images, chosen, paint):
         self.images, self.chosen, self.paint = images, chosen, paint
@@ -93,12 +95,16 @@ def poisoned_indices(labels, target_type, target_label, poison_rate, seed):
 
 def poison_training_set(dataset, opt):
     """Poison a `Dataset`'s training images as the options say (trigger_type, target_type, target_label, poison_rate,
-    seed, and the files that CL and SSBA need). Equal options give the same `PoisonedSet` in every step.
+    seed, and the files that CL and SSBA need). Equal options give the same `PoisonedSet` in every step. Data of the user's
+    own is taken as it is.
 
     Raises:
         UserError: for a target label that the data set lacks, a rate that poisons nothing, a missing file.
     """
     labels, classes = dataset.train_labels, dataset.spec.num_classes
+    if dataset.spec.own:
+        digest = hashlib.sha256(f"{dataset.record['train']['sha256']} {dataset.spec.size}".encode()).hexdigest()
+        return PoisonedSet(dataset.train_images, labels, None, None, np.arange(len(labels)), digest)
     if opt.target_label >= classes:
         raise UserError(f"--target_label {opt.target_label}: {dataset.name} has the classes 0 to {classes - 1}")
     chosen = poisoned_indices(labels, opt.target_type, opt.target_label, opt.poison_rate, opt.seed)
@@ -129,21 +135,26 @@ class TestSets:
 
     clean_images: "torch.Tensor | StreamedImages"
     clean_labels: torch.Tensor
-    in_paper: torch.Tensor  # bool (N,): whether the authors count this clean test image (not of the target class)
+    in_paper: (
+        torch.Tensor | None
+    )  # bool (N,): whether the authors count this clean test image (not of the target class)
     triggered_images: "torch.Tensor | TriggeredImages | None"
     attack_labels: torch.Tensor | None
     true_labels: torch.Tensor | None
 
 
 def make_test_sets(dataset, opt, runtime, attack=True):
-    """The `TestSets` of a `Dataset` under the options' attack; without ``attack`` the clean one alone."""
-    labels = dataset.test_labels
-    everything = not attack or opt.target_type == "all2all"
-    in_paper = np.ones_like(labels, dtype=bool) if everything else labels != opt.target_label
+    """The `TestSets` of a `Dataset` under the options' attack; without ``attack``, and of data of the user's own, the clean
+    one alone. None where there are no test images."""
+    labels, attack = dataset.test_labels, attack and not dataset.spec.own
+    if not len(labels):
+        return None
     clean = [hold(dataset.test_images, runtime), torch.from_numpy(labels).to(runtime.device)]
-    clean.append(torch.from_numpy(in_paper).to(runtime.device))
     if not attack:
-        return TestSets(*clean, None, None, None)
+        return TestSets(*clean, None, None, None, None)
+    everything = opt.target_type == "all2all"
+    in_paper = np.ones_like(labels, dtype=bool) if everything else labels != opt.target_label
+    clean.append(torch.from_numpy(in_paper).to(runtime.device))
     rows = np.flatnonzero(in_paper)
     if isinstance(dataset.test_images, StreamedImages):
         everyone = np.ones(len(rows), dtype=bool)
@@ -185,7 +196,7 @@ def fetch(held, splits, runtime, change=None):
     loader = DataLoader(
         _Stream(held, splits, change),
         batch_size=None,  # an item is a batch already
-        num_workers=runtime.workers,
+        num_workers=runtime.workers if held.decodes else 0,
         pin_memory=runtime.device.type == "cuda",
     )
     for images in loader:

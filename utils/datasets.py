@@ -31,7 +31,8 @@ class Spec:
     Class count, image side in pixels, channel means and standard deviations in [0, 1]; horizontal flip in unlearning
     and relearning; rotation (degrees), padding (pixels) of the random crop, and flip in training; whether images of
     another size are resized (else they are refused); whether images are decoded when needed (else held in memory);
-    names of the folder and of its split for tests.
+    names of the folder and of its split for tests; whether it is data of the user's own, of which nobody knows what is
+    poisoned, and whose classes and size are found in the data.
     """
 
     num_classes: int
@@ -46,8 +47,11 @@ class Spec:
     streamed: bool = False
     folder: str = ""
     test: str = "test"
+    own: bool = False
 
 
+# Of data of the user's own: the statistics of ImageNet that torchvision's models take.
+OWN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "flip_relearn": True, "resize": True, "own": True}
 TINY = {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2302, 0.2265, 0.2262)}  # the authors' for both of ImageNet's sets
 
 DATASETS = {
@@ -61,6 +65,8 @@ DATASETS = {
     "imagenet": Spec(
         200, 224, **TINY, rotation=20, padding=0, resize=True, streamed=True, folder="sub-imagenet-200", test="val"
     ),
+    "folder": Spec(0, 0, **OWN, streamed=True),
+    "npz": Spec(0, 0, **OWN),
 }
 
 
@@ -68,7 +74,8 @@ DATASETS = {
 class Dataset:
     """Images uint8 (N, H, W, 3), labels int64 (N,), training and test; ``classes`` are the names in label order.
 
-    The images are arrays, or `StreamedImages` where the spec says ``streamed``.
+    The images are arrays, or `StreamedImages` where the spec says ``streamed``. ``skipped``: names of files that cannot be
+    read. Data of the user's own may have no test images.
     """
 
     name: str
@@ -79,6 +86,7 @@ class Dataset:
     test_images: "np.ndarray | StreamedImages"
     test_labels: np.ndarray
     source: str
+    skipped: tuple = ()
 
     @property
     def record(self):
@@ -101,6 +109,7 @@ class StreamedImages:
     """
 
     dtype = np.dtype(np.uint8)
+    decodes = True  # reading them is work for many processes
 
     def __init__(self, files, size):
         self.files, self.size = np.asarray([os.fspath(file) for file in files]), size
@@ -130,8 +139,8 @@ class StreamedImages:
         return "\n".join(lines).encode()
 
 
-def load_dataset(name, data_root, strict=False):
-    """Load a data set by its name in `DATASETS`.
+def load_dataset(name, data_root, strict=False, image_size=None, cache=None):
+    """Load a data set by its name in `DATASETS`; data of the user's own by `own_data`.
 
     An image folder ``<data_root>/<name>/{train,test}/<class>/*`` comes first; CIFAR and GTSRB are else taken from
     torchvision's files there, and downloaded by torchvision where there are none. Tiny-ImageNet may have the layout in
@@ -139,7 +148,8 @@ def load_dataset(name, data_root, strict=False):
     number of classes is taken there. ``fashion`` comes with the repository.
 
     Args:
-        name, data_root: which data set, where; strict: refuse a broken file of a streamed data set, not skip it.
+        name, data_root: which data set, where; strict: refuse a broken file of a streamed data set, not skip it;
+        image_size, cache: side in pixels and folder for decoded images, for data of the user's own.
 
     Returns:
         A `Dataset`.
@@ -148,6 +158,10 @@ def load_dataset(name, data_root, strict=False):
         UserError: where the files are missing, broken, or not those of this data set.
     """
     spec = DATASETS[name]
+    if spec.own:
+        from utils import own_data  # which builds on this module
+
+        return own_data.load(name, Path(data_root), spec, strict, image_size, cache)
     folder = Path(data_root) / (spec.folder or name)
     if name == "fashion":
         return _load_fashion(folder, spec)
@@ -251,10 +265,10 @@ def _test_folder(folder, spec):
 
 
 def _list_split(folder, classes):
-    """`_list_images`, or Tiny-ImageNet's own layout: ``images/`` with ``val_annotations.txt`` beside it."""
+    """`list_images`, or Tiny-ImageNet's own layout: ``images/`` with ``val_annotations.txt`` beside it."""
     listing = folder / "val_annotations.txt"
     if not listing.is_file():
-        return _list_images(folder)
+        return list_images(folder)
     number = {name: label for label, name in enumerate(classes)}
     try:
         rows = [line.split("\t")[:2] for line in listing.read_text().splitlines() if line.strip()]
@@ -272,19 +286,13 @@ def _load_streamed(name, folder, spec, strict):
         )
     parts, classes = [], None
     for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):
-        files, labels, names = _list_images(place)
+        files, labels, names = list_images(place)
         if classes not in (None, names):
             raise UserError(f"{folder}: the classes under train and {place.name} differ: {classes} and {names}")
         classes = names
-        broken = set(_broken_cached(folder, split, files))
-        if broken:
-            shown = ", ".join(sorted(broken)[:5]) + (" and more" if len(broken) > 5 else "")
-            if strict:
-                raise UserError(
-                    f"{len(broken)} of the images in {place} cannot be read: {shown}; remove or replace them"
-                )
-            print(f"Warning: {len(broken)} of {len(files)} images in {place} cannot be read and are skipped: {shown}")
-        whole = [row for row, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken]
+        broken = broken_files(folder, files, folder / f".checked_{split}.json", f"checking {split}")
+        tell_broken(broken, len(files), place, strict)
+        whole = whole_rows(folder, files, broken)
         if len(np.unique(labels[whole])) != len(classes):
             raise UserError(f"{place}: some class has no image that can be read")
         parts += [StreamedImages([files[row] for row in whole], spec.size), labels[whole]]
@@ -296,15 +304,23 @@ def _load_streamed(name, folder, spec, strict):
     return Dataset(name, spec, classes, *parts, "image folder, streamed")
 
 
-def _broken_cached(folder, split, files):
-    """Files (str, relative to ``folder``) that cannot be decoded; all are tried once, and again when one changes."""
-    digest, cache = _listing_digest(folder, files), folder / f".checked_{split}.json"
-    try:
-        record = read_json(cache) or {}
-    except UserError:
-        record = {}  # damaged: check again
-    if record.get("digest") == digest and isinstance(record.get("broken"), list):
-        return record["broken"]
+def tell_broken(broken, count, place, strict):
+    """Say which of the ``count`` images in the folder ``place`` cannot be read; with ``strict`` as a `UserError`."""
+    if not broken:
+        return
+    shown = ", ".join(sorted(broken)[:5]) + (" and more" if len(broken) > 5 else "")
+    if strict:
+        raise UserError(f"{len(broken)} of the images in {place} cannot be read: {shown}; remove or replace them")
+    print(f"Warning: {len(broken)} of {count} images in {place} cannot be read and are skipped: {shown}")
+
+
+def broken_files(folder, files, cache, title):
+    """Names (relative to ``folder``) of the ``files`` that cannot be decoded; all are tried once, with the result in
+    ``cache`` (path of a JSON file), and again when one changes."""
+    digest = listing_digest(folder, files)
+    known = known_of(cache, digest)
+    if known is not None and isinstance(known.get("broken"), list):
+        return known["broken"]
 
     def fails(file):
         try:
@@ -312,7 +328,7 @@ def _broken_cached(folder, split, files):
         except UserError:
             return os.fspath(file.relative_to(folder))
 
-    broken = [file for file in _in_threads(fails, files, f"checking {split}") if file]
+    broken = [file for file in in_threads(fails, files, title) if file]
     try:
         write_json(cache, {"digest": digest, "broken": broken})
     except UserError as error:
@@ -320,7 +336,24 @@ def _broken_cached(folder, split, files):
     return broken
 
 
-def _list_images(folder):
+def known_of(cache, digest):
+    """What the JSON file ``cache`` holds of the listing ``digest``, or None."""
+    try:
+        known = read_json(cache) or {}
+    except UserError:
+        return None  # damaged: look again
+    return known if known.get("digest") == digest else None
+
+
+def whole_rows(folder, files, broken):
+    """int64: the places of the ``files`` that are not named in ``broken``."""
+    broken = set(broken)
+    return np.asarray(
+        [row for row, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken], dtype=np.int64
+    )
+
+
+def list_images(folder):
     """Files of ``folder/<class>/*`` (or ``folder/<class>/images/*``) sorted by class and name, their labels (int64) and
     the class names."""
     if not folder.is_dir():
@@ -362,13 +395,13 @@ def decode(path, size, resize):
         raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
 
 
-def _in_threads(function, files, title):
-    """``function`` of every file, in order, with a progress bar."""
+def in_threads(function, files, title):
+    """``function`` of every file, in order, with a progress bar where there is a ``title``."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, files), title, len(files), unit=" images", disable=None))
+        return list(tqdm(pool.map(function, files), title, len(files), unit=" images", disable=None if title else True))
 
 
-def _listing_digest(folder, files):
+def listing_digest(folder, files):
     """Tells whether a file was added, removed or changed since the last time."""
 
     def state(path):
@@ -383,7 +416,7 @@ def _listing_digest(folder, files):
 
 def _decode_cached(folder, split, files, spec):
     """Decode ``files`` to uint8 (N, size, size, 3), once: the array is kept beside the folder until a file changes."""
-    digest = _listing_digest(folder, files)
+    digest = listing_digest(folder, files)
     cache = folder / f".decoded_{split}_{spec.size}.npz"
     shape = (len(files), spec.size, spec.size, 3)
     try:
@@ -392,7 +425,7 @@ def _decode_cached(folder, split, files, spec):
             return images
     except BROKEN:
         pass  # no cache, or not one of ours: decode again
-    images = np.stack(_in_threads(lambda file: decode(file, spec.size, spec.resize), files, f"decoding {split}"))
+    images = np.stack(in_threads(lambda file: decode(file, spec.size, spec.resize), files, f"decoding {split}"))
     try:
         with atomic_write(cache) as file:
             np.savez(file, images=images, digest=digest)

@@ -128,7 +128,7 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     ``--precision`` names another. Raises `UserError` for a checkpoint that does not fit the options or the data."""
     checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
     refuse_other_data(checkpoint, poisoned.digest, path)
-    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes)
+    model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":
         runtime = Runtime(runtime.device, torch.float32, runtime.workers)
@@ -170,9 +170,11 @@ def save_fct(path, fct, dataset, poisoned, opt):
     """Write the values beside the checkpoint, in sample order, one a line.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
-    ``_poison.txt`` split the values by the ground truth, for plots alone.
+    ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
     """
-    kinds = {"all": slice(None), "clean": poisoned.is_clean, "poison": ~poisoned.is_clean}
+    kinds = {"all": slice(None)}
+    if poisoned.is_clean is not None:
+        kinds |= {"clean": poisoned.is_clean, "poison": ~poisoned.is_clean}
     writers = {
         fct_path(path, f"{kind}.txt"): text_writer("".join(f"{float(value)!r}\n" for value in fct[keep]))
         for kind, keep in kinds.items()
@@ -283,6 +285,94 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
     if not (flags == 0).any():
         raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
     return flags
+
+
+def confine(flags, fct, labels, classes, poison_ratio, seed):
+    """D_p from the samples of some classes alone (not in the paper): floor(alpha_p N) of highest FCT among them.
+
+    Args:
+        flags: int64 (N,), what `separate` gave; fct: float (N,); labels: int64 (N,), as the victim has them; classes:
+        labels that D_p may have; poison_ratio: alpha_p; seed: of the draw among equal values.
+
+    Returns:
+        int64 (N,): what was in D_p before is uncertain unless it still is.
+
+    Raises:
+        UserError: where these classes have no sample, or fewer than that, or none of D_c is left.
+    """
+    count = int(poison_ratio * len(fct) + 1e-9)
+    own = np.flatnonzero(np.isin(labels, classes))
+    if len(own) < count:
+        raise UserError(
+            f"the classes {' '.join(map(str, classes))} have {len(own)} samples, less than --poison_ratio {poison_ratio} of all "
+            f"{len(fct)}; give a smaller ratio"
+        )
+    order = own[np.lexsort((generator(seed, "ties").random(len(fct))[own], fct[own]))]
+    flags = np.where(flags == 2, 1, flags)
+    flags[order[len(own) - count :]] = 2
+    if not (flags == 0).any():
+        raise UserError("D_c is empty: D_p has taken all of it; give a smaller --poison_ratio")
+    return flags
+
+
+def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
+    """gamma_c and gamma_p found in the values (not in the paper): two normal distributions fitted to log FCT.
+
+    gamma_p is the smallest value above the lower mean that belongs to the upper one with this ``certainty``, gamma_c the
+    mean of the lower one, below which half of it lies.
+
+    Args:
+        fct: float (N,), not negative; zeros, which have no logarithm, count as the smallest positive value;
+        valley: how deep the density must fall between the two means, as a share of that at the lower one of them.
+
+    Returns:
+        dict: gamma_low, gamma_high, clean_ratio and poison_ratio (the shares that they give), valley (that depth), or None
+        where the values have no two groups, or none is beyond gamma_p.
+    """
+    positive = fct[fct > 0]
+    if len(positive) < 20 or positive.min() == positive.max():
+        return None
+    logs = np.log(np.maximum(fct, positive.min()).astype(np.float64))
+    share, mean, deviation = _two_normals(logs)
+    total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
+    depth = float(total.min() / min(total[0], total[-1]))
+    line = np.linspace(mean[0], logs.max(), 800)
+    density = _densities(line, share, mean, deviation)
+    upper = density[:, 1] >= certainty * density.sum(1)
+    if depth > valley or not upper.any():
+        return None
+    low, high = float(np.exp(mean[0])), float(np.exp(line[upper.argmax()]))
+    shares = float((fct <= low).mean()), float((fct >= high).mean())
+    if not all(shares) or sum(shares) > 1:
+        return None
+    return {"gamma_low": low, "gamma_high": high, "clean_ratio": shares[0], "poison_ratio": shares[1], "valley": depth}
+
+
+def _densities(values, share, mean, deviation):
+    return share * np.exp(-0.5 * ((values[:, None] - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi))
+
+
+def _two_normals(values, rounds=200):
+    """Expectation maximisation from four starts, which split at quantiles; the likeliest end. Shares, means (ascending) and
+    deviations, float (2,) each; a deviation is at least a tenth of that of all values, so that none falls onto a point."""
+    least = 0.1 * values.std()
+    best = (-np.inf, None)
+    for quantile in (0.5, 0.8, 0.93, 0.98):
+        high = values > np.quantile(values, quantile)
+        if high.sum() < 5:
+            continue
+        member = np.stack([~high, high], 1).astype(float)
+        for _ in range(rounds):
+            weight = member.sum(0) + 1e-12
+            share, mean = weight / len(values), (member * values[:, None]).sum(0) / weight
+            deviation = np.sqrt((member * (values[:, None] - mean) ** 2).sum(0) / weight).clip(least)
+            density = _densities(values, share, mean, deviation)
+            member = density / density.sum(1, keepdims=True).clip(1e-300)
+        likelihood = np.log(density.sum(1).clip(1e-300)).sum()
+        if likelihood > best[0]:
+            order = np.argsort(mean)
+            best = (likelihood, (share[order], mean[order], deviation[order]))
+    return best[1]
 
 
 def _with_ties(beyond, at, wanted):

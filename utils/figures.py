@@ -21,12 +21,15 @@ def save_figure(figure, path):
 
 
 def sample_sheet(path, dataset, poisoned, opt, columns=8):
-    """Draw ``columns`` poisoned training images: as they were, as the victim gets them, and ten times the difference.
+    """Draw ``columns`` poisoned training images: as they were, as the victim gets them, and ten times the difference. Of
+    data of the user's own, a few images of the first classes.
 
     Args:
         path: `Path` of the picture; dataset: a `datasets.Dataset`; poisoned: its `dataloader_bd.PoisonedSet`;
         opt: the options of the attack.
     """
+    if poisoned.is_clean is None:
+        return class_sheet(path, dataset, columns)
     rows = np.flatnonzero(~poisoned.is_clean)
     rows = rows[np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int)]
     clean, triggered = dataset.train_images[rows], poisoned.images[rows]
@@ -37,12 +40,8 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
     kinds = [("clean", clean), ("poisoned", triggered), ("difference x 10", difference), ("triggered test", test)]
     figure, axes = plt.subplots(4, columns, figsize=(1.25 * columns, 6.2), layout="constrained", squeeze=False)
     for line, (kind, images) in zip(axes, kinds, strict=True):
+        show_images(line, images)
         for column, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_frame_on(False)
-            if column < len(images):
-                axis.imshow(images[column], interpolation="nearest")
             if column < len(rows) and kind in ("clean", "poisoned"):
                 label = (poisoned.true_labels if kind == "clean" else poisoned.labels)[rows[column]]
                 axis.set_title(dataset.classes[label], fontsize=8)
@@ -51,6 +50,40 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
     count = f"{(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned"
     figure.suptitle(f"{attack}: {count}", fontsize=10)
     save_figure(figure, path)
+
+
+def class_sheet(path, dataset, columns=8, most=12):
+    """Draw the first ``columns`` training images of each class, of ``most`` classes at most.
+
+    Args:
+        path: `Path` of the picture; dataset: a `datasets.Dataset`.
+    """
+    names = [name if len(name) <= 14 else f"{name[:12]}…" for name in dataset.classes[:most]]
+    figure, axes = plt.subplots(
+        len(names), columns, figsize=(1.1 * columns, 1.1 * len(names) + 0.4), layout="constrained", squeeze=False
+    )
+    for label, (line, name) in enumerate(zip(axes, names, strict=True)):
+        rows = np.flatnonzero(dataset.train_labels == label)[:columns]
+        show_images(line, dataset.train_images[rows])
+        line[0].set_ylabel(plain(name), fontsize=8)
+    figure.suptitle(f"{len(dataset.train_labels)} training images of {len(dataset.classes)} classes", fontsize=10)
+    save_figure(figure, path)
+
+
+def show_images(axes, images):
+    """Draw images uint8 (n, H, W, 3) on the first n ``axes`` and nothing on the others."""
+    for column, axis in enumerate(axes):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+        if column < len(images):
+            axis.imshow(images[column], interpolation="nearest")
+
+
+def plain(text):
+    """A name from the user's disk as matplotlib shows it: no mathematics, no control characters, no half letters."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
@@ -70,7 +103,10 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
     zero = np.array([low / 10 ** (0.12 * decades), low / 10 ** (0.07 * decades)])  # a bar left of the axis proper
 
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, members, colour in (("clean", is_clean, CLEAN), ("poisoned", ~is_clean, POISONED)):
+    kinds = [("samples", slice(None), CLEAN)]
+    if is_clean is not None:
+        kinds = [("clean", is_clean, CLEAN), ("poisoned", ~is_clean, POISONED)]
+    for name, members, colour in kinds:
         values = fct[members]
         label = f"{name} ({len(values)})"
         axis.hist(values[values > 0], edges, color=colour, alpha=0.65, label=label)

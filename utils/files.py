@@ -185,8 +185,9 @@ def _umask():
 
 
 def text_writer(text):
-    """A function that writes ``text`` (str) to an open binary file, for `write_together`."""
-    return lambda file: file.write(text.encode())
+    """A function that writes ``text`` (str) to an open binary file, for `write_together`. Names of files may hold bytes that
+    are no text; they are written as they are."""
+    return lambda file: file.write(text.encode(errors="surrogateescape"))
 
 
 def json_writer(content):

@@ -12,14 +12,17 @@ def evaluate(classify, tests, normalize, runtime):
 
     Args:
         classify: maps normalised float images (B, 3, H, W) to logits (B, K); its network is in evaluation mode.
-        tests: a `dataloader_bd.TestSets`.
+        tests: a `dataloader_bd.TestSets`, or None.
         normalize: a `dataloader_bd.Normalize`.
         runtime: a `device.Runtime`.
 
     Returns:
-        dict of percentages: ACC (whole test set), ACC_paper (without the target class, as the authors count), and with
-        a triggered test set ASR (classified as the attack wants) and R_ACC (classified as their true label).
+        dict of percentages: ACC (whole test set), and where there is an attack ACC_paper (without the target class, as the
+        authors count), ASR (triggered images classified as the attack wants) and R_ACC (as their true label). Empty
+        without test images.
     """
+    if tests is None:
+        return {}
 
     def predict(images):
         parts = []
@@ -32,8 +35,9 @@ def evaluate(classify, tests, normalize, runtime):
         return round(100 * hits.float().mean().item(), 4)
 
     right = predict(tests.clean_images) == tests.clean_labels
-    result = {"ACC": percent(right), "ACC_paper": percent(right[tests.in_paper])}
+    result = {"ACC": percent(right)}
     if tests.triggered_images is not None:
+        result["ACC_paper"] = percent(right[tests.in_paper])
         predicted = predict(tests.triggered_images)
         result["ASR"] = percent(predicted == tests.attack_labels)
         result["R_ACC"] = percent(predicted == tests.true_labels)

@@ -39,3 +39,8 @@ def shown(path):
         return os.fspath(Path(path).absolute().relative_to(Path.cwd()))
     except ValueError:
         return os.fspath(path)
+
+
+def typed(path):
+    """A path as a user would type it in the folder of the repository, where the commands run."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

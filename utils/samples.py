@@ -6,7 +6,7 @@ import numpy as np
 
 from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
-from utils.datasets import DATASETS
+from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file
 from utils.files import read_record
 from utils.manifest import is_other
@@ -40,12 +40,12 @@ def sample_writers(folder, poisoned, flags):
     return {folder / name: partial(write, flag=flag) for flag, name in FILES.items()}
 
 
-def load_samples(opt, flags, with_images=False):
+def load_samples(opt, spec, flags, folder=None):
     """Read the sets that separate_samples.py wrote for these options.
 
     Args:
-        opt: the options; flags: which sets, of `CLEAN`, `UNCERTAIN`, `POISON`; with_images: whether the step cannot do
-        without the images, which samples of a streamed data set do not hold.
+        opt: the options; spec: of the data set; flags: which sets, of `CLEAN`, `UNCERTAIN`, `POISON`; folder: where they
+        are, if not where these options put them; they may then come from another network.
 
     Returns:
         A structured array (N,), see `sample_dtype`, the sets one after the other.
@@ -53,17 +53,13 @@ def load_samples(opt, flags, with_images=False):
     Raises:
         UserError: for a file that is missing, damaged or not of this kind, or samples of another attack or seed.
     """
-    if with_images and DATASETS[opt.dataset].streamed:
-        raise UserError(
-            f"ST needs its images in memory, and {opt.dataset} is streamed from disk; the paper's ImageNet table has D-BR "
-            "alone: python unlearn_relearn.py"
-        )
-    folder = separated_folder(opt)
+    names = IDENTITY if folder is None else [name for name in IDENTITY if name != "model"]
+    folder = folder or separated_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     command = f"python separate_samples.py {args.attack_arguments(opt)} {ratios}"
     record = read_record(require_file(folder / "options.json", command))
-    refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", IDENTITY)
-    spec, parts = DATASETS[opt.dataset], []
+    refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", names)
+    parts = []
     for flag in flags:
         path = require_file(folder / FILES[flag], command)
         try:
@@ -91,6 +87,23 @@ def load_samples(opt, flags, with_images=False):
     return np.concatenate(parts)
 
 
-def sample_files(opt, flags):
+def images_of(samples, dataset, opt, folder=None):
+    """The images of samples that `load_samples` gave: theirs, or where they hold none, for the data set is streamed, those
+    of the training set, poisoned as the options say, which are read when they are needed.
+
+    Raises:
+        UserError: where the training set is not the one that was separated.
+    """
+    if not dataset.spec.streamed:
+        return samples["image"]
+    poisoned, record = poison_training_set(dataset, opt), (folder or separated_folder(opt)) / "options.json"
+    if read_record(record).get("poisoned_digest") != poisoned.digest:
+        raise UserError(
+            f"the data under {shown(opt.data_root)} has changed since {shown(record)} was written; run SD again"
+        )
+    return poisoned.images.subset(samples["index"])
+
+
+def sample_files(opt, flags, folder=None):
     """Paths of the files of the sets ``flags`` of these options."""
-    return [separated_folder(opt) / FILES[flag] for flag in flags]
+    return [(folder or separated_folder(opt)) / FILES[flag] for flag in flags]

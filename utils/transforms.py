@@ -248,32 +248,33 @@ class _Tau:
         elif self.name == "erase":
             # The authors' ratio 0.5-1 is height over width, as RandomErasing counts it; here it is width over height.
             parameters = _draw_boxes(rng, count, size, (0.2, 0.3), (1.0, 2.0))
-        else:  # flip, none
+        else:  # flip, vflip, none
             parameters = {}
         return {name: torch.from_numpy(value) for name, value in parameters.items()}
 
     def apply(self, images, parameters):
-        if self.name == "flip":
-            return images.flip(3)
+        if self.name in ("flip", "vflip"):
+            return images.flip(3 if self.name == "flip" else 2)
         functions = {"rotate": rotate, "affine": shift, "crop": shift, "blur": gaussian_blur, "erase": erase}
         return functions[self.name](images, **parameters) if self.name in functions else images
 
 
-TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none")
+TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none", "vflip")
 
 
 class Tau:
     """The transform of FCT: ``trans1`` and then ``trans2``, each one of `TAU_NAMES` (paper section 4.1).
 
     rotate: uniform angle in +-180 degrees; affine: shift by up to 20 % in each direction; flip: always; crop: shift by
-    up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none.
+    up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none; vflip: upside down
+    (not in the paper).
     """
 
     BLOCK = 1024
 
     def __init__(self, trans1, trans2, size):
         self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
-        self.is_random = not {trans1, trans2} <= {"flip", "none"}
+        self.is_random = not {trans1, trans2} <= {"flip", "vflip", "none"}
 
     def draw(self, rng, count):
         """Parameters of samples 0 to ``count`` - 1. Drawn by blocks of fixed size, each from a generator of its own, so

@@ -1,0 +1,460 @@
+"""Is a data set of your own poisoned? Sample distinguishment on it, a verdict, and a report to look at.
+
+Trains a small network without augmentation (SD step 1), takes FCT of every image, tests whether what the most sensitive
+images of a class share acts as a trigger, and separates the samples. Writes report.html (one page that holds all), its
+pictures as PNG, suspects.csv and verdict.json to --out. Exit code 0 whatever the verdict.
+"""
+
+import math
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from models import MODELS
+from utils import args, report
+from utils.audit import (
+    CHANGE,
+    LEAST,
+    NOTHING_BELOW,
+    OTHERS,
+    POISONED,
+    TAUS,
+    Common,
+    at_large,
+    orders,
+    predict,
+    put_back_test,
+)
+from utils.dataloader_bd import poison_training_set
+from utils.device import choose_runtime
+from utils.errors import UserError, run_script
+from utils.fct import fct_path, gammas_of_distribution, load_fct, sd_network
+from utils.figures import fct_histogram
+from utils.files import csv_writer, hold_lock, json_writer, make_folder, text_writer, write_together
+from utils.manifest import plain_options
+from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
+from utils.samples import CLEAN, POISON, UNCERTAIN
+from utils.seeding import generator
+from utils.steps import Step, run
+
+EPOCHS, LR = 6, 0.05  # what the thresholds of `utils.audit` were found with, on resnet10
+ENOUGH = 1000  # images; fewer teach the network too little
+SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
+ORDERS = {"flip": "the most sensitive to a mirror", "rotate": "the most sensitive to the paper's transform",
+          "surest": "those of which the network is surest"}  # fmt: skip
+PICTURES = ("histogram", "classes", "suspects", "pattern", "put_back")
+WORDS = {
+    "poisoned": "Poisoned, likely target class {name}",
+    "no evidence": "No evidence of poisoned samples",
+    "cannot tell": "Cannot tell: {reason}",
+}
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--data_root", type=args.path, required=True, metavar="DIR", help=args.DATA_ROOT)
+    parser.add_argument(
+        "--dataset", choices=("folder", "npz"), help="form of the data; default: npz where data_root is a file"
+    )
+    parser.add_argument(
+        "--image_size", type=args.number(int, 8, 1024), help="side in pixels; default: by the median side"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse images that cannot be read, instead of skipping them"
+    )
+    parser.add_argument("--out", type=args.path, default=Path("report"), help="folder of the report")
+    parser.add_argument("--model", choices=tuple(MODELS), default="resnet10", help="network")
+    parser.add_argument("--epochs", type=args.positive_int, default=EPOCHS, help="epochs of training")
+    parser.add_argument("--lr", type=args.positive, default=LR, help="learning rate, a cosine to 0 over the epochs")
+    parser.add_argument("--seed", type=args.natural, default=0, help="decides every random draw")
+    parser.add_argument("--output_root", type=args.path, default=ROOT, help="folder under which saved/ is kept")
+    parser.add_argument(
+        "--write_clean", type=args.path, metavar="NEW", help="write a copy of the folder without D_p here, as links"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="with --write_clean: copy the files instead of linking them"
+    )
+    args.add_device_options(parser)
+    args.add_overwrite_option(parser)
+    return parser
+
+
+def resolve(opt):
+    """The options as the steps see them, and the words that say so."""
+    kind = opt.dataset or ("npz" if opt.data_root.is_file() else "folder")
+    words = ["--dataset", kind, "--data_root", typed(opt.data_root.absolute()), "--model", opt.model]
+    for name in ("image_size", "seed"):
+        if getattr(opt, name):
+            words += [f"--{name}", str(getattr(opt, name))]
+    if opt.strict:
+        words.append("--strict")
+    if opt.output_root != ROOT:
+        words += ["--output_root", typed(opt.output_root.absolute())]
+    where = []
+    for name in ("device", "precision", "workers"):
+        if getattr(opt, name) not in (None, "auto"):
+            where += [f"--{name}", str(getattr(opt, name))]
+    where += ["--deterministic"] * opt.deterministic
+    parser = args.Parser("")
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_ratio_options(parser)
+    args.add_tau_options(parser)
+    args.add_device_options(parser)
+    parser.add_argument("--batch_size", type=int, default=256)
+    more = ["--trans1", "flip", "--trans2", "none"]
+    return args.check(parser.parse_args([*words, *where, *more])), words, where
+
+
+def plan(opt, resolved, words, where, digest):
+    """The steps before the test: training without augmentation, and FCT."""
+    folder = backdoored_folder(resolved, "noTrans")
+    train = ["--epochs", str(opt.epochs), "--lr", str(opt.lr), "--cosine_epochs", str(opt.epochs), "--eval_freq", "0"]
+    model, record = folder / f"{opt.epochs - 1}.tar", folder / "options.json"
+    steps = {"train": Step("train_attack_noTrans.py", [*words, *train, *where], model, record, [], digest)}
+    fct = fct_path(model, "fct.json")
+    load = ["--trans1", "flip", "--trans2", "none", "--checkpoint_load", typed(model)]
+    steps["fct"] = Step("calculate_consistency.py", [*words, *load, *where], fct, fct, [steps["train"]])
+    return steps
+
+
+def decide(scores, dataset, labels, train_acc):
+    """(verdict, the row of the highest score or None, why nothing can be told or None)."""
+    best = max(scores, key=lambda row: row["score"], default=None)
+    commonest = 100 * np.bincount(labels).max() / len(labels)
+    reason = None
+    if len(labels) < ENOUGH:
+        reason = f"{len(labels)} images are too few, {ENOUGH} are needed"
+    elif len(scores) < 2:
+        reason = f"{len(scores)} of the {len(dataset.classes)} classes have the {LEAST} images that a class needs"
+    elif train_acc < min(90, commonest + 15):
+        reason = f"the network has learnt too little ({train_acc:.1f} % of its own training images); try more --epochs"
+    elif NOTHING_BELOW <= best["score"] < POISONED:
+        reason = f"the score of the class {dataset.classes[best['label']]!r} lies between the thresholds"
+    if best and best["score"] >= POISONED and not (reason and len(scores) < 2):
+        return "poisoned", best, None
+    return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
+
+
+def suspects_by(values, labels, best):
+    """(name of the tau by whose FCT D_p is taken from the class that ``best`` names, its share of all samples).
+
+    Where the class's values fall into two groups, D_p is the upper one, by the tau with the deeper valley; else the group
+    that the test found.
+    """
+    own = labels == best["label"]
+    found = {name: gammas_of_distribution(values[name][own]) for name in TAUS}
+    found = {name: gammas for name, gammas in found.items() if gammas}
+    name = min(
+        found, key=lambda name: found[name]["valley"], default=best["order"] if best["order"] in TAUS else "rotate"
+    )
+    count = (values[name][own] >= found[name]["gamma_high"]).sum() if found else best["size"]
+    return name, math.ceil(1e4 * max(count, 2) / len(labels)) / 1e4
+
+
+def separation(resolved, words, where, steps, best, verdict, tau, poison_ratio):
+    """The step that separates: on poisoned data D_p comes from the target class alone."""
+    model = steps["train"].output
+    more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class"]
+    if verdict == "poisoned":
+        more += ["--poison_classes", str(best["label"])]
+    resolved.poison_ratio = poison_ratio
+    record = separated_folder(resolved) / "options.json"
+    load = ["--trans1", tau[0], "--trans2", tau[1], "--checkpoint_load", typed(model)]
+    return Step(
+        "separate_samples.py", [*words, *load, *more, *where], record, record, [steps["fct"]], steps["train"].digest
+    )
+
+
+def defences(words, where, poison_ratio, dataset):
+    """The commands of D-BR and D-ST on this data, as a user would paste them."""
+    batch = min(128, int(poison_ratio * len(dataset.train_labels) + 1e-9))  # no larger than D_p
+    ratios = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio)]
+    lines = {
+        "D-BR": [
+            ["train_attack_withTrans.py", *words, "--epochs", "200", *where],
+            ["unlearn_relearn.py", *words, *ratios, "--epochs", "20", "--batch_size", str(batch), *where],
+        ],
+        "D-ST": [
+            ["ST/train_extractor.py", *words, *ratios, "--epochs", "200", "--cosine", *where],
+            ["ST/train_classifier.py", *words, *ratios, "--epochs", "10", *where],
+        ],
+    }
+    if len(dataset.test_labels):
+        lines["D-ST"].append(["ST/test.py", *words, *ratios, *where])
+    return {name: [shlex.join(["python", *line]) for line in commands] for name, commands in lines.items()}
+
+
+def name_of(dataset, row):
+    """Where the training image ``row`` comes from: its file below data_root, or its place in the array."""
+    if dataset.name == "npz":
+        return f"x_train[{row}]"
+    return os.path.relpath(dataset.train_images.files[row], dataset.source)
+
+
+def write_clean(opt, dataset, flags):
+    """Write a copy of the folder without D_p to --write_clean, whole or not at all; the original is only read."""
+    target, source = opt.write_clean.absolute(), opt.data_root.absolute()
+    make_folder(target.parent)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    left_out = {os.fspath(dataset.train_images.files[row]) for row in np.flatnonzero(flags == POISON)}
+    kept = 0
+    try:
+        for split in ("train", "test", "val"):
+            for file in sorted((source / split).glob("*/*")) if (source / split).is_dir() else []:
+                if os.fspath(file) in left_out or not file.is_file():
+                    continue
+                place = staging / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if opt.copy:
+                    shutil.copy2(file, place)
+                else:
+                    place.symlink_to(file.resolve())
+                kept += 1
+        rows = [{"file": os.path.relpath(file, source)} for file in sorted(left_out)]
+        write_together({staging / "left_out.csv": csv_writer(rows)})
+        os.chmod(staging, 0o755)
+        os.rename(staging, target)
+    except OSError as error:
+        raise UserError(f"cannot write {shown(target)}: {error.strerror or error}; nothing is left of it") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(
+        f"{shown(target)} holds {kept} files, without {len(left_out)} of D_p, which {shown(target / 'left_out.csv')} names"
+    )
+
+
+def check_clean(opt):
+    """Refuse a place for the cleaned copy that is taken, or lies in the original."""
+    if not opt.write_clean:
+        if opt.copy:
+            raise UserError("--copy has no use without --write_clean")
+        return
+    target = opt.write_clean.absolute()
+    if opt.dataset == "npz" or opt.data_root.is_file():
+        raise UserError(
+            "--write_clean is for a folder; of an .npz file, take the rows that suspects.csv puts outside D_p"
+        )
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{shown(target)} is there already; give --write_clean a new name")
+    if target.resolve().is_relative_to(opt.data_root.resolve()):
+        raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    opt.data_root, opt.output_root = opt.data_root.absolute(), opt.output_root.absolute()
+    check_clean(opt)
+    resolved, words, where = resolve(opt)
+    runtime = choose_runtime(opt.device, opt.precision, resolved.workers or 0, opt.deterministic)
+    started = time.perf_counter()
+    dataset = args.load_data(resolved)
+    poisoned = poison_training_set(dataset, resolved)
+    labels, classes = poisoned.labels, dataset.classes
+    print(f"{len(labels)} images of {len(classes)} classes, {dataset.spec.size}x{dataset.spec.size}")
+    out = make_folder(opt.out.absolute())
+    hold_lock(out / "verdict.json")
+
+    opt.dry_run = False
+    steps = plan(opt, resolved, words, where, poisoned.digest)
+    run(steps, opt, out / "seconds.json")
+    model_path = steps["train"].output
+    resolved.checkpoint_load = model_path
+    known = {"flip": load_fct(model_path, steps["fct"].command)}
+    checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
+    values = orders(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
+    scores = put_back_test(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
+    train_acc = checkpoint["history"][-1]["train_acc"]
+    verdict, best, reason = decide(scores, dataset, labels, train_acc)
+
+    tau, poison_ratio = suspects_by(values, labels, best) if verdict == "poisoned" else ("flip", 0.05)
+    fct = values[tau]
+    steps = {"separate": separation(resolved, words, where, steps, best, verdict, TAUS[tau], poison_ratio)}
+    run(steps, opt, out / "seconds.json")
+    flags = np.full(len(labels), UNCERTAIN)
+    for flag, name in ((CLEAN, "clean"), (POISON, "poison")):
+        rows = np.load(separated_folder(resolved) / f"{name}_samples.npy", allow_pickle=False, mmap_mode="r")["index"]
+        flags[rows] = flag
+    if opt.write_clean:
+        write_clean(opt, dataset, flags)
+
+    commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
+    target = best["label"] if verdict == "poisoned" else None
+    headline = WORDS[verdict].format(name=classes[target] if target is not None else "", reason=reason)
+    settings = {name: plain_options(opt)[name] for name in ("model", "epochs", "lr", "seed", "image_size")}
+    calibrated = opt.model == "resnet10" and (opt.epochs, opt.lr) == (EPOCHS, LR)
+    content = {
+        "verdict": verdict,
+        "headline": headline,
+        "target_class": classes[target] if target is not None else None,
+        "target_label": target,
+        "statistic": best["score"] if best else None,
+        "threshold": POISONED,
+        "no_evidence_below": NOTHING_BELOW,
+        "thresholds_calibrated_for_these_settings": calibrated,
+        "counts": {
+            "images": len(labels),
+            "classes": len(classes),
+            "skipped": len(dataset.skipped),
+            **{name: int((flags == flag).sum()) for flag, name in SETS.items()},
+        },
+        "classes": [{"class": classes[row["label"]], **row} for row in sorted(scores, key=lambda row: -row["score"])],
+        "settings": {
+            **settings,
+            "image_size": dataset.spec.size,
+            "tau": " + ".join(TAUS[tau]),
+            "train_acc": train_acc,
+        },
+        "data": dataset.record,
+        "commands": commands,
+    }
+    write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime)
+    seconds = time.perf_counter() - started
+    print(f"\n{headline}")
+    if best:
+        print(
+            f"Score {best['score']:.2f} of the class {classes[best['label']]} (poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
+        )
+    print(f"The report is {shown(out / 'report.html')} ({seconds / 60:.1f} min)")
+
+
+def write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime):
+    """All files of the report, together."""
+    classes, target = dataset.classes, content["target_label"]
+    order = np.lexsort((np.arange(len(fct)), -fct))
+    rank = np.empty(len(fct), dtype=np.int64)
+    rank[order] = np.arange(1, len(fct) + 1)
+    rows = [
+        {"file": name_of(dataset, row), "class": classes[labels[row]], "FCT": float(fct[row]), "rank": int(rank[row]),
+         "set": SETS[flags[row]]}
+        for row in order
+    ]  # fmt: skip
+    pictures = {
+        "classes": report.class_bars(labels, flags, classes, target),
+        "suspects": report.contact_sheet(dataset.train_images, labels, fct, classes, target),
+    }
+    best = best or {"label": 0, "order": "flip", "size": 20}
+    own = np.flatnonzero(labels == best["label"])
+    own = own[np.argsort(-values[best["order"]][own], kind="stable")]
+    count = max(1, min(best["size"], len(own) // 2))
+    group = dataset.train_images[np.sort(own[:count])]
+    rest = dataset.train_images[np.sort(own[len(own) // 2 :][:500])]
+    name = classes[best["label"]]
+    pictures["pattern"], region = report.pattern_picture(group, rest, name)
+    drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
+    common = Common(group, *at_large(dataset.train_images, opt.seed))
+    before = dataset.train_images[drawn]
+    after = common.put_on(before)
+    answers = predict(model, np.concatenate([before.astype(np.float32), after]), dataset.spec, runtime).reshape(2, -1)
+    pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
+    content["strongest_region"] = dict(zip(("top", "left", "side"), region, strict=True))
+
+    histogram = out / "histogram.png"
+    sizes = (fct[flags == CLEAN].max(), fct[flags == POISON].min())
+    title = f"{len(fct)} images, tau {content['settings']['tau']}"
+    fct_histogram(histogram, fct, None, title, sizes if sizes[0] <= sizes[1] else None)
+    pictures["histogram"] = histogram.read_bytes()
+
+    writers = {out / "suspects.csv": csv_writer(rows)}
+    writers |= {out / f"{name}.png": (lambda file, data=data: file.write(data)) for name, data in pictures.items()}
+    writers[out / "verdict.json"] = json_writer(content)
+    writers[out / "report.html"] = text_writer(page(dataset, labels, flags, fct, order, content, pictures, best))
+    write_together(writers)
+
+
+def page(dataset, labels, flags, fct, order, content, pictures, best):
+    """The report as HTML."""
+    text, classes, verdict = report.text, dataset.classes, content["verdict"]
+    counts, settings = content["counts"], content["settings"]
+    score = f"{content['statistic']:.2f}" if best else "–"
+    if verdict == "poisoned":
+        means = (
+            f"What {best['size']} images of the class {classes[content['target_label']]} share ({ORDERS[best['order']]}) turns "
+            f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into it, though it changes them by no more than "
+            f"{CHANGE:g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. D_p below holds the images "
+            f"of the class that stand out by FCT. Not all of them need to be poisoned, and some that are may be missing."
+        )
+    elif verdict == "no evidence":
+        means = (
+            "No class has images that share something which acts as a trigger. This is no proof: see the README for the "
+            "attacks and rates that the test misses. Unlearning is not recommended: D_p would be clean images."
+        )
+    else:
+        means = "The data, or what the network has learnt of it, does not decide it. Unlearning is not recommended."
+    numbers = [
+        ["", ""],
+        ["score (highest of the classes)", score],
+        ["poisoned from", str(content["threshold"])],
+        ["no evidence below", str(content["no_evidence_below"])],
+        ["images, classes, side", f"{counts['images']}, {counts['classes']}, {settings['image_size']}"],
+        ["D_p, D_u, D_c", f"{counts['D_p']}, {counts['D_u']}, {counts['D_c']}"],
+        ["files that cannot be read", str(counts["skipped"])],
+        [
+            "network, epochs, learning rate, seed",
+            f"{settings['model']}, {settings['epochs']}, {settings['lr']}, {settings['seed']}",
+        ],
+        ["training accuracy", f"{settings['train_acc']:.1f} %"],
+    ]
+    if not content["thresholds_calibrated_for_these_settings"]:
+        means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
+    by_class = [["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "group"]]
+    inside = Counter(labels[flags == POISON].tolist())
+    for row in content["classes"][:40]:
+        by_class.append(
+            [text(row["class"]), str((labels == row["label"]).sum()), str(inside[row["label"]]), f"{row['score']:.2f}",
+             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), f"{row['size']} {ORDERS[row['order']]}"]
+        )  # fmt: skip
+    top = [row for row in order if flags[row] == POISON][:100]
+    suspects = [["rank", "file", "class", "FCT"]]
+    for place, row in enumerate(top, 1):
+        file = name_of(dataset, row)
+        if dataset.name == "folder":
+            file = f"{report.link(dataset.train_images.files[row])} in {text(os.path.dirname(file))}"
+        suspects.append([str(place), file, text(classes[labels[row]]), f"{fct[row]:.4g}"])
+    captions = {
+        "histogram": "FCT of all images, with the thresholds of D_c and D_p",
+        "classes": "In which classes the suspects pile up",
+        "suspects": "The most sensitive images of each class, with their FCT",
+        "pattern": "What the group of highest score shares; where it stands out most is marked",
+        "put_back": "That is put on images of other classes; above each, what the network says",
+    }
+    first = '<p>All images in order of FCT: <a href="suspects.csv">suspects.csv</a>. The first of D_p:</p>'
+    sections = [
+        ("What this means", f"<p>{text(means)}</p>"),
+        ("Numbers", report.table(numbers)),
+        ("Pictures", "".join(report.picture(f"{name}.png", pictures[name], captions[name]) for name in PICTURES if name in pictures)),
+        ("Classes", report.table(by_class)),
+        ("Suspects", first + report.table(suspects)),
+    ]  # fmt: skip
+    if dataset.skipped:
+        names = "".join(f"<li>{text(name)}</li>" for name in dataset.skipped[:1000])
+        sections.append(("Files that could not be read", f"<ul>{names}</ul>"))
+    if content["commands"]:
+        ways = {
+            "D-BR": "a model trained on this data, and the backdoor removed from it",
+            "D-ST": "a model trained from scratch",
+        }
+        body = "".join(
+            f"<p>{text(name)}, {ways[name]}:</p><pre>{text_lines(lines)}</pre>"
+            for name, lines in content["commands"].items()
+        )
+        more = shlex.join(["python", "audit_dataset.py", "--data_root", dataset.source, "--write_clean", "NEW"])
+        body += f"<p>A copy of the folder without D_p:</p><pre>{text(more)}</pre>" if dataset.name == "folder" else ""
+        sections.append(("The way out", "<p>In the folder of this project:</p>" + body))
+    kind = {"poisoned": "poisoned", "no evidence": "no", "cannot tell": "cannot"}[verdict]
+    return report.page(f"Audit of {Path(dataset.source).name}", kind, content["headline"], sections)
+
+
+def text_lines(lines):
+    """Commands (list of str) as HTML, one a line."""
+    return "\n".join(report.text(line) for line in lines)
+
+
+if __name__ == "__main__":
+    run_script(main)

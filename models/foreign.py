@@ -1,0 +1,84 @@
+"""Networks that somebody else trained: any classifier of torchvision, from a plain state dict."""
+
+import math
+
+import torch
+import torchvision
+from torch import nn
+
+from models.resnet import MODELS, build_model
+from utils.checkpoints import load_weights
+from utils.errors import UserError
+
+NAMES = tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+class Foreign(nn.Module):
+    """A classifier of torchvision whose ``forward`` maps float (N, 3, H, W) to logits (N, K) in training as well, where
+    some of them give auxiliary logits beside."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        result = self.network(x)
+        return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def is_state_dict(content):
+    """Whether what was read from a file is a plain state dict: names and tensors, and nothing else."""
+    return isinstance(content, dict) and bool(content) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )  # fmt: skip
+
+
+def build_foreign(name, state, path, dataset, spec):
+    """The network that a state dict belongs to.
+
+    Args:
+        name: of a model of torchvision, or of `resnet.MODELS`; state: the state dict; path: its file, for messages;
+        dataset, spec: name and `datasets.Spec` of the data that it will see.
+
+    Returns:
+        A module on the CPU with these weights; its `plain_state` has the names of ``state``.
+
+    Raises:
+        UserError: where the weights are not those of such a network with as many outputs as there are classes.
+    """
+    stem = state.get("conv1.weight")
+    if name in MODELS and (name not in NAMES or (stem is not None and stem.shape[-1] != 7)):
+        network = build_model(name, dataset, spec.num_classes, spec.size)
+        print(f"{path} has another first layer than torchvision's {name}; it is taken for this project's network")
+    else:
+        try:
+            network = torchvision.models.get_model(
+                name, weights=None, num_classes=spec.num_classes, **_shape(name, state)
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit torchvision's {name} ({error})") from None
+    if getattr(network, "image_size", spec.size) != spec.size:  # a vision transformer has one size
+        raise UserError(
+            f"the network in {path} takes images of {network.image_size} pixels, and these are made {spec.size}; give "
+            f"--image_size {network.image_size}"
+        )
+    load_weights(network, state, path)
+    return Foreign(network)
+
+
+def plain_state(model, state):
+    """The weights of a network that `build_foreign` gave, in the form of the ``state`` it was built from."""
+    own = model.network.state_dict()
+    return {name: own[name].detach().cpu().to(value.dtype).contiguous() for name, value in state.items()}
+
+
+def _shape(name, state):
+    """What the state dict says of the network besides its number of outputs, as arguments of torchvision's builder."""
+    if name == "googlenet":
+        return {"aux_logits": any(key.startswith("aux1.") for key in state), "init_weights": False}
+    if name == "inception_v3":
+        return {"aux_logits": any(key.startswith("AuxLogits.") for key in state), "init_weights": False}
+    if name.startswith("vit_") and "encoder.pos_embedding" in state and "conv_proj.weight" in state:
+        tokens, patch = state["encoder.pos_embedding"].shape[1] - 1, state["conv_proj.weight"].shape[-1]
+        return {"image_size": math.isqrt(tokens) * patch}
+    return {}
