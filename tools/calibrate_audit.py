@@ -1,0 +1,169 @@
+"""The error rates of audit_dataset.py: audits of clean and of poisoned sets, by the command line's own code.
+
+Each run takes 5 000 images of a part of CIFAR-10 (five disjoint parts) or Fashion-MNIST (six), of all classes or of some,
+poisons them or not, and audits them. Half of the runs, `SEEN`, were at hand when the thresholds were chosen; the others
+came after. Writes a row a run to --out, and goes on where it stopped.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tempfile
+
+import numpy as np
+import pandas as pd
+import torchvision
+
+import audit_dataset
+from utils import args
+from utils.dataloader_bd import attack_label, poisoned_indices
+from utils.datasets import load_dataset
+from utils.errors import UserError, run_script
+from utils.files import make_folder, read_json, write_rows
+from utils.metrics import detection_quality
+from utils.paths import ROOT, shown
+from utils.SSBA.encode_image import ENCODER, encode_images
+from utils.triggers import apply_trigger
+
+PARTS = {"cifar10": 5, "fashionmnist": 6}
+IMAGES = 5000
+ALL = tuple(range(10))
+EVEN, ODD, LOW, HIGH = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9), (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+CLEAN_RUNS = [
+    ("cifar10", 1, ALL), ("fashionmnist", 1, ALL), ("cifar10", 2, ALL), ("fashionmnist", 2, ALL), ("cifar10", 3, EVEN),
+    ("fashionmnist", 3, EVEN), ("cifar10", 4, ODD), ("fashionmnist", 4, HIGH), ("cifar10", 0, LOW), ("fashionmnist", 5, LOW),
+    ("cifar10", 1, HIGH), ("fashionmnist", 0, ODD), ("cifar10", 2, (3, 5, 8)), ("fashionmnist", 1, (0, 2, 6)),
+    ("cifar10", 3, ALL), ("fashionmnist", 3, ALL), ("cifar10", 4, ALL), ("fashionmnist", 4, ALL), ("cifar10", 0, ALL),
+    ("fashionmnist", 5, ALL), ("cifar10", 1, (0, 1, 8, 9)), ("fashionmnist", 2, HIGH), ("cifar10", 2, HIGH),
+    ("fashionmnist", 0, ALL),
+]  # fmt: skip
+ATTACKS = {
+    "grid": ("gridTrigger", "all2one"), "signal": ("signalTrigger", "all2one"), "kitty": ("kittyTrigger", "all2one"),
+    "sig": ("sigTrigger", "cleanLabel"), "ssba": ("SSBA", "all2one"), "trojan": ("trojanTrigger", "all2one"),
+    "square": ("squareTrigger", "all2all"), "warp": ("warpTrigger", "all2one"), "noise": ("randomPixelTrigger", "all2one"),
+}  # fmt: skip
+POISONED_RUNS = [  # data, part, attack, poison rate, target label
+    ("cifar10", 1, "grid", 0.1, 3), ("fashionmnist", 1, "grid", 0.1, 2), ("cifar10", 2, "signal", 0.1, 1),
+    ("fashionmnist", 2, "signal", 0.1, 9), ("cifar10", 3, "kitty", 0.1, 5), ("fashionmnist", 3, "sig", 0.1, 8),
+    ("cifar10", 4, "sig", 0.1, 7), ("fashionmnist", 4, "ssba", 0.1, 3), ("cifar10", 0, "trojan", 0.1, 2),
+    ("fashionmnist", 5, "kitty", 0.1, 0), ("cifar10", 1, "ssba", 0.1, 8), ("fashionmnist", 0, "trojan", 0.1, 4),
+    ("cifar10", 2, "grid", 0.05, 6), ("fashionmnist", 1, "signal", 0.05, 7), ("cifar10", 3, "signal", 0.02, 4),
+    ("fashionmnist", 2, "grid", 0.02, 1), ("cifar10", 4, "square", 0.1, 0), ("fashionmnist", 3, "ssba", 0.05, 5),
+    ("cifar10", 0, "kitty", 0.05, 9), ("fashionmnist", 4, "square", 0.1, 0), ("cifar10", 1, "trojan", 0.05, 0),
+    ("fashionmnist", 5, "signal", 0.01, 8), ("cifar10", 2, "signal", 0.01, 3), ("fashionmnist", 0, "warp", 0.1, 6),
+    ("cifar10", 3, "noise", 0.1, 2), ("fashionmnist", 1, "noise", 0.1, 0), ("cifar10", 4, "warp", 0.1, 1),
+    ("cifar10", 0, "ssba", 0.05, 4),
+]  # fmt: skip
+SEEN = 9  # of each list: on these the test was built and its thresholds chosen
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument(
+        "--data_root", type=args.path, default=ROOT / "dataset", help="folder of cifar10 and fashionmnist"
+    )
+    parser.add_argument("--out", type=args.path, default=ROOT / "results/audit_calibration.csv", help="the table")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="which, such as clean00 poisoned12; default: all")
+    return parser
+
+
+def load(name, root):
+    """Training images uint8 (N, 32, 32, 3) and labels int64 (N,)."""
+    if name == "cifar10":
+        dataset = load_dataset(name, root)
+        return dataset.train_images, dataset.train_labels
+    try:
+        whole = torchvision.datasets.FashionMNIST(root / name, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"Fashion-MNIST is not under {root / name} and could not be downloaded ({error})") from None
+    grey = np.pad(whole.data.numpy(), ((0, 0), (2, 2), (2, 2)))
+    return np.repeat(grey[..., None], 3, axis=3), whole.targets.numpy().astype(np.int64)
+
+
+def part(images, labels, parts, number, classes):
+    """`IMAGES` images of these classes from one of the disjoint parts, in their order, and labels from 0."""
+    rows = np.sort(np.random.default_rng(7).permutation(len(labels)).reshape(parts, -1)[number])
+    rows = rows[np.isin(labels[rows], classes)]
+    if len(rows) > IMAGES:
+        rows = rows[np.sort(np.random.default_rng(8).permutation(len(rows))[:IMAGES])]
+    return images[rows].copy(), np.searchsorted(classes, labels[rows]).astype(np.int64)
+
+
+def poison(images, labels, attack, rate, target, seed):
+    """Images and labels as the victim gets them, and which are clean (bool (N,))."""
+    trigger, kind = ATTACKS[attack]
+    rows = poisoned_indices(labels, kind, target, rate, seed)
+    if trigger == "SSBA":
+        images[rows] = encode_images(images[rows], path=ENCODER)
+    else:
+        images[rows] = apply_trigger(trigger, images[rows], train=True, seed=0)
+    labels[rows] = attack_label(labels[rows], kind, target, 10)
+    is_clean = np.ones(len(labels), dtype=bool)
+    is_clean[rows] = False
+    return images, labels, is_clean
+
+
+def audit(images, labels, is_clean, seed):
+    """The row of one run: what the audit says of these arrays, and by the ground truth how good its D_p and D_c are."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        np.savez(folder / "data.npz", x_train=images, y_train=labels)
+        words = [
+            "--data_root",
+            folder / "data.npz",
+            "--out",
+            folder / "report",
+            "--output_root",
+            folder,
+            "--seed",
+            seed,
+        ]
+        audit_dataset.main([str(word) for word in words])
+        found = read_json(folder / "report/verdict.json")
+        table = pd.read_csv(folder / "report/suspects.csv")
+    table["row"] = table["file"].str.extract(r"\[(\d+)\]").astype(int)
+    table = table.sort_values("row")
+    row = {"verdict": found["verdict"], "score": round(found["statistic"], 4), "target_label": found["target_label"],
+           "order": found["classes"][0]["order"], "train_acc": round(found["settings"]["train_acc"], 2)}  # fmt: skip
+    if not is_clean.all():
+        sets = [np.flatnonzero(table["set"] == name) for name in ("D_c", "D_p")]
+        quality = detection_quality(table["FCT"].to_numpy(), *sets, is_clean, labels, labels.max() + 1)
+        kept = {name: quality[name] for name in ("Dp_size", "Dp_precision", "Dp_recall", "Dc_contamination")}
+        row |= {name: round(value, 3) for name, value in kept.items()}
+    return row
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    runs = {f"clean{i:02d}": (*run, None, 0, 0, 100 + i) for i, run in enumerate(CLEAN_RUNS)}
+    runs |= {f"poisoned{i:02d}": (*run[:2], ALL, *run[2:], 200 + i) for i, run in enumerate(POISONED_RUNS)}
+    for name in opt.runs or []:
+        if name not in runs:
+            raise UserError(
+                f"--runs {name}: the runs are clean00 to clean{len(CLEAN_RUNS) - 1} and poisoned00 to poisoned{len(POISONED_RUNS) - 1}"
+            )
+    make_folder(opt.out.absolute().parent)
+    done = pd.read_csv(opt.out).to_dict("records") if opt.out.is_file() else []
+    loaded = {}
+    for name in opt.runs or runs:
+        data, number, classes, attack, rate, target, seed = runs[name]
+        if any(row["run"] == name for row in done):
+            continue
+        loaded[data] = loaded.get(data) or load(data, opt.data_root.absolute())
+        images, labels = part(*loaded[data], PARTS[data], number, classes)
+        is_clean = np.ones(len(labels), dtype=bool)
+        if attack:
+            images, labels, is_clean = poison(images, labels, attack, rate, target, seed)
+        row = {"run": name, "seen": int(name[-2:]) < SEEN, "data": data, "part": number, "classes": " ".join(map(str, classes)),
+               "attack": attack or "", "rate": rate, "true_target": target if attack else "", "seed": seed,
+               "poisoned": int((~is_clean).sum())}  # fmt: skip
+        done.append({**row, **audit(images, labels, is_clean, seed)})
+        write_rows(opt.out, done)
+    print(pd.DataFrame(done).to_string(index=False))
+    print(f"The table is {shown(opt.out)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
