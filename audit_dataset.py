@@ -270,7 +270,7 @@ def main(argv=None):
     checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
     values = orders(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
     scores = put_back_test(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
-    train_acc = checkpoint["history"][-1]["train_acc"]
+    train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
     tau, poison_ratio = suspects_by(values, labels, best) if verdict == "poisoned" else ("flip", 0.05)
@@ -281,32 +281,46 @@ def main(argv=None):
     for flag, name in ((CLEAN, "clean"), (POISON, "poison")):
         rows = np.load(separated_folder(resolved) / f"{name}_samples.npy", allow_pickle=False, mmap_mode="r")["index"]
         flags[rows] = flag
-    if opt.write_clean:
-        write_clean(opt, dataset, flags)
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
+    content = summary(opt, dataset, flags, scores, verdict, best, reason, tau, train_acc, commands)
+    write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime)
+    print(f"\n{content['headline']}")
+    if best:
+        limits = f"(poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
+        print(f"Score {best['score']:.2f} of the class {classes[best['label']]} {limits}")
+    if opt.write_clean:
+        if verdict != "poisoned":
+            print("Note: D_p is then the most sensitive 5 % of the images, most likely clean ones")
+        write_clean(opt, dataset, flags)
+    print(f"The report is {shown(out / 'report.html')} ({(time.perf_counter() - started) / 60:.1f} min)")
+
+
+def summary(opt, dataset, flags, scores, verdict, best, reason, tau, train_acc, commands):
+    """What verdict.json holds."""
     target = best["label"] if verdict == "poisoned" else None
-    headline = WORDS[verdict].format(name=classes[target] if target is not None else "", reason=reason)
-    settings = {name: plain_options(opt)[name] for name in ("model", "epochs", "lr", "seed", "image_size")}
-    calibrated = opt.model == "resnet10" and (opt.epochs, opt.lr) == (EPOCHS, LR)
-    content = {
+    name = None if target is None else dataset.classes[target]
+    options = plain_options(opt)
+    return {
         "verdict": verdict,
-        "headline": headline,
-        "target_class": classes[target] if target is not None else None,
+        "headline": WORDS[verdict].format(name=name, reason=reason),
+        "target_class": name,
         "target_label": target,
         "statistic": best["score"] if best else None,
         "threshold": POISONED,
         "no_evidence_below": NOTHING_BELOW,
-        "thresholds_calibrated_for_these_settings": calibrated,
+        "thresholds_calibrated_for_these_settings": opt.model == "resnet10" and (opt.epochs, opt.lr) == (EPOCHS, LR),
         "counts": {
-            "images": len(labels),
-            "classes": len(classes),
+            "images": len(flags),
+            "classes": len(dataset.classes),
             "skipped": len(dataset.skipped),
             **{name: int((flags == flag).sum()) for flag, name in SETS.items()},
         },
-        "classes": [{"class": classes[row["label"]], **row} for row in sorted(scores, key=lambda row: -row["score"])],
+        "classes": [
+            {"class": dataset.classes[row["label"]], **row} for row in sorted(scores, key=lambda row: -row["score"])
+        ],
         "settings": {
-            **settings,
+            **{name: options[name] for name in ("model", "epochs", "lr", "seed")},
             "image_size": dataset.spec.size,
             "tau": " + ".join(TAUS[tau]),
             "train_acc": train_acc,
@@ -314,14 +328,6 @@ def main(argv=None):
         "data": dataset.record,
         "commands": commands,
     }
-    write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime)
-    seconds = time.perf_counter() - started
-    print(f"\n{headline}")
-    if best:
-        print(
-            f"Score {best['score']:.2f} of the class {classes[best['label']]} (poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
-        )
-    print(f"The report is {shown(out / 'report.html')} ({seconds / 60:.1f} min)")
 
 
 def write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime):
@@ -356,9 +362,9 @@ def write_report(out, opt, dataset, labels, flags, fct, values, content, best, m
     content["strongest_region"] = dict(zip(("top", "left", "side"), region, strict=True))
 
     histogram = out / "histogram.png"
-    sizes = (fct[flags == CLEAN].max(), fct[flags == POISON].min())
     title = f"{len(fct)} images, tau {content['settings']['tau']}"
-    fct_histogram(histogram, fct, None, title, sizes if sizes[0] <= sizes[1] else None)
+    in_poison = flags == POISON
+    fct_histogram(histogram, fct, ~in_poison, title, names=("not in D_p", "D_p"))
     pictures["histogram"] = histogram.read_bytes()
 
     writers = {out / "suspects.csv": csv_writer(rows)}
@@ -372,7 +378,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     """The report as HTML."""
     text, classes, verdict = report.text, dataset.classes, content["verdict"]
     counts, settings = content["counts"], content["settings"]
-    score = f"{content['statistic']:.2f}" if best else "–"
+    score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
         means = (
             f"What {best['size']} images of the class {classes[content['target_label']]} share ({ORDERS[best['order']]}) turns "
@@ -388,7 +394,6 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     else:
         means = "The data, or what the network has learnt of it, does not decide it. Unlearning is not recommended."
     numbers = [
-        ["", ""],
         ["score (highest of the classes)", score],
         ["poisoned from", str(content["threshold"])],
         ["no evidence below", str(content["no_evidence_below"])],
@@ -403,7 +408,8 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     ]
     if not content["thresholds_calibrated_for_these_settings"]:
         means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
-    by_class = [["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "group"]]
+    head = ["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "group"]
+    by_class = []
     inside = Counter(labels[flags == POISON].tolist())
     for row in content["classes"][:40]:
         by_class.append(
@@ -411,14 +417,14 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
              *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), f"{row['size']} {ORDERS[row['order']]}"]
         )  # fmt: skip
     top = [row for row in order if flags[row] == POISON][:100]
-    suspects = [["rank", "file", "class", "FCT"]]
+    suspects = []
     for place, row in enumerate(top, 1):
         file = name_of(dataset, row)
         if dataset.name == "folder":
             file = f"{report.link(dataset.train_images.files[row])} in {text(os.path.dirname(file))}"
         suspects.append([str(place), file, text(classes[labels[row]]), f"{fct[row]:.4g}"])
     captions = {
-        "histogram": "FCT of all images, with the thresholds of D_c and D_p",
+        "histogram": "FCT of all images",
         "classes": "In which classes the suspects pile up",
         "suspects": "The most sensitive images of each class, with their FCT",
         "pattern": "What the group of highest score shares; where it stands out most is marked",
@@ -427,10 +433,10 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     first = '<p>All images in order of FCT: <a href="suspects.csv">suspects.csv</a>. The first of D_p:</p>'
     sections = [
         ("What this means", f"<p>{text(means)}</p>"),
-        ("Numbers", report.table(numbers)),
+        ("Numbers", report.table(None, numbers)),
         ("Pictures", "".join(report.picture(f"{name}.png", pictures[name], captions[name]) for name in PICTURES if name in pictures)),
-        ("Classes", report.table(by_class)),
-        ("Suspects", first + report.table(suspects)),
+        ("Classes", report.table(head, by_class)),
+        ("Suspects", first + report.table(["rank", "file", "class", "FCT"], suspects)),
     ]  # fmt: skip
     if dataset.skipped:
         names = "".join(f"<li>{text(name)}</li>" for name in dataset.skipped[:1000])

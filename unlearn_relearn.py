@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from models import MODELS, build_model
-from models.foreign import NAMES, build_foreign, is_state_dict, plain_state
+from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
@@ -25,6 +25,7 @@ from utils.losses import cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
+from utils.seeding import generator
 from utils.transforms import CropFlip
 
 STEP = "unlearn_relearn"
@@ -83,10 +84,12 @@ def main(argv=None):
     plain = is_state_dict(content)
     if plain:
         checkpoint = {"step": "", "model": content, "poisoned_digest": None}
+        opt.foreign = precision_of(content)
     else:
         checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
-        plain = checkpoint["options"].get("foreign") is True
-    resumed, opt.foreign = checkpoint["step"] == STEP, plain
+        opt.foreign = checkpoint["options"].get("foreign")
+        plain = opt.foreign in ("float16", "bfloat16", "float32", "float64")
+    resumed = checkpoint["step"] == STEP
     if not plain and (opt.mean or opt.std):
         raise UserError(
             "--mean and --std are for a plain state dict; this project's networks have those of the data set"
@@ -149,6 +152,9 @@ def main(argv=None):
         print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
 
     for epoch in range(first, opt.epochs):
+        torch.manual_seed(
+            int(generator(opt.seed, STEP, epoch).integers(2**63))
+        )  # of dropout, in a network from elsewhere
         model.train()
         up = train_epoch(
             model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"
@@ -181,7 +187,7 @@ def main(argv=None):
     elif measured:
         print(f"ACC {run.history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
     if plain:
-        write_together({result: tensor_writer(plain_state(model, state))})
+        write_together({result: tensor_writer(plain_state(model, opt.foreign))})
         print(f"The cleaned state dict is {shown(result)}; to continue, give {shown(save)}")
     print(f"The model is {shown(save)}, the log {shown(log)}")
 

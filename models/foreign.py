@@ -1,6 +1,7 @@
 """Networks that somebody else trained: any classifier of torchvision, from a plain state dict."""
 
 import math
+from collections import OrderedDict
 
 import torch
 import torchvision
@@ -66,10 +67,22 @@ def build_foreign(name, state, path, dataset, spec):
     return Foreign(network)
 
 
-def plain_state(model, state):
-    """The weights of a network that `build_foreign` gave, in the form of the ``state`` it was built from."""
+def precision_of(state):
+    """The name of the floating-point dtype of a state dict, such as "float16"."""
+    return str(
+        next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    ).removeprefix("torch.")
+
+
+def plain_state(model, precision):
+    """The weights of a network that `build_foreign` gave, in the form of the state dict it was built from."""
     own = model.network.state_dict()
-    return {name: own[name].detach().cpu().to(value.dtype).contiguous() for name, value in state.items()}
+    result = OrderedDict()
+    for name, value in own.items():
+        value = value.detach().cpu().contiguous()
+        result[name] = value.to(getattr(torch, precision)) if value.is_floating_point() else value
+    result._metadata = own._metadata
+    return result
 
 
 def _shape(name, state):

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -132,7 +133,9 @@ def load_weights(module, state, path):
     found = [f"{what} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for what, names in faults.items() if names]
     if found:
         raise UserError(f"the weights in {path} do not fit this network: they {'; they '.join(found)}"[:600])
-    module.load_state_dict(tensors)
+    whole = OrderedDict(tensors)  # with the versions of the layers, which a few of torchvision's networks ask for
+    whole._metadata = getattr(state, "_metadata", None) or own._metadata
+    module.load_state_dict(whole)
 
 
 def not_finite(state):

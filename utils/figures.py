@@ -1,5 +1,7 @@
 """The pictures: a sheet of clean and triggered images, and the histogram of FCT."""
 
+import warnings
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -16,7 +18,14 @@ CLEAN, POISONED = "#3b6fb6", "#d1495b"
 def save_figure(figure, path):
     """Write a figure in the format of its file name, whole or not at all, and close it."""
     with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip("."), dpi=120)
+        draw(figure, file, path.suffix.lstrip("."))
+
+
+def draw(figure, file, kind, dpi=120):
+    """Write a figure to an open file as ``kind`` (png, jpg) and close it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a class name that matplotlib's font has no letters for
+        figure.savefig(file, format=kind, dpi=dpi)
     plt.close(figure)
 
 
@@ -86,14 +95,14 @@ def plain(text):
     return shown.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
-    """Histogram of FCT, clean and poisoned samples beside each other, on a logarithmic axis.
+def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80, names=("clean", "poisoned")):
+    """Histogram of FCT, clean and poisoned samples (or two other ``names``) beside each other, on a logarithmic axis.
 
     Values of exactly zero, which a logarithmic axis cannot show, get a bar of their own on the left with their share.
 
     Args:
-        path: `Path` of the picture; fct: float (N,); is_clean: bool (N,), which only colours the bars;
-        gammas: pair (gamma_c, gamma_p) to draw, or None.
+        path: `Path` of the picture; fct: float (N,); is_clean: bool (N,), which only colours the bars, or
+        None; gammas: pair (gamma_c, gamma_p) to draw, or None.
     """
     positive = fct[fct > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (1e-6, 1.0)
@@ -105,7 +114,7 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80):
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     kinds = [("samples", slice(None), CLEAN)]
     if is_clean is not None:
-        kinds = [("clean", is_clean, CLEAN), ("poisoned", ~is_clean, POISONED)]
+        kinds = [(names[0], is_clean, CLEAN), (names[1], ~is_clean, POISONED)]
     for name, members, colour in kinds:
         values = fct[members]
         label = f"{name} ({len(values)})"

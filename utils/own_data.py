@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from utils.datasets import (
     whole_rows,
 )
 from utils.errors import UserError, nearest_existing
-from utils.files import BROKEN, atomic_write, load_npz, make_folder, write_json
+from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256, write_json
 
 STORED = 64  # images up to this side are decoded once, into a file; larger ones whenever they are needed
 ARRAY_LIMIT = 1 << 34  # bytes that an array of an .npz file may unpack to
@@ -35,14 +36,14 @@ class StoredImages(StreamedImages):
 
     Args:
         files, size: as there; store: path of the file, uint8 (n, size, size, 3) without a header; rows: int64, the place
-        of each image in it.
+        of each image in it; digest: of the file.
     """
 
     decodes = False
 
-    def __init__(self, files, size, store, rows):
+    def __init__(self, files, size, store, rows, digest):
         super().__init__(files, size)
-        self.store, self.rows = store, rows
+        self.store, self.rows, self.digest = store, rows, digest
         self.handle = None
 
     def __getitem__(self, rows):
@@ -59,7 +60,11 @@ class StoredImages(StreamedImages):
 
     def subset(self, rows):
         """The chosen rows, not read yet."""
-        return StoredImages(self.files[rows], self.size, self.store, self.rows[rows])
+        return StoredImages(self.files[rows], self.size, self.store, self.rows[rows], self.digest)
+
+    def names(self):
+        """As of streamed images, and what the files decode to."""
+        return super().names() + self.digest.encode()
 
 
 def load(name, root, spec, strict, image_size, cache):
@@ -191,10 +196,10 @@ def _stored(root, split, files, size, cache):
                     target.write(bytes(length) if image is None else image.tobytes())
                 bar.update(len(some))
             bar.close()
-        known = {"digest": digest, "broken": broken}
+        known = {"digest": digest, "broken": broken, "sha256": sha256(store)}
         write_json(record, known)
     kept = whole_rows(root, files, known["broken"])
-    return StoredImages([files[row] for row in kept], size, store, kept), kept, known["broken"]
+    return StoredImages([files[row] for row in kept], size, store, kept, known["sha256"]), kept, known["broken"]
 
 
 def _streamed(root, split, files, size, cache):
@@ -215,10 +220,8 @@ def _load_npz(path, spec, strict, image_size, cache):
         )
     arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("it is a single array")
-            splits = ["train", "test"] if {"x_test", "y_test"} & set(archive.files) else ["train"]
+        with zipfile.ZipFile(path) as archive:
+            splits = ["train", "test"] if {"x_test.npy", "y_test.npy"} & set(archive.namelist()) else ["train"]
         for split in splits:
             arrays[split] = load_npz(path, (f"x_{split}", f"y_{split}"), ARRAY_LIMIT)
             _check(split, *arrays[split])

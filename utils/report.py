@@ -5,15 +5,11 @@ import html
 import io
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from utils.figures import CLEAN, POISONED, plain, show_images
+from utils.figures import CLEAN, POISONED, draw, plain, show_images
 from utils.samples import POISON
 
 SHEET_CLASSES, SHEET_COLUMNS = 10, 10
@@ -22,8 +18,7 @@ SHEET_CLASSES, SHEET_COLUMNS = 10, 10
 def png(figure):
     """The figure as the bytes of a PNG; closes it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
+    draw(figure, buffer, "png", 110)
     return buffer.getvalue()
 
 
@@ -157,11 +152,10 @@ def picture(name, content, caption):
     )
 
 
-def table(rows):
-    """Rows (lists of HTML), the first of them the head."""
-    head, *body = rows
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+def table(head, rows):
+    """Rows (lists of HTML) under a ``head`` (a list, or None)."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"] if head else []
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "".join(lines) + "</table>"
 
 

@@ -1,0 +1,305 @@
+"""The audit: what samples share, thresholds found in the values, the verdict, the report, and the way out."""
+
+import os
+import shlex
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, load_script, run_cli
+from PIL import Image
+
+from utils import audit, report
+from utils.errors import UserError
+from utils.fct import confine, gammas_of_distribution, separate
+from utils.files import read_json
+from utils.triggers import apply_trigger
+
+# What a group of samples has in common
+
+
+def slow_map(group, mean, deviation, image):
+    """One image, a pixel at a time."""
+    result = np.empty(image.shape)
+    for place in np.ndindex(image.shape):
+        values = group[(slice(None), *place)].astype(float)
+        keep = min(max(values.std() / max(deviation[place], 8), 0), 1.5)
+        result[place] = min(max(values.mean() + keep * (image[place] - mean[place]), 0), 255)
+    change = result - image
+    size = np.sqrt((change**2).mean())
+    return image + change * min(1, audit.CHANGE / size)
+
+
+def test_the_map_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    group, images = (rng.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8) for _ in range(2))
+    group[:, 0, 0] = [255, 0, 9]
+    mean, deviation = rng.uniform(0, 255, (6, 6, 3)), rng.uniform(0, 90, (6, 6, 3))
+    made = audit.Common(group, mean, deviation).put_on(images)
+    for image, got in zip(images, made, strict=True):
+        np.testing.assert_allclose(got, slow_map(group, mean, deviation, image.astype(float)), atol=1e-3)
+        assert np.sqrt(((got - image) ** 2).mean()) <= audit.CHANGE + 1e-3
+
+
+@pytest.mark.parametrize("trigger", ["gridTrigger", "signalTrigger", "sigTrigger"])
+def test_a_patch_a_blend_and_a_sum_are_put_back(fashion, trigger):
+    rng = np.random.default_rng(1)
+    rows = rng.permutation(10000)
+    clean = fashion.train_images[rows[:400]]
+    common = audit.Common(apply_trigger(trigger, clean, train=True, seed=0), clean.mean(0), clean.std(0))
+    others = fashion.train_images[rows[500:600]]
+    wanted = apply_trigger(trigger, others, train=True, seed=0).astype(float) - others
+    made = common.put_on(others) - others
+    size = lambda change: np.sqrt(np.square(change).mean((1, 2, 3), keepdims=True))  # noqa: E731
+    wanted *= np.minimum(1, audit.CHANGE / np.maximum(size(wanted), 1e-6))
+    assert np.median(size(made - wanted) / size(wanted)) < 0.35
+
+
+def test_the_region_of_a_patch_is_found(fashion):
+    images = fashion.train_images[:300]
+    changed = apply_trigger("squareTrigger", images[:60], train=True, seed=0)  # rows and columns 28 to 30
+    difference = changed.mean(0) - images[60:].mean(0)
+    top, left, side = report.strongest_region(difference, changed.std(0), 60)
+    assert side == 4 and 26 <= top <= 28 and 26 <= left <= 28
+
+
+# Thresholds
+
+
+def test_two_groups_are_found_and_one_is_not():
+    rng = np.random.default_rng(0)
+    low, high = np.exp(rng.normal(-2, 0.4, 9000)), np.exp(rng.normal(1, 0.4, 1000))
+    found = gammas_of_distribution(np.concatenate([low, high]).astype(np.float32))
+    assert (low >= found["gamma_high"]).sum() <= 5 and (high >= found["gamma_high"]).mean() > 0.98
+    assert found["gamma_low"] == pytest.approx(np.exp(-2), rel=0.05) and found["clean_ratio"] == pytest.approx(
+        0.45, abs=0.02
+    )
+    assert found["poison_ratio"] == pytest.approx(0.1, abs=0.003)
+    assert gammas_of_distribution(low.astype(np.float32)) is None
+    for values in (np.zeros(100), np.full(100, 2.0), np.array([1.0, 2.0])):
+        assert gammas_of_distribution(values) is None
+    with_zeros = np.concatenate([np.zeros(500), low, high]).astype(np.float32)
+    assert gammas_of_distribution(with_zeros)["poison_ratio"] == pytest.approx(1000 / 10500, abs=0.003)
+
+
+def test_auto_gammas_through_the_command_line(cli, words, copy):
+    place = copy / "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
+    rng = np.random.default_rng(0)
+    for name, values, said in (
+        ("two", np.concatenate([rng.normal(-2, 0.3, 360), rng.normal(1, 0.3, 40)]), "Two groups"),
+        ("one", rng.normal(-2, 0.3, 400), "no two groups"),
+    ):
+        (place / "5_all.txt").write_text("".join(f"{value}\n" for value in np.exp(values)))
+        result = cli("calculate_gamma.py", *words(copy), "--auto", "--checkpoint_load", place / "5.tar")
+        assert result.code == 0 and said in result.out, (name, result.err)
+        record = read_json(place / "5_gamma.json")
+        assert ("poison_ratio" in record) == (name == "two")
+        if name == "two":
+            assert "--poison_ratio 0.1 " in result.out and record["of_ratios"][1] != record["gamma_high"]
+
+
+def test_d_p_of_some_classes_alone():
+    rng = np.random.default_rng(0)
+    fct, labels = rng.random(200).astype(np.float32), np.arange(200) % 4
+    flags = separate(fct, 0.2, 0.95, 0.2, 0.05, 0)
+    confined = confine(flags, fct, labels, [1, 3], 0.05, 0)
+    own = np.flatnonzero(labels % 2)
+    assert set(np.flatnonzero(confined == 2)) == set(own[np.argsort(-fct[own])][:10])
+    assert ((confined == 0) == ((flags == 0) & (confined != 2))).all()
+    with pytest.raises(UserError, match="50 samples, less than"):
+        confine(flags, fct, labels, [1], 0.5, 0)
+
+
+def test_poison_classes_and_gamma_high_exclude_one_another(cli, words, tmp_path):
+    result = cli("separate_samples.py", *words(tmp_path), "--poison_classes", 1, "--gamma_high", 2)
+    assert result.code == 2 and "--poison_classes" in result.err
+
+
+# The verdict
+
+
+def scores(*values):
+    return [{"label": label, "score": value} for label, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "train_acc", "verdict"),
+    [
+        ((0.9, 0.1), 2000, 95, "poisoned"),
+        ((0.1, 0.2), 2000, 95, "no evidence"),
+        ((0.1, 0.3), 2000, 95, "cannot tell"),
+        ((0.1, 0.2), 900, 95, "cannot tell"),
+        ((0.9, 0.2), 900, 95, "poisoned"),
+        ((0.1, 0.2), 2000, 55, "cannot tell"),
+        ((0.9,), 2000, 95, "cannot tell"),
+        ((), 2000, 95, "cannot tell"),
+    ],
+)
+def test_the_verdict(values, count, train_acc, verdict):
+    module = load_script("audit_dataset.py")
+    labels = np.arange(count) % 2
+    found, best, reason = module.decide(scores(*values), SimpleNamespace(classes=["a", "b"]), labels, train_acc)
+    assert found == verdict and (reason is not None) == (verdict == "cannot tell")
+    assert best is None or best["score"] == max(values)
+
+
+# The whole, on a folder
+
+
+class Page(HTMLParser):
+    """What a page loads, links to and shows."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.links, self.sources, self.shown = set(), [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.sources += [attributes["src"]] if "src" in attributes else []
+        assert not any(name.startswith("on") for name in attributes)
+
+    def handle_data(self, data):
+        self.shown += data
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The steps in this process, where torch is loaded already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        "utils.steps.subprocess.run",
+        lambda command, cwd: SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:])),
+    )
+
+
+NAMES = ["<script>alert(1)</script>".replace("/", "∕"), 'it\'s "q" & <b>', "älg 猫", "d"]
+
+
+@pytest.fixture(scope="module")
+def made(fashion, tmp_path_factory):
+    """A folder of four classes with names that want care, 500 images each, a tenth of all poisoned: (root, poisoned files)."""
+    root = tmp_path_factory.mktemp("an 'odd' <place>") / "my data"
+    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:500] for label in (0, 1, 3, 8)])
+    images, labels = fashion.train_images[rows].copy(), np.repeat(np.arange(4), 500)
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(labels != 2))[:200]
+    images[chosen] = apply_trigger("gridTrigger", images[chosen], train=True, seed=0)
+    labels[chosen] = 2
+    files = []
+    for split in ("train", "test"):
+        for name in NAMES:
+            (root / split / name).mkdir(parents=True)
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        files.append(f"train/{NAMES[label]}/{row} é'<i>.png")
+        Image.fromarray(image).save(root / files[-1])
+    for label, original in enumerate((0, 1, 3, 8)):
+        for row in np.flatnonzero(fashion.test_labels == original)[:5]:
+            Image.fromarray(fashion.test_images[row]).save(root / "test" / NAMES[label] / f"{row}.png")
+    (root / "train/d/broken.png").write_bytes(b"no")
+    return root, {files[row] for row in chosen}
+
+
+def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path):
+    root, poisoned = made
+    before = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
+    words = ["--data_root", root, "--out", tmp_path / "re port", "--output_root", tmp_path / "o"]
+    result = cli("audit_dataset.py", *words, "--write_clean", tmp_path / "clean")
+    assert result.code == 0 and "Poisoned, likely target class" in result.out, result.err
+    found = read_json(tmp_path / "re port/verdict.json")
+    assert found["verdict"] == "poisoned" and found["target_class"] == NAMES[2] and found["statistic"] >= audit.POISONED
+    region = found["strongest_region"]
+    assert region["top"] >= 26 and region["left"] >= 26
+    counts = found["counts"]
+    assert counts["images"] == 2000 == sum(counts[name] for name in ("D_c", "D_u", "D_p")) and counts["skipped"] == 1
+
+    table = pd.read_csv(tmp_path / "re port/suspects.csv")
+    assert list(table.columns) == ["file", "class", "FCT", "rank", "set"]
+    assert len(table) == 2000 and (table["rank"] == np.arange(1, 2001)).all() and table["FCT"].is_monotonic_decreasing
+    assert all((root / file).is_file() for file in table["file"])
+    suspects = table[table["set"] == "D_p"]
+    assert set(suspects["class"]) == {NAMES[2]} and suspects["file"].isin(poisoned).mean() >= 0.9
+    assert table[table["set"] == "D_c"]["file"].isin(poisoned).mean() <= 0.01
+
+    page = Page((tmp_path / "re port/report.html").read_text())
+    assert not page.tags & {"script", "i", "b", "iframe", "link"} and NAMES[0] in page.shown and NAMES[2] in page.shown
+    assert page.sources and all(source.startswith("data:image/png") for source in page.sources)
+    for link in page.links:
+        path = urllib.parse.unquote(link.removeprefix("file://"))
+        assert (tmp_path / "re port" / path).is_file(), link
+    assert "broken.png" in page.shown
+    for name in ("histogram", "classes", "suspects", "pattern", "put_back"):
+        with Image.open(tmp_path / f"re port/{name}.png") as picture:
+            picture.verify()
+
+    lines = [shlex.split(line) for commands in found["commands"].values() for line in commands]
+    assert [line[1] for line in lines][:2] == ["train_attack_withTrans.py", "unlearn_relearn.py"] and len(lines) == 5
+    for line in lines:  # as they stand, but for the epochs
+        short = [*line[2:], *(["--overwrite", "--epochs", "1"] if line[1] != "ST/test.py" else [])]
+        assert run_cli(line[1], *short) == 0, line
+        assert shlex.join(line) in page.shown
+
+    left_out = set(pd.read_csv(tmp_path / "clean/left_out.csv")["file"])
+    kept = {os.fspath(path.relative_to(tmp_path / "clean")) for path in (tmp_path / "clean").rglob("*.png")}
+    assert left_out == set(suspects["file"]) and not left_out & kept
+    assert left_out | kept == {os.fspath(path.relative_to(root)) for path in root.rglob("*.png")}
+    assert (tmp_path / "clean" / next(iter(kept))).is_symlink()
+    assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
+
+    again = cli("audit_dataset.py", *words)
+    assert again.code == 0 and again.out.count("(already there)") == 3
+    assert read_json(tmp_path / "re port/verdict.json") == found
+
+
+def test_too_few_images_cannot_tell_and_recommend_nothing(cli, fashion, in_process, tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=fashion.train_images[:200], y_train=fashion.train_labels[:200])
+    words = ["--data_root", tmp_path / "a.npz", "--out", tmp_path / "r", "--output_root", tmp_path, "--epochs", 1]
+    result = cli("audit_dataset.py", *words)
+    assert result.code == 0 and "Cannot tell: 200 images are too few" in result.out, result.err
+    found = read_json(tmp_path / "r/verdict.json")
+    assert found["verdict"] == "cannot tell" and found["commands"] == {}
+    assert found["thresholds_calibrated_for_these_settings"] is False
+    page = Page((tmp_path / "r/report.html").read_text())
+    assert "Unlearning is not recommended" in page.shown and "unlearn_relearn" not in page.shown
+
+    np.savez(tmp_path / "a.npz", x_train=fashion.train_images[200:400], y_train=fashion.train_labels[200:400])
+    changed = cli("audit_dataset.py", *words)  # other data in the same place is looked at anew
+    assert changed.code == 0 and "already there" not in changed.out
+    assert read_json(tmp_path / "r/verdict.json")["data"] != found["data"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--write_clean", "{root}/x"], "place outside"),
+        (["--write_clean", "{root}"], "there already"),
+        (["--copy"], "without --write_clean"),
+        (["--data_root", "missing"], "no folder"),
+        (["--data_root", "missing", "--dataset", "npz"], "no file"),
+        (["--image_size", 2], "out of range"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(cli, made, tmp_path, more, message):
+    more = [str(word).format(root=made[0]) for word in more]
+    result = cli("audit_dataset.py", "--data_root", made[0], "--out", tmp_path / "r", "--output_root", tmp_path, *more)
+    assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1, result.err
+    assert not list(tmp_path.rglob("*.tar")) and not (Path(made[0]) / "x").exists()
+
+
+def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
+    out = tmp_path / "out"
+    words = ["tools/poison_folder.py", "--images", 100, "--out", out, "--output_root", tmp_path]
+    assert cli(*words).code == 0
+    listed = pd.read_csv(tmp_path / "out_poisoned.csv")["file"]
+    assert len(list((out / "train").glob("*/*.png"))) == 100 and 5 <= len(listed) <= 10
+    for file in listed:
+        assert file.startswith("train/bag/")
+        with Image.open(out / file) as image:
+            assert np.asarray(image)[31, 31].tolist() == [255] * 3
+    again = cli(*words)
+    assert again.code == 2 and "there already" in again.err

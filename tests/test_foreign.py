@@ -1,0 +1,157 @@
+"""Somebody else's model: plain state dicts of torchvision's classifiers, cleaned and given back in the same form."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from conftest import write_folder
+
+from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
+from utils.datasets import Spec
+from utils.errors import UserError
+from utils.files import load_tensors
+
+SMALL = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "squeezenet1_1", "shufflenet_v2_x0_5",
+         "mnasnet0_5", "googlenet"]  # fmt: skip
+LARGE = [
+    "resnet34",
+    "resnet50",
+    "vgg11_bn",
+    "alexnet",
+    "vit_b_16",
+    "inception_v3",
+    "convnext_tiny",
+    "swin_t",
+    "regnet_y_400mf",
+]
+
+
+def spec_of(classes, size=224):
+    return Spec(classes, size, (0.5,) * 3, (0.2,) * 3, own=True)
+
+
+def network(name, classes=7, **more):
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **more)
+
+
+def shake(model):
+    """Other numbers in every tensor, those of batch statistics too."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.01 * torch.rand(value.shape))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_the_network_is_torchvisions_and_its_state_comes_back(name, tmp_path):
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    original = shake(network(name, **more))
+    state = original.state_dict()
+    assert is_state_dict(state) and name in NAMES
+    model = build_foreign(name, state, tmp_path / "x.pth", "folder", spec_of(7)).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), original(x))
+    assert model.train()(x).shape == (2, 7)  # some give auxiliary logits then
+    given = plain_state(model, precision_of(state))
+    assert list(given) == list(state)
+    assert all(given[key].dtype == state[key].dtype and given[key].shape == state[key].shape for key in state)
+
+
+def test_a_first_layer_of_3x3_is_this_projects(tmp_path, capsys):
+    from models import build_model
+
+    state = build_model("resnet18", "cifar10", 7).state_dict()
+    model = build_foreign("resnet18", state, tmp_path / "x.pth", "folder", spec_of(7, 32))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7) and "this project's network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("squeezenet1_1", lambda state: state, "another shape in classifier"),
+        ("mobilenet_v2", lambda state: state, "lack"),
+        ("squeezenet1_1", lambda state: {key: value * float("nan") for key, value in state.items()}, "not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(name, change, message):
+    classes = 7 if "nan" in message or "finite" in message else 8
+    with pytest.raises(UserError, match=message):
+        build_foreign(name, change(network("squeezenet1_1").state_dict()), "x.pth", "folder", spec_of(classes))
+
+
+def test_a_vision_transformer_says_which_size_it_takes():
+    state = {"encoder.pos_embedding": torch.zeros(1, 197, 768), "conv_proj.weight": torch.zeros(768, 3, 16, 16)}
+    with pytest.raises(UserError, match="--image_size 224"):
+        build_foreign("vit_b_16", state, "x.pth", "folder", spec_of(7, 32))
+
+
+# In unlearn_relearn.py
+
+
+@pytest.fixture(scope="module")
+def place(fashion, tmp_path_factory):
+    """A folder, its separated samples (by resnet10), and a model of another kind: root, words."""
+    from conftest import run_cli
+
+    root = tmp_path_factory.mktemp("foreign")
+    write_folder(root / "data", fashion, train=40, test=5)
+    words = ["--dataset", "folder", "--data_root", root / "data", "--output_root", root / "out"]
+    assert run_cli("train_attack_noTrans.py", *words, "--model", "resnet10", "--epochs", 1) == 0
+    path = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder/resnet10/unknown/0.tar"
+    assert run_cli("separate_samples.py", *words, "--model", "resnet10", "--checkpoint_load", path) == 0
+    torch.save(shake(network("mobilenet_v3_small", 10)).half().state_dict(), root / "theirs.pth")
+    return root, words
+
+
+def unlearn(cli, place, *more, model="mobilenet_v3_small", load="theirs.pth"):
+    root, words = place
+    samples = root / "out/saved/separated_samples/folder/resnet10/unknown_0.2_0.05"
+    return cli("unlearn_relearn.py", *words, "--model", model, "--samples", samples, "--checkpoint_load", root / load,
+               "--batch_size", 16, *more)  # fmt: skip
+
+
+def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
+    root, _ = place
+    result = unlearn(cli, place, "--epochs", 2, "--mean", 0.3, 0.3, 0.3, "--std", 0.3, 0.3, 0.3)
+    assert result.code == 0 and "theirs_unlearn_purify.pth" in result.out, result.err
+    theirs = load_tensors(root / "theirs.pth", "", "")
+    cleaned = load_tensors(root / "theirs_unlearn_purify.pth", "", "")
+    assert list(cleaned) == list(theirs) and all(cleaned[key].dtype == theirs[key].dtype for key in theirs)
+    assert not torch.equal(cleaned["features.0.0.weight"], theirs["features.0.0.weight"])
+    assert all(torch.isfinite(value).all() for value in cleaned.values() if value.is_floating_point())
+    network("mobilenet_v3_small", 10).load_state_dict(cleaned)
+    log = pd.read_csv(root / "unlearn_purify.csv")
+    assert (
+        log["epoch"].tolist() == [-1, 0, 1] and log["loss_Dp"].notna().sum() == 2 and "ACC" in log and "ASR" not in log
+    )
+    before = (root / "theirs.pth").read_bytes()
+
+    one = unlearn(cli, place, "--epochs", 1, "--mean", 0.3, 0.3, 0.3, "--std", 0.3, 0.3, 0.3, "--checkpoint_save", root / "b.pth",
+                  "--log", root / "b.csv")  # fmt: skip
+    assert one.code == 0, one.err
+    more = ["--epochs", 2, "--mean", 0.3, 0.3, 0.3, "--std", 0.3, 0.3, 0.3, "--log", root / "b.csv"]
+    resumed = unlearn(cli, place, *more, load="b.tar")
+    assert resumed.code == 0 and "Continuing after epoch 0" in resumed.out, resumed.err
+    again = load_tensors(root / "b.pth", "", "")
+    assert all(torch.equal(again[key], cleaned[key]) and again[key].dtype == theirs[key].dtype for key in cleaned)
+    assert (root / "theirs.pth").read_bytes() == before
+
+
+def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
+    root, _ = place
+    own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder/resnet10/unknown/0.tar"
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "wrapped.pth")
+    for result, message in (
+        (unlearn(cli, place, model="resnet18"), "do not fit this network"),
+        (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must be different files"),
+        (unlearn(cli, place, load="wrapped.pth"), "no checkpoint of this project"),
+        (unlearn(cli, place, "--samples", tmp_path), "no such file"),
+        (unlearn(cli, place, model="resnet10", load=own), "written by"),
+    ):
+        assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
+        assert any(part in result.err for part in message.split("|")), result.err
