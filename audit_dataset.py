@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 import shutil
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,7 +35,7 @@ from utils.device import choose_runtime
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, gammas_of_distribution, load_fct, sd_network
 from utils.figures import fct_histogram
-from utils.files import csv_writer, hold_lock, json_writer, make_folder, text_writer, write_together
+from utils.files import csv_writer, hold_lock, json_writer, make_folder, new_folder, text_writer, write_together
 from utils.manifest import plain_options
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
 from utils.samples import CLEAN, POISON, UNCERTAIN
@@ -201,13 +200,11 @@ def name_of(dataset, row):
 def write_clean(opt, dataset, flags):
     """Write a copy of the folder without D_p to --write_clean, whole or not at all; the original is only read."""
     target, source = opt.write_clean.absolute(), opt.data_root.absolute()
-    make_folder(target.parent)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     left_out = {os.fspath(dataset.train_images.files[row]) for row in np.flatnonzero(flags == POISON)}
     kept = 0
-    try:
+    with new_folder(target) as staging:
         for split in ("train", "test", "val"):
-            for file in sorted((source / split).glob("*/*")) if (source / split).is_dir() else []:
+            for file in sorted([*(source / split).glob("*/*"), *(source / split).glob("*/images/*")]):
                 if os.fspath(file) in left_out or not file.is_file():
                     continue
                 place = staging / file.relative_to(source)
@@ -219,12 +216,6 @@ def write_clean(opt, dataset, flags):
                 kept += 1
         rows = [{"file": os.path.relpath(file, source)} for file in sorted(left_out)]
         write_together({staging / "left_out.csv": csv_writer(rows)})
-        os.chmod(staging, 0o755)
-        os.rename(staging, target)
-    except OSError as error:
-        raise UserError(f"cannot write {shown(target)}: {error.strerror or error}; nothing is left of it") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     print(
         f"{shown(target)} holds {kept} files, without {len(left_out)} of D_p, which {shown(target / 'left_out.csv')} names"
     )

@@ -152,9 +152,8 @@ def main(argv=None):
         print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
 
     for epoch in range(first, opt.epochs):
-        torch.manual_seed(
-            int(generator(opt.seed, STEP, epoch).integers(2**63))
-        )  # of dropout, in a network from elsewhere
+        # Networks from elsewhere may have dropout.
+        torch.manual_seed(int(generator(opt.seed, STEP, epoch).integers(2**63)))
         model.train()
         up = train_epoch(
             model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"

@@ -135,6 +135,48 @@ def audit(images, labels, is_clean, seed):
     return row
 
 
+def markdown(rows):
+    """The table (a DataFrame as --out has it) as the README shows it: what of which runs was said, then each poisoned run."""
+    rows = rows.fillna({"attack": ""})
+    kinds = {
+        "clean, at hand when the thresholds were chosen": rows[(rows["attack"] == "") & rows["seen"]],
+        "clean, afterwards": rows[(rows["attack"] == "") & ~rows["seen"]],
+        "poisoned, at hand when the thresholds were chosen": rows[(rows["attack"] != "") & rows["seen"]],
+        "poisoned, afterwards": rows[(rows["attack"] != "") & ~rows["seen"]],
+    }
+    verdicts = ["poisoned", "cannot tell", "no evidence"]
+    lines = [
+        "| runs | of them | poisoned | cannot tell | no evidence | scores |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, part in kinds.items():
+        if len(part):
+            counts = " | ".join(str(int((part["verdict"] == verdict).sum())) for verdict in verdicts)
+            lines.append(
+                f"| {name} | {len(part)} | {counts} | {part['score'].min():.2f} to {part['score'].max():.2f} |"
+            )
+    lines += ["", "| data | attack, target type | rate | poisoned images | verdict | score | right class | D_p: size, precision, recall | D_c contamination |",
+              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for row in rows[rows["attack"] != ""].sort_values(["attack", "data", "rate"]).to_dict("records"):
+        trigger, kind = ATTACKS[row["attack"]]
+        found = row["verdict"] == "poisoned"
+        right = (
+            ""
+            if not found
+            else "any"
+            if kind == "all2all"
+            else "yes"
+            if row["target_label"] == row["true_target"]
+            else "no"
+        )
+        kept = f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}" if found else ""
+        lines.append(
+            f"| {row['data']} | {trigger}, {kind} | {row['rate']:g} | {row['poisoned']} | {row['verdict']} | {row['score']:.2f} | "
+            f"{right} | {kept} | {row['Dc_contamination']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     runs = {f"clean{i:02d}": (*run, None, 0, 0, 100 + i) for i, run in enumerate(CLEAN_RUNS)}
@@ -161,7 +203,7 @@ def main(argv=None):
                "poisoned": int((~is_clean).sum())}  # fmt: skip
         done.append({**row, **audit(images, labels, is_clean, seed)})
         write_rows(opt.out, done)
-    print(pd.DataFrame(done).to_string(index=False))
+    print(markdown(pd.DataFrame(done)))
     print(f"The table is {shown(opt.out)}")
 
 

@@ -9,9 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +18,7 @@ from tqdm import tqdm
 from utils import args
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
-from utils.files import csv_writer, make_folder, write_together
+from utils.files import csv_writer, new_folder, write_together
 from utils.paths import shown
 from utils.seeding import generator
 
@@ -68,20 +65,12 @@ def main(argv=None):
     if not opt.clean:
         poisoned = poison_training_set(dataset, opt)
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean
-    make_folder(out.parent)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        classes = [name.replace("/", " or ") for name in dataset.classes]
+    classes = [name.replace("/", " or ") for name in dataset.classes]
+    with new_folder(out) as staging:
         names = write_split(staging / "train", images, labels, classes, "train")
         write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test")
         rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
         write_together({out.with_name(f"{out.name}_poisoned.csv"): csv_writer(rows or [{"file": ""}])})
-        os.chmod(staging, 0o755)
-        os.rename(staging, out)
-    except OSError as error:
-        raise UserError(f"cannot write {shown(out)}: {error.strerror or error}; nothing is left of it") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     print(
         f"{shown(out)} holds {len(labels)} training images, {(~is_clean).sum()} of them poisoned, and {len(dataset.test_labels)} for tests"
     )

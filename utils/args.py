@@ -130,9 +130,17 @@ def add_attack_options(parser):
         default=ATTACK_DEFAULTS["target_type"],
         help="which samples get which label",
     )
-    parser.add_argument("--target_label", type=natural, default=0, help="target class of all2one and cleanLabel")
     parser.add_argument(
-        "--poison_rate", type=share, default=0.1, help="share of the eligible training samples poisoned"
+        "--target_label",
+        type=natural,
+        default=ATTACK_DEFAULTS["target_label"],
+        help="target class of all2one and cleanLabel",
+    )
+    parser.add_argument(
+        "--poison_rate",
+        type=share,
+        default=ATTACK_DEFAULTS["poison_rate"],
+        help="share of the eligible training samples poisoned",
     )
     parser.add_argument(
         "--benign_checkpoint",
@@ -211,11 +219,8 @@ def add_tau_options(parser):
 
 def check(opt):
     """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
-    streamed, own = (
-        DATASETS[opt.dataset].streamed,
-        DATASETS[opt.dataset].own,
-    )  # the data then says how many classes it has
-    if own:
+    streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
+    if DATASETS[opt.dataset].own:
         _forget_the_attack(opt)
     elif opt.image_size is not None:
         raise UserError(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import tempfile
 import warnings
@@ -47,6 +48,28 @@ def atomic_write(path, mode="wb"):
     with _temporary(path, mode) as (file, finish):
         yield file
         finish()
+
+
+@contextmanager
+def new_folder(target):
+    """Yield a folder to fill, which becomes ``target`` when the block ends without an error, and is gone otherwise.
+
+    Raises:
+        UserError: where something is there already, or cannot be written.
+    """
+    target = Path(target).absolute()
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} is there already; give a new name")
+    make_folder(target.parent)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield staging
+        os.chmod(staging, 0o777 & ~_umask())
+        os.rename(staging, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}; nothing is left of it") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_together(writers):

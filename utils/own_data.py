@@ -44,19 +44,14 @@ class StoredImages(StreamedImages):
     def __init__(self, files, size, store, rows, digest):
         super().__init__(files, size)
         self.store, self.rows, self.digest = store, rows, digest
-        self.handle = None
 
     def __getitem__(self, rows):
         """uint8 (n, H, W, 3) of the chosen rows (a slice, indices or a mask)."""
-        if self.handle is None:
-            self.handle = open(self.store, "rb", buffering=0)  # noqa: SIM115, read until the script ends
-        places = self.rows[rows]
-        images = np.empty((len(places), self.size, self.size, 3), dtype=np.uint8)
-        for image, place in zip(images, places.tolist(), strict=True):
-            self.handle.seek(place * image.nbytes)
-            if self.handle.readinto(image) != image.nbytes:
-                raise UserError(f"{self.store} has been cut short; remove it, it is made anew")
-        return images
+        try:  # mapped for this one time, so that what was read does not stay in memory
+            stored = np.memmap(self.store, np.uint8, "r").reshape(-1, self.size, self.size, 3)
+            return stored[self.rows[rows]]
+        except (OSError, ValueError, IndexError):
+            raise UserError(f"{self.store} has been removed or cut short; run this again, it is made anew") from None
 
     def subset(self, rows):
         """The chosen rows, not read yet."""
