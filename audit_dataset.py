@@ -25,15 +25,15 @@ from utils.audit import (
     POISONED,
     TAUS,
     Common,
+    PutBack,
     at_large,
     orders,
     predict,
-    put_back_test,
 )
 from utils.dataloader_bd import poison_training_set
 from utils.device import choose_runtime
 from utils.errors import UserError, run_script
-from utils.fct import fct_path, gammas_of_distribution, load_fct, sd_network
+from utils.fct import fct_path, load_fct, sd_network
 from utils.figures import fct_histogram
 from utils.files import csv_writer, hold_lock, json_writer, make_folder, new_folder, text_writer, write_together
 from utils.manifest import plain_options
@@ -141,22 +141,6 @@ def decide(scores, dataset, labels, train_acc):
     return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
 
 
-def suspects_by(values, labels, best):
-    """(name of the tau by whose FCT D_p is taken from the class that ``best`` names, its share of all samples).
-
-    Where the class's values fall into two groups, D_p is the upper one, by the tau with the deeper valley; else the group
-    that the test found.
-    """
-    own = labels == best["label"]
-    found = {name: gammas_of_distribution(values[name][own]) for name in TAUS}
-    found = {name: gammas for name, gammas in found.items() if gammas}
-    name = min(
-        found, key=lambda name: found[name]["valley"], default=best["order"] if best["order"] in TAUS else "rotate"
-    )
-    count = (values[name][own] >= found[name]["gamma_high"]).sum() if found else best["size"]
-    return name, math.ceil(1e4 * max(count, 2) / len(labels)) / 1e4
-
-
 def separation(resolved, words, where, steps, best, verdict, tau, poison_ratio):
     """The step that separates: on poisoned data D_p comes from the target class alone."""
     model = steps["train"].output
@@ -260,11 +244,15 @@ def main(argv=None):
     known = {"flip": load_fct(model_path, steps["fct"].command)}
     checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
     values = orders(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
-    scores = put_back_test(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
+    put_back = PutBack(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
+    scores = put_back.test()
     train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
-    tau, poison_ratio = suspects_by(values, labels, best) if verdict == "poisoned" else ("flip", 0.05)
+    tau, poison_ratio = "flip", 0.05
+    if verdict == "poisoned":
+        tau, count = put_back.suspects(best["label"])
+        poison_ratio = math.ceil(1e5 * count / len(labels)) / 1e5  # so that the folder's name stays short
     fct = values[tau]
     steps = {"separate": separation(resolved, words, where, steps, best, verdict, TAUS[tau], poison_ratio)}
     run(steps, opt, out / "seconds.json")

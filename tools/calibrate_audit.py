@@ -155,8 +155,9 @@ def markdown(rows):
             lines.append(
                 f"| {name} | {len(part)} | {counts} | {part['score'].min():.2f} to {part['score'].max():.2f} |"
             )
-    lines += ["", "| data | attack, target type | rate | poisoned images | verdict | score | right class | D_p: size, precision, recall | D_c contamination |",
-              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    head = ["data", "attack, target type", "rate", "poisoned images", "verdict", "score", "right", "D_p: size, precision, recall",
+            "D_c contamination"]  # fmt: skip
+    lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows[rows["attack"] != ""].sort_values(["attack", "data", "rate"]).to_dict("records"):
         trigger, kind = ATTACKS[row["attack"]]
         found = row["verdict"] == "poisoned"

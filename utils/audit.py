@@ -16,20 +16,19 @@ import torch.nn.functional as F
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
 from utils.engine import progress
-from utils.fct import compute_fct
+from utils.fct import compute_fct, gammas_of_distribution
 from utils.seeding import generator
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
 SUREST = "surest"
 WITHOUT_MIRROR = 0.25  # what a score that is not compared with mirrored images is lowered by
 GROUPS = (20, 60)  # how many of a class's first samples are looked at together
+BLOCK = 40  # and how many at a time, to see how far down the order they carry the trigger
 OTHERS = 40  # images of other classes on which it is tried
 CHANGE = 30.0  # grey levels, root mean square, that putting something on may change an image by
 LEAST = 2 * GROUPS[0]  # samples that a class must have to be looked at
-POISONED, NOTHING_BELOW = (
-    0.40,
-    0.25,
-)  # README, "Audit": from the first on it is poisoned, below the second nothing is seen
+POISONED = 0.40  # the score from which on a class is poisoned (README, "The test, and how often it errs")
+NOTHING_BELOW = 0.25  # and below which there is no evidence
 
 
 class Common:
@@ -94,8 +93,8 @@ def orders(model, images, labels, spec, runtime, seed, known=None):
     return {**found, SUREST: torch.cat(parts).cpu().numpy()}
 
 
-def put_back_test(model, images, labels, values, spec, runtime, seed):
-    """For each class, how far what some of its samples share acts as a trigger.
+class PutBack:
+    """The put-back test on one data set: for each class, how far what some of its samples share acts as a trigger.
 
     The score of a group of samples is the share of other classes' images that it turns into the class, less the share
     that it does so after they are mirrored; less, where that is positive, the same of samples from the middle of the order.
@@ -103,44 +102,92 @@ def put_back_test(model, images, labels, values, spec, runtime, seed):
     and groups of `GROUPS` samples.
 
     Args:
-        model: the network of SD, in evaluation mode; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,);
-        values: what `orders` gave; spec: a `datasets.Spec`; runtime: a `device.Runtime`; seed: of the images that are
-        drawn.
-
-    Returns:
-        list of dicts, one for each class of `LEAST` samples or more: label, score, order, size, and the shares (0-1) turned,
-        turned_mirrored and usual (of samples from the middle, what was taken off).
+        model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); values: what `orders`
+        gave; spec: a `datasets.Spec`; runtime: a `device.Runtime`; seed: of the images that are drawn.
     """
-    model.eval()
-    mean, deviation = at_large(images, seed)
-    found = []
-    classes = [label for label in range(spec.num_classes) if (labels == label).sum() >= LEAST]
-    for label in progress(classes, "put-back test", len(classes)):
-        own = np.flatnonzero(labels == label)
-        others = images[
-            np.sort(generator(seed, "audit", "others", label).permutation(np.flatnonzero(labels != label))[:OTHERS])
+
+    def __init__(self, model, images, labels, values, spec, runtime, seed):
+        self.model, self.images, self.labels, self.values = model.eval(), images, labels, values
+        self.spec, self.runtime, self.seed = spec, runtime, seed
+        self.mean, self.deviation = at_large(images, seed)
+
+    def order(self, label, name):
+        """The samples of a class, int64, by the order ``name``."""
+        own = np.flatnonzero(self.labels == label)
+        return own[np.argsort(-self.values[name][own], kind="stable")]
+
+    def shares(self, rows, label):
+        """What the samples ``rows`` share, put on images of other classes: the shares of these, (2,), that become ``label``,
+        as they are and mirrored."""
+        drawn = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))[
+            :OTHERS
         ]
+        common = Common(self.images[np.sort(rows)], self.mean, self.deviation)
+        changed = common.put_on(self.images[np.sort(drawn)])
+        answers = predict(self.model, np.concatenate([changed, changed[:, :, ::-1]]), self.spec, self.runtime)
+        return (answers == label).reshape(2, -1).mean(1)
 
-        def turned(rows, others=others, label=label):
-            """Shares of the others that become ``label``: as they are, and mirrored."""
-            changed = Common(images[np.sort(rows)], mean, deviation).put_on(others)
-            answers = predict(model, np.concatenate([changed, changed[:, :, ::-1]]), spec, runtime)
-            return (answers == label).reshape(2, -1).mean(1)
+    def score(self, shares, usual, name):
+        """The score of a group, by its shares and what is usual in its class."""
+        return float(shares @ _weights(name) - usual - (WITHOUT_MIRROR if name == SUREST else 0))
 
+    def usual(self, label, name):
+        """The largest of the same of samples from the middle of the order, at least 0."""
+        order = self.order(label, name)
+        half = len(order) - len(order) // 2
+        return max(
+            0.0, *(float(self.shares(order[half : half + count], label) @ _weights(name)) for count in _groups(order))
+        )
+
+    def of_class(self, label):
+        """The highest score of a class: dict of label, score, order, size, and the shares (0-1) turned, turned_mirrored and
+        usual."""
         rows = []
-        for name, value in values.items():
-            order = own[np.argsort(-value[own], kind="stable")]
-            groups = [count for count in GROUPS if len(own) >= 2 * count]
-            half = len(order) - len(order) // 2
-            by = np.array([1, 0 if name == SUREST else -1])  # what of (turned, mirrored) counts
-            usual = max(0.0, *(turned(order[half : half + count]) @ by for count in groups))
-            for count in groups:
-                shares = turned(order[:count])
-                score = shares @ by - usual - (WITHOUT_MIRROR if name == SUREST else 0)
-                rows.append({"label": label, "score": float(score), "order": name, "size": count, "turned": float(shares[0]),
-                             "turned_mirrored": float(shares[1]), "usual": float(usual)})  # fmt: skip
-        found.append(max(rows, key=lambda row: row["score"]))
-    return found
+        for name in self.values:
+            order, usual = self.order(label, name), self.usual(label, name)
+            for count in _groups(order):
+                shares = self.shares(order[:count], label)
+                rows.append({"label": label, "score": self.score(shares, usual, name), "order": name, "size": count,
+                             "turned": float(shares[0]), "turned_mirrored": float(shares[1]), "usual": usual})  # fmt: skip
+        return max(rows, key=lambda row: row["score"])
+
+    def test(self):
+        """`of_class` of every class of `LEAST` samples or more: list of dicts."""
+        labels = [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
+        return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
+
+    def extent(self, label, name):
+        """How many of the first samples of a class act as a trigger, `BLOCK` by `BLOCK`, until one block does not."""
+        order, usual = self.order(label, name), self.usual(label, name)
+        for start in range(0, len(order), BLOCK):
+            block = order[start : start + BLOCK]
+            if len(block) < BLOCK or self.score(self.shares(block, label), usual, name) < POISONED:
+                return start
+        return len(order)
+
+    def suspects(self, label):
+        """Which samples of a poisoned class to take as poisoned: (name of the tau of `TAUS` by whose FCT, how many).
+
+        Where the values fall into two groups, the upper one, by the tau with the deeper valley; else as far as `extent`
+        goes, by the tau by which that is further; `GROUPS`[0] at least.
+        """
+        found = {name: gammas_of_distribution(self.values[name][self.labels == label]) for name in TAUS}
+        depths = {name: gammas["valley"] for name, gammas in found.items() if gammas}
+        if depths:
+            name = min(depths, key=depths.get)
+            return name, int((self.values[name][self.labels == label] >= found[name]["gamma_high"]).sum())
+        extents = {name: self.extent(label, name) for name in TAUS}
+        name = max(extents, key=extents.get)
+        return name, max(extents[name], GROUPS[0])
+
+
+def _weights(name):
+    """What of (turned, turned_mirrored) counts."""
+    return np.array([1, 0 if name == SUREST else -1])
+
+
+def _groups(order):
+    return [count for count in GROUPS if len(order) >= 2 * count]
 
 
 def at_large(images, seed, most=2000):
