@@ -31,7 +31,6 @@ from utils.audit import (
     predict,
 )
 from utils.dataloader_bd import poison_training_set
-from utils.device import choose_runtime
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct, sd_network
 from utils.figures import fct_histogram
@@ -141,12 +140,12 @@ def decide(scores, dataset, labels, train_acc):
     return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
 
 
-def separation(resolved, words, where, steps, best, verdict, tau, poison_ratio):
-    """The step that separates: on poisoned data D_p comes from the target class alone."""
+def separation(resolved, words, where, steps, targets, tau, poison_ratio):
+    """The step that separates: on poisoned data D_p comes from the target classes alone."""
     model = steps["train"].output
     more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class"]
-    if verdict == "poisoned":
-        more += ["--poison_classes", str(best["label"])]
+    if targets:
+        more += ["--poison_classes", *map(str, targets)]
     resolved.poison_ratio = poison_ratio
     record = separated_folder(resolved) / "options.json"
     load = ["--trans1", tau[0], "--trans2", tau[1], "--checkpoint_load", typed(model)]
@@ -227,7 +226,7 @@ def main(argv=None):
     opt.data_root, opt.output_root = opt.data_root.absolute(), opt.output_root.absolute()
     check_clean(opt)
     resolved, words, where = resolve(opt)
-    runtime = choose_runtime(opt.device, opt.precision, resolved.workers or 0, opt.deterministic)
+    runtime = args.runtime_of(resolved)
     started = time.perf_counter()
     dataset = args.load_data(resolved)
     poisoned = poison_training_set(dataset, resolved)
@@ -250,11 +249,13 @@ def main(argv=None):
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
     tau, poison_ratio = "flip", 0.05
+    targets = []
     if verdict == "poisoned":
-        tau, count = put_back.suspects(best["label"])
+        targets = [row["label"] for row in sorted(scores, key=lambda row: -row["score"]) if row["score"] >= POISONED]
+        tau, count = put_back.suspects(targets)
         poison_ratio = math.ceil(1e5 * count / len(labels)) / 1e5  # so that the folder's name stays short
     fct = values[tau]
-    steps = {"separate": separation(resolved, words, where, steps, best, verdict, TAUS[tau], poison_ratio)}
+    steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio)}
     run(steps, opt, out / "seconds.json")
     flags = np.full(len(labels), UNCERTAIN)
     for flag, name in ((CLEAN, "clean"), (POISON, "poison")):
@@ -262,7 +263,7 @@ def main(argv=None):
         flags[rows] = flag
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
-    content = summary(opt, dataset, flags, scores, verdict, best, reason, tau, train_acc, commands)
+    content = summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands)
     write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime)
     print(f"\n{content['headline']}")
     if best:
@@ -275,17 +276,17 @@ def main(argv=None):
     print(f"The report is {shown(out / 'report.html')} ({(time.perf_counter() - started) / 60:.1f} min)")
 
 
-def summary(opt, dataset, flags, scores, verdict, best, reason, tau, train_acc, commands):
+def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands):
     """What verdict.json holds."""
-    target = best["label"] if verdict == "poisoned" else None
-    name = None if target is None else dataset.classes[target]
-    options = plain_options(opt)
+    names = [dataset.classes[label] for label in targets]
+    options, scores = plain_options(opt), sorted(scores, key=lambda row: -row["score"])
     return {
         "verdict": verdict,
-        "headline": WORDS[verdict].format(name=name, reason=reason),
-        "target_class": name,
-        "target_label": target,
-        "statistic": best["score"] if best else None,
+        "headline": WORDS[verdict].format(name=", ".join(names), reason=reason),
+        "target_class": names[0] if names else None,
+        "target_label": targets[0] if targets else None,
+        "target_classes": names,
+        "statistic": scores[0]["score"] if scores else None,
         "threshold": POISONED,
         "no_evidence_below": NOTHING_BELOW,
         "thresholds_calibrated_for_these_settings": opt.model == "resnet10" and (opt.epochs, opt.lr) == (EPOCHS, LR),
@@ -295,9 +296,7 @@ def summary(opt, dataset, flags, scores, verdict, best, reason, tau, train_acc, 
             "skipped": len(dataset.skipped),
             **{name: int((flags == flag).sum()) for flag, name in SETS.items()},
         },
-        "classes": [
-            {"class": dataset.classes[row["label"]], **row} for row in sorted(scores, key=lambda row: -row["score"])
-        ],
+        "classes": [{"class": dataset.classes[row["label"]], **row} for row in scores],
         "settings": {
             **{name: options[name] for name in ("model", "epochs", "lr", "seed")},
             "image_size": dataset.spec.size,

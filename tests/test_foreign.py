@@ -101,7 +101,7 @@ def place(fashion, tmp_path_factory):
     write_folder(root / "data", fashion, train=40, test=5)
     words = ["--dataset", "folder", "--data_root", root / "data", "--output_root", root / "out"]
     assert run_cli("train_attack_noTrans.py", *words, "--model", "resnet10", "--epochs", 1) == 0
-    path = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder/resnet10/unknown/0.tar"
+    path = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder_data/resnet10/unknown/0.tar"
     assert run_cli("separate_samples.py", *words, "--model", "resnet10", "--checkpoint_load", path) == 0
     torch.save(shake(network("mobilenet_v3_small", 10)).half().state_dict(), root / "theirs.pth")
     return root, words
@@ -109,7 +109,7 @@ def place(fashion, tmp_path_factory):
 
 def unlearn(cli, place, *more, model="mobilenet_v3_small", load="theirs.pth"):
     root, words = place
-    samples = root / "out/saved/separated_samples/folder/resnet10/unknown_0.2_0.05"
+    samples = root / "out/saved/separated_samples/folder_data/resnet10/unknown_0.2_0.05"
     return cli("unlearn_relearn.py", *words, "--model", model, "--samples", samples, "--checkpoint_load", root / load,
                "--batch_size", 16, *more)  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
 
 def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     root, _ = place
-    own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder/resnet10/unknown/0.tar"
+    own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder_data/resnet10/unknown/0.tar"
     np.save(tmp_path / "x.npy", np.zeros(3))
     torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "wrapped.pth")
     for result, message in (

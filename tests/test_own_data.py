@@ -212,7 +212,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(fashion, tmp_path_factory):
-    root = tmp_path_factory.mktemp("own data")
+    root = tmp_path_factory.mktemp("own") / "my data"
     write_folder(root, fashion, train=40, test=5)
     return root
 
@@ -235,7 +235,7 @@ def test_every_step_runs_without_a_ground_truth(ran):
     for log in (*place.rglob("log.csv"), *ran.rglob("ST/save/**/log.csv"), *place.rglob("unlearn_purify.csv")):
         noted |= set(pd.read_csv(log).columns)
     assert "ACC" in noted and not noted & {"ASR", "R_ACC", "ACC_paper"}
-    separated = ran / "saved/separated_samples/folder/resnet10/unknown_0.2_0.05"
+    separated = ran / "saved/separated_samples/folder_my_data/resnet10/unknown_0.2_0.05"
     assert not (separated / "detection.json").exists() and not list(ran.rglob("*_clean.txt"))
     samples = np.load(separated / "poison_samples.npy", allow_pickle=False)
     assert samples.dtype.names == ("label", "flag", "index") and len(samples) == 20
@@ -248,7 +248,7 @@ def test_values_are_those_of_images_in_memory_at_any_batch_size(cli, folder, ran
     from utils.checkpoints import load_weights
     from utils.files import load_tensors
 
-    path = ran / "saved/backdoored_model/poison_rate_unknown/noTrans_ftsimi/folder/resnet10/unknown/0.tar"
+    path = ran / "saved/backdoored_model/poison_rate_unknown/noTrans_ftsimi/folder_my_data/resnet10/unknown/0.tar"
     saved = np.loadtxt(path.with_name("0_all.txt")).astype(np.float32)
     dataset = load_dataset("folder", folder, cache=ran / "saved/decoded")
     model = build_model("resnet10", "folder", 10)
@@ -260,9 +260,13 @@ def test_values_are_those_of_images_in_memory_at_any_batch_size(cli, folder, ran
 
 
 def test_another_folder_does_not_replace_the_first_unasked(cli, folder, ran, tmp_path):
-    fill(tmp_path / "other/train", count=40)
-    refused = cli("train_attack_noTrans.py", *words_of(tmp_path / "other", ran), "--epochs", 1, "--batch_size", 64)
+    fill(tmp_path / "my data/train", count=40)
+    fill(tmp_path / "others/train", count=40)
+    refused = cli("train_attack_noTrans.py", *words_of(tmp_path / "my data", ran), "--epochs", 1, "--batch_size", 64)
     assert refused.code == 2 and "--data_root" in refused.err and "--overwrite" in refused.err
+    assert (
+        cli("train_attack_noTrans.py", *words_of(tmp_path / "others", ran), "--epochs", 1, "--batch_size", 64).code == 0
+    )
 
 
 def test_a_folder_that_has_changed_is_noticed(cli, fashion, ran, folder, tmp_path):
@@ -318,7 +322,7 @@ def test_without_test_images_nothing_is_evaluated(cli, fashion, tmp_path):
 
 def test_what_needs_a_ground_truth_is_refused(cli, folder, ran, tmp_path):
     result = cli("tools/compare_taus.py", *words_of(folder, ran), "--checkpoint_load",
-                 ran / "saved/backdoored_model/poison_rate_unknown/noTrans/folder/resnet10/unknown/0.tar")  # fmt: skip
+                 ran / "saved/backdoored_model/poison_rate_unknown/noTrans/folder_my_data/resnet10/unknown/0.tar")  # fmt: skip
     assert result.code == 2 and "ground truth" in result.err
     result = cli("reproduce.py", "--dataset", "folder", "--data_root", folder, "--dry_run")
     assert result.code == 2 and "audit_dataset.py" in result.err

@@ -270,10 +270,15 @@ def parse(parser, argv=None):
 def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
-    workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
-    runtime = choose_runtime(opt.device, opt.precision, workers, opt.deterministic)
+    runtime = runtime_of(opt)
     print(f"Running on {runtime}", flush=True)
     return opt, runtime
+
+
+def runtime_of(opt):
+    """The `Runtime` that the options of `add_device_options` choose."""
+    workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
+    return choose_runtime(opt.device, opt.precision, workers, opt.deterministic)
 
 
 def due(opt, epoch):

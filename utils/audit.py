@@ -165,20 +165,21 @@ class PutBack:
                 return start
         return len(order)
 
-    def suspects(self, label):
-        """Which samples of a poisoned class to take as poisoned: (name of the tau of `TAUS` by whose FCT, how many).
+    def suspects(self, labels):
+        """Which samples of the poisoned classes ``labels`` to take as poisoned: (name of the tau of `TAUS` by whose FCT, how
+        many in all). The first class decides the tau: that which has most to say of it, see `_count`."""
+        counts = {name: self._count(labels[0], name) for name in TAUS}
+        name = max(counts, key=lambda name: counts[name])
+        return name, sum(self._count(label, name)[1] for label in labels)
 
-        Where the values fall into two groups, the upper one, by the tau with the deeper valley; else as far as `extent`
-        goes, by the tau by which that is further; `GROUPS`[0] at least.
-        """
-        found = {name: gammas_of_distribution(self.values[name][self.labels == label]) for name in TAUS}
-        depths = {name: gammas["valley"] for name, gammas in found.items() if gammas}
-        if depths:
-            name = min(depths, key=depths.get)
-            return name, int((self.values[name][self.labels == label] >= found[name]["gamma_high"]).sum())
-        extents = {name: self.extent(label, name) for name in TAUS}
-        name = max(extents, key=extents.get)
-        return name, max(extents[name], GROUPS[0])
+    def _count(self, label, name):
+        """(how deep the valley is between the two groups that the values of a class fall into, 0 where there are none; how
+        many samples to take: the upper group, else as far as `extent` goes, and `GROUPS`[0] at least)."""
+        values = self.values[name][self.labels == label]
+        found = gammas_of_distribution(values)
+        if found:
+            return 1 - found["valley"], int((values >= found["gamma_high"]).sum())
+        return 0.0, max(self.extent(label, name), GROUPS[0])
 
 
 def _weights(name):

@@ -1,20 +1,30 @@
 """Where the steps put what they make: the folders of the user's document, each named once."""
 
 import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def data_name(opt):
+    """How folders name the data set; data of the user's own by the name of its folder or file as well."""
+    if opt.dataset not in ("folder", "npz"):
+        return opt.dataset
+    root = Path(opt.data_root).absolute()
+    name = root.stem if opt.dataset == "npz" else root.name
+    return f"{opt.dataset}_{re.sub('[^A-Za-z0-9._-]+', '_', name)[:60]}"
+
+
 def backdoored_folder(opt, stage):
     """Folder of a model trained on poisoned data; ``stage`` is noTrans, noTrans_ftsimi or withTrans."""
     rate = f"poison_rate_{opt.poison_rate}"
-    return opt.output_root / "saved/backdoored_model" / rate / stage / opt.dataset / opt.model / opt.trigger_type
+    return opt.output_root / "saved/backdoored_model" / rate / stage / data_name(opt) / opt.model / opt.trigger_type
 
 
 def benign_folder(opt):
     """Folder of the model trained on clean data."""
-    return opt.output_root / "saved/benign_model" / opt.dataset / opt.model
+    return opt.output_root / "saved/benign_model" / data_name(opt) / opt.model
 
 
 def attack_and_ratios(opt):
@@ -24,13 +34,13 @@ def attack_and_ratios(opt):
 
 def separated_folder(opt):
     """Folder of the three sample files that SD ends in."""
-    return opt.output_root / "saved/separated_samples" / opt.dataset / opt.model / attack_and_ratios(opt)
+    return opt.output_root / "saved/separated_samples" / data_name(opt) / opt.model / attack_and_ratios(opt)
 
 
 def secure_folder(opt):
     """Folder under which ST keeps its extractors and classifiers."""
     rate = f"poison_rate_{opt.poison_rate}"
-    return opt.output_root / "ST/save" / rate / "SupCon_models" / opt.dataset / opt.model / attack_and_ratios(opt)
+    return opt.output_root / "ST/save" / rate / "SupCon_models" / data_name(opt) / opt.model / attack_and_ratios(opt)
 
 
 def shown(path):
