@@ -303,3 +303,24 @@ def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
             assert np.asarray(image)[31, 31].tolist() == [255] * 3
     again = cli(*words)
     assert again.code == 2 and "there already" in again.err
+
+
+def test_the_readme_shows_the_calibration():
+    table = load_script("tools/calibrate_audit.py").markdown(pd.read_csv(ROOT / "results/audit_calibration.csv"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- calibration -->\n{table}\n<!-- /calibration -->" in readme
+
+
+def test_the_calibrations_sets_are_disjoint_and_poisoned_as_said(fashion):
+    module = load_script("tools/calibrate_audit.py")
+    images, labels = fashion.train_images, fashion.train_labels
+    parts = [module.part(images, labels, 5, number, (1, 3)) for number in range(5)]
+    assert sum(len(found) for _, found in parts) == 2000 and set(parts[0][1]) == {0, 1}
+    assert len(np.unique(np.concatenate([part.reshape(len(part), -1) for part, _ in parts]), axis=0)) > 1900
+    made, new, is_clean = module.poison(images[:500].copy(), labels[:500].copy(), "grid", 0.1, 3, 7)
+    assert (
+        (new[~is_clean] == 3).all()
+        and (labels[:500][~is_clean] != 3).all()
+        and (made[is_clean] == images[:500][is_clean]).all()
+    )
+    assert (~is_clean).sum() == int(0.1 * (labels[:500] != 3).sum())

@@ -170,10 +170,16 @@ def markdown(rows):
             if row["target_label"] == row["true_target"]
             else "no"
         )
-        kept = f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}" if found else ""
+        known = not pd.isna(row["Dc_contamination"])
+        kept = (
+            f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}"
+            if found and known
+            else "–" * found
+        )
+        contamination = f"{row['Dc_contamination']:.2f}" if known else "–"
         lines.append(
             f"| {row['data']} | {trigger}, {kind} | {row['rate']:g} | {row['poisoned']} | {row['verdict']} | {row['score']:.2f} | "
-            f"{right} | {kept} | {row['Dc_contamination']:.2f} |"
+            f"{right} | {kept} | {contamination} |"
         )
     return "\n".join(lines)
 
@@ -201,7 +207,7 @@ def main(argv=None):
             images, labels, is_clean = poison(images, labels, attack, rate, target, seed)
         row = {"run": name, "seen": int(name[-2:]) < SEEN, "data": data, "part": number, "classes": " ".join(map(str, classes)),
                "attack": attack or "", "rate": rate, "true_target": target if attack else "", "seed": seed,
-               "poisoned": int((~is_clean).sum())}  # fmt: skip
+               "poisoned": int((~is_clean).sum()), "measured": "all"}  # fmt: skip
         done.append({**row, **audit(images, labels, is_clean, seed)})
         write_rows(opt.out, done)
     print(markdown(pd.DataFrame(done)))
