@@ -305,7 +305,18 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
         },
         "data": dataset.record,
         "commands": commands,
+        "write_clean": again(opt, "--write_clean", "NEW") if commands and dataset.name == "folder" else None,
     }
+
+
+def again(opt, *more):
+    """The command of this audit, with ``more``."""
+    parser, words = get_parser(), ["--data_root", typed(opt.data_root)]
+    for name in ("image_size", "model", "epochs", "lr", "seed", "output_root", "out"):
+        value = getattr(opt, name)
+        if value != parser.get_default(name):
+            words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
+    return shlex.join(["python", "audit_dataset.py", *words, *more])
 
 
 def write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime):
@@ -428,8 +439,8 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
             f"<p>{text(name)}, {ways[name]}:</p><pre>{text_lines(lines)}</pre>"
             for name, lines in content["commands"].items()
         )
-        more = shlex.join(["python", "audit_dataset.py", "--data_root", dataset.source, "--write_clean", "NEW"])
-        body += f"<p>A copy of the folder without D_p:</p><pre>{text(more)}</pre>" if dataset.name == "folder" else ""
+        if content["write_clean"]:
+            body += f"<p>A copy of the folder without D_p:</p><pre>{text(content['write_clean'])}</pre>"
         sections.append(("The way out", "<p>In the folder of this project:</p>" + body))
     kind = {"poisoned": "poisoned", "no evidence": "no", "cannot tell": "cannot"}[verdict]
     return report.page(f"Audit of {Path(dataset.source).name}", kind, content["headline"], sections)

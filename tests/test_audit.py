@@ -244,6 +244,11 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
         assert run_cli(line[1], *short) == 0, line
         assert shlex.join(line) in page.shown
 
+    line = shlex.split(found["write_clean"])
+    assert run_cli(line[1], *line[2:-1], tmp_path / "copied", "--copy") == 0 and shlex.join(line) in page.shown
+    assert not any(path.is_symlink() for path in (tmp_path / "copied").rglob("*"))
+    assert len(list((tmp_path / "copied").rglob("*"))) == len(list((tmp_path / "clean").rglob("*")))
+
     left_out = set(pd.read_csv(tmp_path / "clean/left_out.csv")["file"])
     kept = {os.fspath(path.relative_to(tmp_path / "clean")) for path in (tmp_path / "clean").rglob("*.png")}
     assert left_out == set(suspects["file"]) and not left_out & kept
