@@ -143,7 +143,7 @@ def decide(scores, dataset, labels, train_acc):
 def separation(resolved, words, where, steps, targets, tau, poison_ratio):
     """The step that separates: on poisoned data D_p comes from the target classes alone."""
     model = steps["train"].output
-    more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class"]
+    more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
     if targets:
         more += ["--poison_classes", *map(str, targets)]
     resolved.poison_ratio = poison_ratio

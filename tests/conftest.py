@@ -54,6 +54,16 @@ def cli(capsys):
     return run
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The steps in this process, where torch is loaded already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        "utils.steps.subprocess.run",
+        lambda command, cwd: SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:])),
+    )
+
+
 @pytest.fixture(scope="session")
 def fashion():
     return load_dataset("fashion", ROOT / "dataset")

@@ -169,16 +169,6 @@ class Page(HTMLParser):
         self.shown += data
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The steps in this process, where torch is loaded already."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "utils.steps.subprocess.run",
-        lambda command, cwd: SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:])),
-    )
-
-
 NAMES = ["<script>alert(1)</script>".replace("/", "∕"), 'it\'s "q" & <b>', "älg 猫", "d"]
 
 

@@ -159,7 +159,7 @@ def test_rotation_at_224_is_torchvisions():
 # The steps
 
 
-def test_sd_and_br_run_on_it(cli, words, tmp_path, root):
+def test_every_step_runs_on_it(cli, words, tmp_path, root, dataset):
     common = words(tmp_path)
     ratios = ["--clean_ratio", 0.3, "--poison_ratio", 0.1]
     for name, *more in (
@@ -189,7 +189,7 @@ def test_sd_and_br_run_on_it(cli, words, tmp_path, root):
 
     parser = cli.module("separate_samples.py").get_parser()
     opt = parser.parse_args([str(word) for word in (*common, *ratios)])
-    np.testing.assert_array_equal(load_samples(opt, [0])["index"], samples["index"])
+    np.testing.assert_array_equal(load_samples(opt, dataset.spec, [0])["index"], samples["index"])
 
 
 @pytest.mark.parametrize(

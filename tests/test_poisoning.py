@@ -152,8 +152,7 @@ def test_triggered_test_set_is_the_one_of_the_table(target_type, trigger):
 def test_without_an_attack_there_is_the_clean_test_set_alone():
     tests = bd.make_test_sets(make_dataset(), None, CPU, attack=False)
     assert tests.triggered_images is tests.attack_labels is tests.true_labels is None
-    assert tests.in_paper.all()
-    assert len(tests.clean_images) == len(tests.in_paper) == 120
+    assert tests.in_paper is None and len(tests.clean_images) == len(tests.clean_labels) == 120
 
 
 # Normalisation and batches

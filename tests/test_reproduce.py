@@ -51,7 +51,7 @@ def test_bad_options_end_with_code_2(cli, tmp_path):
         assert result.code == 2 and len(result.err.strip().splitlines()) == 1
 
 
-def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tmp_path, monkeypatch, capfd):
+def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tmp_path, monkeypatch, capfd, in_process):
     reproduce = load_script("reproduce.py")
     monkeypatch.setitem(reproduce.PRESETS, "quickstart", TINY)
     monkeypatch.setitem(reproduce.PRESET_DATA, "quickstart", ("cifar10", "resnet10"))

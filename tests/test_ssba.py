@@ -145,6 +145,7 @@ def test_images_of_another_shape_or_kind_are_refused(tmp_path, array, message):
         bd.make_test_sets(make_dataset(), opt, CPU)
 
 
+@pytest.mark.slow
 def test_the_trainer_learns_bits_and_writes_what_the_trigger_reads(cli, tmp_path, held_out):
     out = tmp_path / "new/encoder.pt"
     words = ["--steps", 60, "--batch_size", 16, "--image_weight", 1, "--ramp", 1000, "--data_root", ROOT / "dataset"]

@@ -249,7 +249,7 @@ def test_every_pair_of_tau_keeps_shape_and_dtype_and_the_input(pair):
     result = tau.apply(images, tau.draw(rng(), 6))
     assert result.shape == images.shape and result.dtype == torch.uint8
     assert torch.equal(images, before)
-    is_identity = pair in (("none", "none"), ("flip", "flip"))
+    is_identity = pair in (("none", "none"), ("flip", "flip"), ("vflip", "vflip"))
     assert torch.equal(result, images) == is_identity
 
 
@@ -258,6 +258,8 @@ def test_tau_flip_is_always_a_flip():
     for pair in (("flip", "none"), ("none", "flip")):
         tau = T.Tau(*pair, 32)
         assert torch.equal(tau.apply(images, tau.draw(rng(), COUNT)), TF.hflip(images))
+    tau = T.Tau("vflip", "none", 32)
+    assert torch.equal(tau.apply(images, tau.draw(rng(), COUNT)), TF.vflip(images))
 
 
 def test_tau_applies_its_second_part_to_the_result_of_its_first():
