@@ -63,6 +63,14 @@ def build_foreign(name, state, path, dataset, spec):
             f"the network in {path} takes images of {network.image_size} pixels, and these are made {spec.size}; give "
             f"--image_size {network.image_size}"
         )
+    try:
+        with torch.no_grad():  # a network made for large images may have nothing left of small ones
+            network.train()(torch.zeros(2, 3, spec.size, spec.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{name} cannot be trained on images of {spec.size} pixels ({reason}); try a larger --image_size"
+        ) from None
     load_weights(network, state, path)
     return Foreign(network)
 

@@ -51,8 +51,9 @@ def test_the_network_is_torchvisions_and_its_state_comes_back(name, tmp_path):
     original = shake(network(name, **more))
     state = original.state_dict()
     assert is_state_dict(state) and name in NAMES
-    model = build_foreign(name, state, tmp_path / "x.pth", "folder", spec_of(7)).eval()
-    x = torch.randn(2, 3, 224, 224)
+    size = 299 if name == "inception_v3" else 224
+    model = build_foreign(name, state, tmp_path / "x.pth", "folder", spec_of(7, size)).eval()
+    x = torch.randn(2, 3, size, size)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), original(x))
     assert model.train()(x).shape == (2, 7)  # some give auxiliary logits then
@@ -87,6 +88,11 @@ def test_a_vision_transformer_says_which_size_it_takes():
     state = {"encoder.pos_embedding": torch.zeros(1, 197, 768), "conv_proj.weight": torch.zeros(768, 3, 16, 16)}
     with pytest.raises(UserError, match="--image_size 224"):
         build_foreign("vit_b_16", state, "x.pth", "folder", spec_of(7, 32))
+
+
+def test_a_network_that_images_are_too_small_for_is_refused():
+    with pytest.raises(UserError, match="alexnet cannot be trained on images of 32 pixels"):
+        build_foreign("alexnet", {"x": torch.zeros(1)}, "x.pth", "folder", spec_of(7, 32))
 
 
 # In unlearn_relearn.py

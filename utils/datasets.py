@@ -20,7 +20,7 @@ from utils.paths import ROOT
 
 # A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
 
 
@@ -384,14 +384,14 @@ def decode(path, size, resize):
         UserError: for a file that is no image, damaged, or of another size.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(os.fspath(path)) as image:  # a Path is resolved by older Pillows, which links in a circle stop
             if image.size == (size, size):
                 return np.asarray(image.convert("RGB"))
             if not resize:
                 raise UserError(f"{path} is {image.size[0]}x{image.size[1]} pixels; this data set has {size}x{size}")
             image.draft("RGB", (size, size))  # a JPEG is then decoded at a fraction of its size
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, *BOMB) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from utils.datasets import (
-    BOMB,
+    UNREADABLE,
     Dataset,
     StreamedImages,
     broken_files,
@@ -145,9 +145,9 @@ def _median_size(root, files, cache):
 
         def side(file):
             try:
-                with Image.open(file) as image:
+                with Image.open(os.fspath(file)) as image:
                     return min(image.size)
-            except (OSError, SyntaxError, ValueError, *BOMB):
+            except UNREADABLE:
                 return None  # skipped, when it is decoded
 
         sides = [found for found in in_threads(side, files, "measuring") if found]
