@@ -26,7 +26,6 @@ from utils.audit import (
     TAUS,
     Common,
     PutBack,
-    at_large,
     orders,
     predict,
 )
@@ -264,7 +263,7 @@ def main(argv=None):
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
     content = summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands)
-    write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime)
+    write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
     print(f"\n{content['headline']}")
     if best:
         limits = f"(poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
@@ -319,7 +318,7 @@ def again(opt, *more):
     return shlex.join(["python", "audit_dataset.py", *words, *more])
 
 
-def write_report(out, opt, dataset, labels, flags, fct, values, content, best, model, runtime):
+def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back):
     """All files of the report, together."""
     classes, target = dataset.classes, content["target_label"]
     order = np.lexsort((np.arange(len(fct)), -fct))
@@ -335,18 +334,18 @@ def write_report(out, opt, dataset, labels, flags, fct, values, content, best, m
         "suspects": report.contact_sheet(dataset.train_images, labels, fct, classes, target),
     }
     best = best or {"label": 0, "order": "flip", "size": 20}
-    own = np.flatnonzero(labels == best["label"])
-    own = own[np.argsort(-values[best["order"]][own], kind="stable")]
+    own = put_back.order(best["label"], best["order"])
     count = max(1, min(best["size"], len(own) // 2))
     group = dataset.train_images[np.sort(own[:count])]
     rest = dataset.train_images[np.sort(own[len(own) // 2 :][:500])]
     name = classes[best["label"]]
     pictures["pattern"], region = report.pattern_picture(group, rest, name)
     drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
-    common = Common(group, *at_large(dataset.train_images, opt.seed))
+    common = Common(group, put_back.mean, put_back.deviation)
     before = dataset.train_images[drawn]
     after = common.put_on(before)
-    answers = predict(model, np.concatenate([before.astype(np.float32), after]), dataset.spec, runtime).reshape(2, -1)
+    both = np.concatenate([before.astype(np.float32), after])
+    answers = predict(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
     content["strongest_region"] = dict(zip(("top", "left", "side"), region, strict=True))
 

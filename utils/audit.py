@@ -110,20 +110,25 @@ class PutBack:
         self.model, self.images, self.labels, self.values = model.eval(), images, labels, values
         self.spec, self.runtime, self.seed = spec, runtime, seed
         self.mean, self.deviation = at_large(images, seed)
+        self.drawn = None, None
 
     def order(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
         own = np.flatnonzero(self.labels == label)
         return own[np.argsort(-self.values[name][own], kind="stable")]
 
+    def others(self, label):
+        """The images of other classes on which it is tried, uint8 (n, H, W, 3); read once for a class."""
+        if self.drawn[0] != label:
+            rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
+            self.drawn = label, self.images[np.sort(rows[:OTHERS])]
+        return self.drawn[1]
+
     def shares(self, rows, label):
         """What the samples ``rows`` share, put on images of other classes: the shares of these, (2,), that become ``label``,
         as they are and mirrored."""
-        drawn = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))[
-            :OTHERS
-        ]
-        common = Common(self.images[np.sort(rows)], self.mean, self.deviation)
-        changed = common.put_on(self.images[np.sort(drawn)])
+        others = self.others(label)
+        changed = Common(self.images[np.sort(rows)], self.mean, self.deviation).put_on(others)
         answers = predict(self.model, np.concatenate([changed, changed[:, :, ::-1]]), self.spec, self.runtime)
         return (answers == label).reshape(2, -1).mean(1)
 
@@ -170,7 +175,7 @@ class PutBack:
         many in all). The first class decides the tau: that which has most to say of it, see `_count`."""
         counts = {name: self._count(labels[0], name) for name in TAUS}
         name = max(counts, key=lambda name: counts[name])
-        return name, sum(self._count(label, name)[1] for label in labels)
+        return name, counts[name][1] + sum(self._count(label, name)[1] for label in labels[1:])
 
     def _count(self, label, name):
         """(how deep the valley is between the two groups that the values of a class fall into, 0 where there are none; how

@@ -135,9 +135,7 @@ class TestSets:
 
     clean_images: "torch.Tensor | StreamedImages"
     clean_labels: torch.Tensor
-    in_paper: (
-        torch.Tensor | None
-    )  # bool (N,): whether the authors count this clean test image (not of the target class)
+    in_paper: torch.Tensor | None  # bool (N,): whether the authors count this clean image (not of the target class)
     triggered_images: "torch.Tensor | TriggeredImages | None"
     attack_labels: torch.Tensor | None
     true_labels: torch.Tensor | None
