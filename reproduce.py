@@ -1,83 +1,41 @@
-"""Run every numbered step of one row of the paper's tables, as the commands a user would type, and show the result.
+"""Run every numbered step of one row of the paper's tables, or of a whole table, as the commands a user would type, and
+show the result.
 
 Each command is printed before it runs (--dry_run: only printed). A step whose output is there already, made with the
 same options and newer than what it was made from, is skipped. The table goes to <out>/<name>.csv, the pictures beside
 it to <out>/<name>_samples.png and <out>/<name>_fct.jpg; <out>/<name>_manifest.json says what all of it
 was made from, and --verify holds the files against it.
+
+With --table the cells of a table (row, defence, seed) are run one after the other; the steps write below
+<output_root>/<scale>_seed<seed>/. A finished cell is one record, <out>/<table>/<row>_<defence>_<scale>_seed<seed>.json, and is
+not run again; all of them together are <out>/<table>.csv. tools/make_tables.py sets them beside the paper's.
 """
 
-import shlex
 import time
-from pathlib import Path
+from argparse import Namespace
+from itertools import product
 
 import pandas as pd
 
 from utils import args
-from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, write_rows, write_together
 from utils.manifest import verify, write_options
-from utils.paths import (
-    ROOT,
-    attack_and_ratios,
-    backdoored_folder,
-    benign_folder,
-    secure_folder,
-    separated_folder,
-    shown,
-    typed,
-)
-from utils.steps import Step, run
-
-# Rows of the paper's tables: (target_type, trigger_type).
-ROWS = {
-    "BadNets-all2one": ("all2one", "gridTrigger"),
-    "BadNets-all2all": ("all2all", "squareTrigger"),
-    "Trojan": ("all2one", "trojanTrigger"),
-    "Blend-Strip": ("all2one", "signalTrigger"),
-    "Blend-Kitty": ("all2one", "kittyTrigger"),
-    "SIG": ("cleanLabel", "sigTrigger"),
-    "CL": ("cleanLabel", "fourCornerTrigger"),
-    "SSBA": ("all2one", "SSBA"),
-}
-ON_IMAGENET = {  # the rows that the paper has there, and its triggers
-    "BadNets-all2one": "squareTrigger_imagenet",
-    "Blend-Strip": "signalTrigger_imagenet",
-    "Blend-Kitty": "kittyTrigger",
-    "SSBA": "SSBA",
-}
-
-# Options of each step besides those of data set and attack. "paper": as the user's document gives them.
-PRESETS = {
-    "paper": {
-        "attack": "",
-        "train_attack_noTrans": "--epochs 2",
-        "finetune_attack_noTrans": "--epochs 10",
-        "tau": "",
-        "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
-        "separate_samples": "",
-        "train_clean_withTrans": "--epochs 200",
-        "train_attack_withTrans": "--epochs 200",
-        "train_attack_withTrans_imagenet": "--epochs 25 --lr 0.001 --gamma 0.1 --schedule 15 20",
-        "unlearn_relearn": "--epochs 20",
-        "train_extractor": "--epochs 200 --learning_rate 0.5 --temp 0.1 --cosine --save_freq 20 --batch_size 512",
-        "train_classifier": "--epochs 10 --learning_rate 5 --batch_size 512",
-    },
-    "quickstart": {
-        "attack": "--target_label 8",
-        "train_attack_noTrans": "--epochs 3 --lr 0.05",
-        "finetune_attack_noTrans": "--epochs 4 --eval_freq 0",
-        "tau": "--trans1 flip --trans2 none",
-        "ratios": "--clean_ratio 0.4 --poison_ratio 0.05",
-        "separate_samples": "--clean_per_class",
-        "train_clean_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
-        "train_attack_withTrans": "--epochs 8 --lr 0.05 --schedule 5 7 --eval_freq 4",
-        "unlearn_relearn": "--epochs 14 --lr 0.0004 --batch_size 64",
-        "train_extractor": "--epochs 12 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
-        "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 0",
-    },
-}
-PRESET_DATA = {"quickstart": ("fashion", "resnet10")}
+from utils.paths import ROOT, attack_and_ratios, shown
+from utils.records import DETECTION, MEASURES, cell_name, collect, epochs_of, evaluated, hardware, measured, write_cell
+from utils.rows import (
+    DEFENCES,
+    PRESETS,
+    ROWS,
+    SCALES,
+    TABLES,
+    VARIANTS,
+    plan,
+    samples_folder,
+    trained_step,
+    unlearning_log,
+)  # fmt: skip
+from utils.steps import run
 
 
 def get_parser():
@@ -86,9 +44,21 @@ def get_parser():
         "--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper"
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="options of the steps")
-    parser.add_argument("--defences", choices=("D-BR", "D-ST"), nargs="+", default=["D-BR", "D-ST"], help="what to run")
+    parser.add_argument("--table", choices=tuple(TABLES), help="run a whole table of the paper, cell by cell")
+    parser.add_argument("--rows", choices=tuple(ROWS), nargs="+", help="with --table: these rows; default: the paper's")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="with --table: the preset of its steps; cpu: shortened for two cores; default: paper",
+    )
+    parser.add_argument(
+        "--ablations", choices=sorted({name for variants in VARIANTS.values() for name in variants}), nargs="*",
+        help="with --table: not the cells but these variants of their defence, a part left out or exchanged; default: all",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=args.natural, nargs="+", help="with --table: one cell a seed; default: 0")
+    parser.add_argument("--defences", choices=DEFENCES, nargs="+", help="what to run; default: both")
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
-    parser.add_argument("--model", help="network; default: resnet18, with the preset quickstart resnet10")
+    parser.add_argument("--model", help="network; default: that of the preset, resnet18 or resnet10")
     parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the table and the pictures")
     parser.add_argument("--name", help="name of the table; default: the preset's, or row and data set")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
@@ -104,121 +74,112 @@ def get_parser():
     return parser
 
 
-def without_attack(words):
-    """The places in ``words`` (options, each followed by one value) that a step on clean data takes."""
-    taken = {f"--{name}" for name in ("dataset", "model", "seed", "data_root", "output_root")}
-    return [place + i for place in range(0, len(words), 2) if words[place] in taken for i in (0, 1)]
-
-
-def resolve(opt):
-    """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
-    target_type, trigger_type = ROWS[opt.row]
-    dataset, model = PRESET_DATA.get(opt.preset, ("cifar10", "resnet18"))
-    if (opt.dataset or dataset) in DATASETS and DATASETS[opt.dataset or dataset].own:
-        raise UserError("this poisons a data set to show the defences; for data of your own: python audit_dataset.py")
-    if (opt.dataset or dataset) == "imagenet":
-        if opt.row not in ON_IMAGENET:
-            raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
-        trigger_type = ON_IMAGENET[opt.row]
-        if "D-ST" in opt.defences:
-            raise UserError("the paper's table of imagenet has D-BR alone; add --defences D-BR")
-    words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
-    if target_type != "all2one":
-        words += ["--target_type", target_type]
-    words += shlex.split(PRESETS[opt.preset]["attack"])
-    for name in ("poison_rate", "seed", "data_root", "output_root"):
-        value = getattr(opt, name)
-        if value is not None:
-            words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
-    parser = args.Parser("")
-    args.add_data_options(parser)
-    args.add_attack_options(parser)
-    args.add_ratio_options(parser)
-    ratios = shlex.split(PRESETS[opt.preset]["ratios"])
-    resolved = args.check(parser.parse_args([*words, *ratios]))
-    where = [
-        word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))
-    ]
-    return resolved, words, where, ratios
-
-
-def plan(opt):
-    """The steps of the row in the order they run, by name."""
-    resolved, words, where, ratios = resolve(opt)
-    preset = {name: shlex.split(text) for name, text in PRESETS[opt.preset].items()}
-    steps = {}
-
-    def add(name, script, more, output, record, needs=(), computes=True):
-        all_words = [*words, *more, *(where if computes else [])]
-        steps[name] = Step(script, all_words, output, record, [steps[need] for need in needs])
-
-    def epochs(name):
-        return int(preset[name][preset[name].index("--epochs") + 1])
-
-    def train(name, stage, needs=()):
-        folder = backdoored_folder(resolved, stage)
-        add(name, f"{name}.py", preset[name], folder / f"{epochs(name) - 1}.tar", folder / "options.json", needs)
-        return steps[name].output
-
-    if resolved.trigger_type == "fourCornerTrigger":
-        folder, clean = benign_folder(resolved), [words[i] for i in without_attack(words)]
-        more = preset["train_clean_withTrans"]
-        output = folder / f"{epochs('train_clean_withTrans') - 1}.tar"
-        steps["train_clean_withTrans"] = Step(
-            "train_clean_withTrans.py", [*clean, *more, *where], output, folder / "options.json", []
-        )
-    train("train_attack_noTrans", "noTrans", ["train_clean_withTrans"] * ("train_clean_withTrans" in steps))
-    features = train("finetune_attack_noTrans", "noTrans_ftsimi", ["train_attack_noTrans"])
-    fct = features.with_name(f"{features.stem}_fct.json")
-    tau, picture = preset["tau"], features.with_suffix(".jpg")
-    add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, ["finetune_attack_noTrans"])
-    record = features.with_name(f"{features.stem}_histogram.json")
-    more = [*tau, *ratios]
-    add("visualize_consistency", "visualize_consistency.py", more, picture, record, ["calculate_consistency"])
-    gamma = features.with_name(f"{features.stem}_gamma.json")
-    add("calculate_gamma", "calculate_gamma.py", ratios, gamma, gamma, ["calculate_consistency"], computes=False)
-    separated = separated_folder(resolved) / "options.json"
-    more = [*tau, *ratios, *preset["separate_samples"]]
-    add("separate_samples", "separate_samples.py", more, separated, separated, ["calculate_consistency"])
-    attack = "train_attack_withTrans" + "_imagenet" * (resolved.dataset == "imagenet")
-    model = train(attack, "withTrans", ["train_clean_withTrans"] * ("train_clean_withTrans" in steps))
-    if "D-BR" in opt.defences:
-        saved = model.with_name(f"{model.stem}_unlearn_purify.tar")
-        more = [*ratios, *preset["unlearn_relearn"]]
-        needs = [attack, "separate_samples"]
-        add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), needs)
-    if "D-ST" in opt.defences:
-        for name, output, needs in (
-            ("train_extractor", "last.pth", "separate_samples"),
-            ("train_classifier", "ckpt_epoch_{}.pth", "train_extractor"),
-        ):
-            step = Step(f"ST/{name}.py", [*words, *ratios, *preset[name], *where], Path(), Path(), [steps[needs]])
-            folder = secure_folder(resolved) / step.module().run_name(step.options())
-            step.output, step.record = folder / output.format(epochs(name) - 1), folder / "options.json"
-            steps[name] = step
-        last = steps["train_classifier"].output
-        paths = ["--model_ckpt", typed(steps["train_extractor"].output), "--classifier_ckpt", typed(last)]
-        steps["train_classifier"].words += ["--ckpt", typed(steps["train_extractor"].output)]
-        result = last.with_name(f"{last.stem}_test.json")
-        add("test", "ST/test.py", [*ratios, *paths], result, result, ["train_classifier"])
-    return steps, resolved
-
-
-def table(steps, resolved):
+def table(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
-    measures = ["ACC", "ACC_paper", "ASR", "R_ACC"]
-    trained = next(step for name, step in steps.items() if name.startswith("train_attack_withTrans"))
-    trained = pd.read_csv(trained.output.with_name("log.csv")).iloc[-1]
+    measures = list(MEASURES)
+    trained = pd.read_csv(trained_step(steps).output.with_name("log.csv")).iloc[-1]
     rows = [{"model": "backdoored", **trained[measures]}]
-    detection = read_json(separated_folder(resolved) / "detection.json")
-    detected = {name: detection[name] for name in ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")}
+    detection = read_json(samples_folder(steps) / "detection.json")
+    detected = {name: detection[name] for name in DETECTION[:4]}
     if "unlearn_relearn" in steps:
-        last = pd.read_csv(steps["unlearn_relearn"].output.with_name("unlearn_purify.csv")).iloc[-1]
+        last = pd.read_csv(unlearning_log(steps)).iloc[-1]
         rows.append({"model": "D-BR", **last[measures], **detected})
     if "test" in steps:
         result = read_json(steps["test"].output)
         rows.append({"model": "D-ST", **{name: result[name] for name in measures}, **detected})
     return rows
+
+
+def cells_of(opt):
+    """The cells of ``opt.table`` in the order they run, each as the options of one row; all of D-BR comes before D-ST,
+    which takes the longest and uses D-BR's separated samples and backdoored model."""
+    scale, paper_rows = opt.scale or "paper", TABLES[opt.table]
+    for name, value in (("--row", opt.row != "BadNets-all2one"), ("--preset", opt.preset != "paper"), ("--dataset", opt.dataset),
+                        ("--seed", opt.seed is not None), ("--name", opt.name)):  # fmt: skip
+        if value:
+            raise UserError(f"{name} is for one row; with --table give --rows, --scale and --seeds")
+    if opt.table == "imagenet" and scale != "paper":
+        raise UserError(f"--scale {scale} is for the tables of cifar10 and cifar100; imagenet has --scale paper alone")
+    defences = opt.defences or (DEFENCES[:1] if opt.table == "imagenet" else DEFENCES)
+    root, cells = opt.output_root or ROOT / "runs", []
+    rate = "" if opt.poison_rate is None else f"rate_{opt.poison_rate}"
+    for defence, seed, row in product(defences, opt.seeds or [0], opt.rows or paper_rows):
+        one = {"row": row, "preset": scale, "dataset": opt.table, "seed": seed, "defences": [defence]}
+        one["output_root"] = root / "_".join([scale, f"seed{seed}", *([rate] * bool(rate))])
+        variants = [None] if opt.ablations is None else opt.ablations or list(VARIANTS[defence])
+        for variant in variants:
+            if variant is None or variant in VARIANTS[defence]:
+                name = "_".join(part for part in (rate, variant) if part)
+                cells.append(Namespace(**{**vars(opt), **one, "variant": variant, "variant_name": name}))
+    if not cells:
+        raise UserError(f"{' '.join(opt.ablations)} is no variant of {' or '.join(defences)}")
+    return cells
+
+
+def run_table(opt):
+    """Run the cells of a table that are not done yet, each to its record, and write the table's CSV."""
+    cells = cells_of(opt)
+    plans = [plan(cell) for cell in cells]  # so that a bad option is found before hours of work
+    table = opt.table + "_ablations" * any(cell.variant_name for cell in cells)
+    folder = opt.out / table
+    for number, (cell, (steps, resolved)) in enumerate(zip(cells, plans, strict=True), 1):
+        (defence,) = cell.defences
+        name = cell_name(cell.row, defence, cell.preset, cell.seed, cell.variant_name)
+        record = folder / f"{name}.json"
+        print(f"Cell {number}/{len(cells)}: {name}", flush=True)
+        ledger = (
+            cell.output_root / f"{opt.table}_{cell.row}{f'_{defence}_{cell.variant}' * bool(cell.variant)}_seconds.json"
+        )
+        if opt.dry_run:
+            run(steps, cell, ledger)
+            continue
+        commands, held = [step.command for step in steps.values()], read_json(record)
+        if held and not opt.overwrite:
+            if held.get("commands") != commands:
+                raise UserError(
+                    f"{shown(record)} was made by other commands; give --overwrite to make it anew, or another --out"
+                )
+            print(f"{shown(record)} is there already")
+            continue
+        make_folder(ledger.parent)
+        seconds = run(steps, cell, ledger)
+        _record_cell(record, cell, steps, resolved, {"commands": commands, "seconds": seconds})
+        collect(folder, opt.out / f"{table}.csv")
+        made = read_json(record)
+        for when in ("before", "after"):
+            print(
+                f"{name}, {when}: " + "  ".join(f"{key} {value:.2f}" for key, value in made[when].items()), flush=True
+            )
+    if not opt.dry_run:
+        print(f"The table is {shown(opt.out / f'{table}.csv')}; beside the paper's: python tools/make_tables.py")
+
+
+def _record_cell(path, cell, steps, resolved, made):
+    """Write the record of a finished cell; ``made``: its commands and seconds."""
+    trained = trained_step(steps)
+    before = evaluated(pd.read_csv(trained.output.with_name("log.csv"))).iloc[-1]
+    (defence,) = cell.defences
+    if defence == "D-BR":
+        log = evaluated(pd.read_csv(unlearning_log(steps)))
+        after, best = log.iloc[-1], log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()]
+        last = steps["unlearn_relearn"]
+    else:
+        log = evaluated(pd.read_csv(steps["train_classifier"].output.with_name("log.csv")))
+        after, best = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()]
+        last = steps["test"]
+    data = read_json(trained.record)["data"]
+    content = {
+        "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
+        "variant": cell.variant_name, "poison_rate": resolved.poison_rate,
+        "model": resolved.model, "data_source": data["source"], "training_images": data["train"]["samples"],
+        "epochs": {name: epochs_of(step) for name, step in steps.items() if epochs_of(step)},
+        "before": measured(before), "after": measured(after),
+        "rule": "last epoch", "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
+        "detection": read_json(samples_folder(steps) / "detection.json"),
+        "hardware": hardware(cell.device), **made,
+    }  # fmt: skip
+    inputs = [trained.record, samples_folder(steps) / "options.json", last.record]
+    write_cell(path, cell, inputs, **content)
 
 
 def main(argv=None):
@@ -229,6 +190,13 @@ def main(argv=None):
             print(f"not here, so not checked: {shown(path)}")
         print(f"{len(found['whole'])} files are what their manifests tell of")
         return
+    if opt.table:
+        run_table(opt)
+        return
+    for name in ("rows", "scale", "seeds", "ablations"):
+        if getattr(opt, name) is not None:
+            raise UserError(f"--{name} is for a whole table; give --table too, or --row and --preset for one row")
+    opt.variant = None
     steps, resolved = plan(opt)
     name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
     if opt.dry_run:
@@ -238,7 +206,7 @@ def main(argv=None):
     started = time.perf_counter()
     seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
 
-    rows = table(steps, resolved)
+    rows = table(steps)
     write_rows(opt.out / f"{name}.csv", rows)
     pictures = {
         f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),

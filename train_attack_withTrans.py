@@ -17,6 +17,7 @@ from utils.losses import cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.transforms import CropFlip
+from utils.validation import HeldOut, best_epoch
 
 STEP = "train_attack_withTrans"
 
@@ -28,6 +29,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=200, batch_size=128, lr=0.01)
     args.add_step_schedule_options(parser)
+    args.add_validation_option(parser, "the training set")
     parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
 
@@ -46,10 +48,11 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     poisoned = poison_training_set(dataset, opt)
     tests = make_test_sets(dataset, opt, runtime)
     folder = backdoored_folder(opt, "withTrans")
+    held_out = HeldOut(poisoned.labels, opt.val_ratio, opt.seed, step)
     augmentation = CropFlip.of(dataset.spec)
     batches = Batches(
-        poisoned.images,
-        poisoned.labels,
+        held_out.rest(poisoned.images),
+        held_out.rest(poisoned.labels),
         dataset.spec,
         runtime,
         opt.batch_size,
@@ -76,11 +79,15 @@ def train(opt, runtime, step, weight_decay, start_from=None):
         row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{step} epoch {epoch + 1}")
         row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
+        model.eval()
+        if held_out:
+            row["val_acc"] = held_out.accuracy(model, poisoned.images, batches.normalize, runtime)
         if args.due(opt, epoch):
-            model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
     run.complete()
+    if held_out:
+        print(f"The held-out samples would choose epoch {best_epoch(run.history, 'val_acc') + 1}")
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -23,6 +23,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=25, batch_size=128, lr=0.001)
     args.add_step_schedule_options(parser)
+    args.add_validation_option(parser, "the training set")
     parser.set_defaults(dataset="imagenet", trigger_type="squareTrigger_imagenet", schedule=[15, 20])
     parser.add_argument(
         "--pretrained",

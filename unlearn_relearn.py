@@ -27,6 +27,7 @@ from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.seeding import generator
 from utils.transforms import CropFlip
+from utils.validation import HeldOut, best_epoch
 
 STEP = "unlearn_relearn"
 BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
@@ -49,9 +50,12 @@ def get_parser():
         type=args.path,
         help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar, of a plain state dict .pth",
     )
+    args.add_samples_option(parser)
+    args.add_validation_option(parser, "D_c and of D_p")
     parser.add_argument(
-        "--samples", type=args.path, help="folder of separated samples, of any network; default: that of these options"
-    )
+        "--passes", choices=("unlearn", "relearn"), nargs="+", default=["unlearn", "relearn"],
+        help="which of the two passes an epoch has; fewer than both are for comparison",
+    )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
@@ -101,6 +105,7 @@ def main(argv=None):
     result = save.with_suffix(".pth") if save.suffix == ".tar" else save  # of a plain state dict
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
+    of_validation = save.with_name(f"{save.stem}_val.tar")
     different = {file.absolute() for file in (save, log, record, *([result] * plain), *([path] * (not resumed)))}
     if len(different) < 3 + plain + (not resumed):
         raise UserError(
@@ -119,9 +124,11 @@ def main(argv=None):
         samples = load_samples(opt, spec, [flag], opt.samples)
         settings = (spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
         images = images_of(samples, dataset, opt, opt.samples)
-        return Batches(images, samples["label"], *settings, augmentation=augmentation)
+        held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, settings[-1])
+        kept = held_out.rest(images), held_out.rest(samples["label"])
+        return Batches(*kept, *settings, augmentation=augmentation), held_out, images
 
-    to_unlearn, to_relearn = batches_of(POISON), batches_of(CLEAN)
+    (to_unlearn, *held_out_of_Dp), (to_relearn, *held_out_of_Dc) = batches_of(POISON), batches_of(CLEAN)
     if opt.batch_size > len(to_unlearn.labels):
         raise UserError(
             f"--batch_size {opt.batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
@@ -155,21 +162,30 @@ def main(argv=None):
         # Networks from elsewhere may have dropout.
         torch.manual_seed(int(generator(opt.seed, STEP, epoch).integers(2**63)))
         model.train()
-        up = train_epoch(
-            model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"
-        )
-        down = train_epoch(model, to_relearn, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
+        row = {"seconds": 0}
+        if "unlearn" in opt.passes:
+            up = train_epoch(
+                model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"
+            )
+            row["loss_Dp"] = -up["loss"]  # during the ascent
+            row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
+            row["seconds"] += up["seconds"]
+        if "relearn" in opt.passes:
+            down = train_epoch(
+                model, to_relearn, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}"
+            )
+            row["loss_Dc"] = down["loss"]  # during the descent
+            row["seconds"] += down["seconds"]
         model.eval()
-        row = {
-            "loss_Dp": -up["loss"],  # during the ascent
-            "at_bound": up["at_bound"],  # share of D_p that the guard of the ascent held
-            "loss_Dc": down["loss"],  # during the descent
-            "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),  # what of the ascent outlives the descent
-            "seconds": up["seconds"] + down["seconds"],
-        }
+        if opt.val_ratio:
+            for name, (held_out, images) in (("val_acc_Dc", held_out_of_Dc), ("val_acc_Dp", held_out_of_Dp)):
+                row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
+            row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
+        row["loss_Dp_after"] = mean_cross_entropy(model, to_unlearn, runtime)  # what of the ascent outlives the descent
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
-        run.finish_epoch(epoch, row, [save], model, optimizer)
+        chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)
+        run.finish_epoch(epoch, row, [save, *([of_validation] * chosen)], model, optimizer)
 
     run.complete()
     measured = [row for row in run.history if row["epoch"] >= 0 and "ACC" in row]
@@ -185,6 +201,9 @@ def main(argv=None):
             )
     elif measured:
         print(f"ACC {run.history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
+    if opt.val_ratio:
+        epoch = best_epoch(run.history, "val_score")
+        print(f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(of_validation)}")
     if plain:
         write_together({result: tensor_writer(plain_state(model, opt.foreign))})
         print(f"The cleaned state dict is {shown(result)}; to continue, give {shown(save)}")

@@ -60,6 +60,16 @@ def trusted_mask(labels, trusted):
     return same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
 
 
+def authors_mask(labels, trusted):
+    """As the authors' code builds the mask, for comparison: a sample of D_p or D_u has no positive but itself, yet is one of
+    the samples of D_c with its label, so that a poisoned sample pulls its target class.
+
+    Args and return value as in `trusted_mask`.
+    """
+    same = (labels[:, None] == labels) & trusted[:, None]
+    return same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+
+
 def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001):
     """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.transforms import ContrastiveView
+from utils.validation import HeldOut, best_epoch
 
 STEP = "train_classifier"
 BEFORE = "train_extractor"
@@ -42,6 +44,8 @@ def get_parser():
     parser.add_argument(
         "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"
     )
+    args.add_samples_option(parser)
+    args.add_validation_option(parser, "D_c")
     parser.add_argument(
         "--ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
     )
@@ -67,12 +71,16 @@ def main(argv=None):
     own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
-    samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
+    samples = load_samples(opt, dataset.spec, [CLEAN, POISON], opt.samples)
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
+    images = images_of(samples, dataset, opt, opt.samples)
+    # Of D_p the ascent alone is made; whether it is forgotten says nothing of ACC, so D_c is held out by itself.
+    in_clean = np.flatnonzero(samples["flag"] == CLEAN)
+    held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, STEP, among=in_clean)
     batches = Batches(
-        images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
-        augmentation=ContrastiveView(dataset.spec.size), extra=samples["flag"] == CLEAN,
+        held_out.rest(images), held_out.rest(samples["label"]), dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        augmentation=ContrastiveView(dataset.spec.size), extra=held_out.rest(samples["flag"]) == CLEAN,
     )  # fmt: skip
 
     extractor = SupConResNet(opt.model, size=dataset.spec.size)
@@ -92,7 +100,10 @@ def main(argv=None):
         loss = mixed_cross_entropy(logits, labels, in_clean.bool(), opt.poison_weight)
         return loss, {"correct": (logits.argmax(1) == labels).sum()}
 
-    inputs = [path, *sample_files(opt, [CLEAN, POISON])]
+    def classify(inputs):
+        return classifier(extractor.features(inputs))
+
+    inputs = [path, *sample_files(opt, [CLEAN, POISON], opt.samples)]
     run = Run(opt, STEP, folder / "options.json", None, inputs, dataset.record)
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 
@@ -100,10 +111,15 @@ def main(argv=None):
         row = train_epoch(classifier, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
         row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
+        if held_out:
+            row["val_acc_Dc"] = held_out.accuracy(classify, images, batches.normalize, runtime)
         if args.due(opt, epoch):
-            row.update(evaluate(lambda x: classifier(extractor.features(x)), tests, batches.normalize, runtime))
+            row.update(evaluate(classify, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"ckpt_epoch_{epoch}.pth"], classifier, optimizer, schedule)
     run.complete()
+    if held_out:
+        epoch = best_epoch(run.history, "val_acc_Dc")
+        print(f"The held-out samples choose epoch {epoch + 1}: {shown(folder / f'ckpt_epoch_{epoch}.pth')}")
     print(f"Checkpoints are in {shown(folder)}")
 
 

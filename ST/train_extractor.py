@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from models import SupConResNet
-from ST.losses import SupConLoss, trusted_mask
+from ST.losses import SupConLoss, authors_mask, trusted_mask
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
@@ -27,6 +27,7 @@ from utils.transforms import ContrastiveView
 STEP = "train_extractor"
 WARM_FROM, WARM_EPOCHS = 0.01, 10
 DROPS = (700, 800, 900)
+MASKS = {"paper": trusted_mask, "authors": authors_mask}
 
 
 def get_parser():
@@ -53,6 +54,10 @@ def get_parser():
     parser.add_argument(
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"
     )
+    parser.add_argument(
+        "--positives", choices=tuple(MASKS), default="paper", help="authors: the fault of their mask, for comparison"
+    )
+    args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
     parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
     return parser
@@ -89,10 +94,10 @@ def main(argv=None):
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     sets = [CLEAN, UNCERTAIN, POISON]
     dataset = args.load_data(opt)
-    samples = load_samples(opt, dataset.spec, sets)
+    samples = load_samples(opt, dataset.spec, sets, opt.samples)
     folder = secure_folder(opt) / run_name(opt)
     batches = Batches(
-        images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        images_of(samples, dataset, opt, opt.samples), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
         augmentation=ContrastiveView(dataset.spec.size), views=2, extra=samples["flag"] == CLEAN,
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
@@ -104,9 +109,9 @@ def main(argv=None):
 
     def objective(model, inputs, labels, in_clean):
         first, second = model(inputs).float().chunk(2)
-        return contrastive(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
+        return contrastive(torch.stack([first, second], 1), MASKS[opt.positives](labels, in_clean.bool())), {}
 
-    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets), dataset.record)
+    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets, opt.samples), dataset.record)
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

@@ -11,6 +11,22 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+
+class PreActBlock(BasicBlock):
+    """The basic block with normalisation and ReLU before each convolution (He et al. 2016, Identity Mappings in Deep
+    Residual Networks, figure 1 b)."""
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, *more, **named):
+        super().__init__(inplanes, planes, stride, downsample, *more, **named)
+        self.bn1 = nn.BatchNorm2d(inplanes)
+        self.downsample = None if downsample is None else downsample[0]  # the convolution without its normalisation
+
+    def forward(self, x):
+        active = self.relu(self.bn1(x))
+        identity = x if self.downsample is None else self.downsample(active)
+        return self.conv2(self.relu(self.bn2(self.conv1(active)))) + identity
+
+
 # name: (block, blocks per stage, width of the first stage)
 MODELS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
@@ -18,6 +34,9 @@ MODELS = {
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
     # Not in the paper: half as wide and deep as resnet18, for a CPU. Its stem pools in every step, the encoder included.
     "resnet10": (BasicBlock, (1, 1, 1, 1), 32),
+    # Not in the paper: the network of BackdoorBench's leaderboard. It has no max-pool, no normalisation after its first
+    # convolution, and as there none after its last block.
+    "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64),
 }
 
 LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
@@ -39,6 +58,8 @@ class ResNet(torchvision.models.ResNet):
         self.conv1 = nn.Conv2d(3, width, size, stride=stride, padding=size // 2, bias=False)
         if stem == "plain":
             self.maxpool = nn.Identity()
+        if block is PreActBlock:
+            self.bn1 = self.relu = nn.Identity()
         self.feature_size = 8 * width * block.expansion
         self.fc = nn.Linear(self.feature_size, num_classes)
         for module in self.modules():  # torchvision's own initialisation, for the layers exchanged above
@@ -98,5 +119,6 @@ def build_model(name, dataset, num_classes, size=32):
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
     stem = "imagenet" if dataset == "imagenet" or size >= LARGE else "plain" if dataset == "cifar100" else "pool"
-    stem = "pool" if stem == "plain" and name == "resnet10" else stem
+    if size < LARGE and name in ("resnet10", "preactresnet18"):
+        stem = "pool" if name == "resnet10" else "plain"
     return ResNet(name, num_classes, stem)

@@ -58,10 +58,11 @@ def cli(capsys):
 def in_process(monkeypatch):
     """The steps in this process, where torch is loaded already."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "utils.steps.subprocess.run",
-        lambda command, cwd: SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:])),
-    )
+
+    def run(command, cwd):
+        return SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:]))
+
+    monkeypatch.setattr("utils.steps.subprocess", SimpleNamespace(run=run))  # and not everybody's subprocess.run
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, write_folder
 from PIL import Image
 
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import choose_runtime
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -187,3 +187,16 @@ def test_fct_on_a_gpu_is_that_of_the_cpu(fashion):
         torch.backends.cudnn.allow_tf32 = False
         values.append(compute_fct(runtime.place(model), fashion.train_images[:256], fashion.spec, runtime)[0])
     np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6)
+
+
+def test_fewer_images_takes_the_same_share_of_every_class(fashion):
+    fewer = fewer_images(fashion, 1003)
+    assert np.bincount(fewer.train_labels).tolist() == [101, 101, 101] + [100] * 7
+    rows = [int(np.flatnonzero((fashion.train_images == image).all((1, 2, 3)))[0]) for image in fewer.train_images[:20]]
+    assert rows == sorted(rows) and (fashion.train_labels[rows] == fewer.train_labels[:20]).all()
+    again = fewer_images(fashion, 1003)
+    assert (again.train_images == fewer.train_images).all() and fewer.record == again.record
+    assert fewer.test_images is fashion.test_images and "1003 of 10000" in fewer.source
+    for count in (9, 10_001):
+        with pytest.raises(UserError, match=f"--train_images {count}"):
+            fewer_images(fashion, count)

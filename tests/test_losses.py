@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ST.losses import SupConLoss, mixed_cross_entropy, trusted_mask
+from ST.losses import SupConLoss, authors_mask, mixed_cross_entropy, trusted_mask
 from utils.errors import UserError
 from utils.losses import ASCENT_BOUND, cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 
@@ -153,6 +153,15 @@ def test_supcon_loss_refuses_features_of_another_shape(shape):
 def test_supcon_loss_refuses_a_mask_of_another_shape(shape):
     with pytest.raises(ValueError, match="mask"):
         SupConLoss()(unit(4, 2, 8), torch.ones(shape, dtype=torch.bool))
+
+
+def test_the_authors_mask_lets_an_untrusted_sample_be_a_positive_of_a_trusted_one():
+    labels, trusted = torch.tensor([3, 3, 3, 4]), torch.tensor([True, False, True, False])
+    found = authors_mask(labels, trusted).tolist()
+    for i in range(4):
+        for j in range(4):
+            assert found[i][j] == (i == j or (bool(trusted[i]) and int(labels[i]) == int(labels[j])))
+    assert found[0][1] and not trusted_mask(labels, trusted)[0, 1]
 
 
 @pytest.mark.parametrize("one_trusted", [True, False])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -46,9 +47,39 @@ def test_stem_decides_the_size_of_the_feature_maps(stem, shapes):
     assert feature_maps(ResNet("resnet18", 10, stem), torch.randn(1, 3, 32, 32)) == shapes
 
 
+def test_preactresnet18_is_the_published_network():
+    model = shake(build_model("preactresnet18", "cifar10", 10))
+    state, inputs = model.state_dict(), torch.randn(3, 3, 32, 32)
+
+    def norm(x, name):
+        parts = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, *parts))
+
+    x = F.conv2d(inputs, state["conv1.weight"], padding=1)
+    for stage in range(1, 5):
+        for block in range(2):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            active = norm(x, f"{name}.bn1")
+            shortcut = F.conv2d(active, state[f"{name}.downsample.weight"], stride=2) if stride == 2 else x
+            out = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            x = F.conv2d(norm(out, f"{name}.bn2"), state[f"{name}.conv2.weight"], padding=1) + shortcut
+    assert x.shape == (3, 512, 4, 4)
+    expected = F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert sum(weight.numel() for weight in model.parameters()) == 11_171_146  # as published implementations count
+
+
 @pytest.mark.parametrize(
     ("name", "dataset", "last"),
-    [("resnet18", "cifar10", 2), ("resnet18", "cifar100", 4), ("resnet10", "fashion", 2), ("resnet10", "cifar100", 2)],
+    [
+        ("resnet18", "cifar10", 2),
+        ("preactresnet18", "cifar10", 4),
+        ("preactresnet18", "fashion", 4),
+        ("resnet18", "cifar100", 4),
+        ("resnet10", "fashion", 2),
+        ("resnet10", "cifar100", 2),
+    ],
 )
 def test_classifier_has_the_stem_of_its_data_set(name, dataset, last):
     assert feature_maps(build_model(name, dataset, 10), torch.randn(1, 3, 32, 32))[-1][1:] == (last, last)

@@ -262,6 +262,21 @@ def test_tau_flip_is_always_a_flip():
     assert torch.equal(tau.apply(images, tau.draw(rng(), COUNT)), TF.vflip(images))
 
 
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_tau_shrink_is_pillows_resize_and_torchvisions_mirrored_padding(size):
+    images = pictures(size=size)
+    tau = T.Tau("shrink", "none", size)
+    found = tau.apply(images, tau.draw(rng(), len(images)))
+    margin = size // 8
+
+    def slow(pil):
+        small = pil.resize([size - 2 * margin] * 2, Image.Resampling.BILINEAR)
+        return TF.pad(small, margin, padding_mode="reflect")
+
+    expected = torch.stack([on_pil(image, slow) for image in images])
+    assert (found.int() - expected.int()).abs().max() <= 1  # Pillow computes in whole numbers
+
+
 def test_tau_applies_its_second_part_to_the_result_of_its_first():
     images = pictures()
     tau = T.Tau("rotate", "affine", 32)

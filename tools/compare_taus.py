@@ -23,7 +23,10 @@ from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
 from utils.samples import CLEAN, POISON
 
-TAUS = (("rotate", "affine"), *((name, "none") for name in ("rotate", "affine", "flip", "crop", "blur", "erase")))
+TAUS = (
+    ("rotate", "affine"),
+    *((name, "none") for name in ("rotate", "affine", "flip", "crop", "blur", "erase", "shrink")),
+)
 
 
 def get_parser():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models import MODELS
 from utils.dataloader_bd import TARGET_TYPES
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import PRECISIONS, choose_runtime
 from utils.errors import UserError
 from utils.paths import ROOT, shown
@@ -101,6 +101,10 @@ def add_data_options(parser, models=tuple(MODELS)):
         help="imagenet, folder: refuse images that cannot be read, instead of skipping them",
     )
     parser.add_argument(
+        "--train_images", type=positive_int, metavar="N",
+        help="take N training images alone, the same share of every class, to save time; default: all",
+    )  # fmt: skip
+    parser.add_argument(
         "--image_size",
         type=number(int, 8, 1024),
         help="folder, npz: side in pixels; default: 32, 64 or 224, by the median",
@@ -113,7 +117,8 @@ def _named(models):
 
 def load_data(opt):
     """The `datasets.Dataset` that the options name."""
-    return load_dataset(opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded")
+    dataset = load_dataset(opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded")
+    return dataset if opt.train_images is None else fewer_images(dataset, opt.train_images)
 
 
 def add_attack_options(parser):
@@ -165,6 +170,12 @@ def add_ratio_options(parser):
     )
 
 
+def add_samples_option(parser):
+    parser.add_argument(
+        "--samples", type=path, help="folder of separated samples, of any network; default: that of these options"
+    )
+
+
 def add_device_options(parser):
     """Where and how precisely to compute."""
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
@@ -201,6 +212,15 @@ def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluat
         add_overwrite_option(parser)
 
 
+def add_validation_option(parser, of):
+    parser.add_argument(
+        "--val_ratio",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help=f"share of {of} held out of the training, to choose an epoch by without the test set; 0: none",
+    )
+
+
 def add_overwrite_option(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace results of other settings in the same folder")
 
@@ -211,7 +231,7 @@ def add_tau_options(parser):
         "--trans1",
         choices=(*TAU_NAMES, "auto"),
         default="rotate",
-        help="first part of the transform; auto (not in the paper): flip and affine, whichever moves a sample more",
+        help="first part of the transform; auto (not in the paper): flip and shrink, whichever moves a sample more",
     )
     parser.add_argument("--trans2", choices=TAU_NAMES, default="affine", help="second part of the transform")
     parser.add_argument("--draws", type=positive_int, default=1, help="draws of the transform whose FCT is averaged")
@@ -222,6 +242,8 @@ def check(opt):
     streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
     if DATASETS[opt.dataset].own:
         _forget_the_attack(opt)
+        if opt.train_images is not None:
+            raise UserError(f"--train_images has no use with --dataset {opt.dataset}: your own data is taken as it is")
     elif opt.image_size is not None:
         raise UserError(
             f"--image_size has no use with --dataset {opt.dataset}, whose images have one size; leave it out"
@@ -233,6 +255,10 @@ def check(opt):
         for name, trigger in TRIGGER_OPTIONS.items():
             if getattr(opt, name) not in (None, ENCODER) and opt.trigger_type != trigger:
                 raise UserError(f"--{name} has no use with --trigger_type {opt.trigger_type}; it belongs to {trigger}")
+        if opt.ssba_images and opt.train_images is not None:
+            raise UserError(
+                "--ssba_images holds all images in sample order, which --train_images leaves out; leave one out"
+            )
         if len(opt.ssba_images or []) > 2:
             raise UserError("--ssba_images takes one file, the training images, or two, the training and test images")
     if not streamed and (opt.strict or getattr(opt, "workers", None) is not None):
@@ -296,6 +322,7 @@ def attack_arguments(opt):
             *(["--image_size", str(opt.image_size)] * bool(opt.image_size)),
         ]
         return " ".join([*words, *(["--seed", str(opt.seed)] * bool(opt.seed))])
+    words += ["--train_images", str(opt.train_images)] * (opt.train_images is not None)
     words += ["--trigger_type", opt.trigger_type]
     defaults = {**ATTACK_DEFAULTS, "trigger_type": opt.trigger_type, "seed": 0}
     for name, default in defaults.items():

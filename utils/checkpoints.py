@@ -27,7 +27,7 @@ from utils.manifest import manifest, plain_options
 from utils.paths import shown
 
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
-CLEAN_IDENTITY = ("dataset", "model")
+CLEAN_IDENTITY = ("dataset", "train_images", "model")
 IDENTITY = (*CLEAN_IDENTITY, "trigger_type", "target_type", "target_label", "poison_rate", "seed")
 SECURE_IDENTITY = (*IDENTITY, "clean_ratio", "poison_ratio")  # of a step of ST, which sees the separated samples
 

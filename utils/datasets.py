@@ -17,6 +17,7 @@ from tqdm import tqdm
 from utils.errors import UserError, nearest_existing
 from utils.files import BROKEN, atomic_write, load_npz, read_json, write_json
 from utils.paths import ROOT
+from utils.seeding import generator
 
 # A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -175,6 +176,29 @@ def load_dataset(name, data_root, strict=False, image_size=None, cache=None):
         f"{name} is not under {folder}: unpack it there, as {folder}/train/<class>/* and {folder}/{spec.test}/<class>/*, "
         f"or choose another --data_root. Nearest existing path: {nearest_existing(folder)}"
     )
+
+
+def fewer_images(dataset, count):
+    """A `Dataset` with ``count`` of the training images: of each of K classes count / K (the first classes one more where
+    that is no whole number), the same draw whatever the seed of the steps.
+
+    Raises:
+        UserError: where some class has fewer, or would get none.
+    """
+    labels, classes = dataset.train_labels, dataset.spec.num_classes
+    shares = [count // classes + (label < count % classes) for label in range(classes)]
+    held = np.bincount(labels, minlength=classes)
+    if min(shares) == 0 or any(share > own for share, own in zip(shares, held, strict=True)):
+        raise UserError(
+            f"--train_images {count}: {dataset.name} has {len(labels)} training images, {held.min()} of its smallest class, "
+            f"and each of its {classes} classes must give the same share, at least one"
+        )
+    order = generator(0, "fewer images").permutation(len(labels))
+    rows = np.sort(np.concatenate([order[labels[order] == label][:share] for label, share in enumerate(shares)]))
+    images = dataset.train_images
+    images = images.subset(rows) if dataset.spec.streamed else images[rows]
+    source = f"{dataset.source}, {count} of {len(labels)} training images"
+    return replace(dataset, train_images=images, train_labels=labels[rows], source=source)
 
 
 def _load_fashion(folder, spec):

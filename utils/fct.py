@@ -29,7 +29,7 @@ from utils.transforms import Tau
 
 SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 TAU_OPTIONS = ("trans1", "trans2", "draws")
-AUTO = (("flip", "none"), ("affine", "none"))  # the two tau that --trans1 auto combines
+AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
 
 
 @torch.inference_mode()

@@ -7,6 +7,20 @@ from utils.dataloader_bd import evaluation_splits, fetch
 
 
 @torch.no_grad()
+def predict(classify, images, normalize, runtime):
+    """Classes int64 (N,), on the device, that a classifier sees in ``images`` (what `dataloader_bd.hold` gave)."""
+    parts = []
+    for batch in fetch(images, evaluation_splits(images), runtime):
+        with runtime.autocast():
+            parts.append(classify(normalize(batch)).argmax(1))
+    return torch.cat(parts)
+
+
+def percent(hits):
+    return round(100 * hits.float().mean().item(), 4)
+
+
+@torch.no_grad()
 def evaluate(classify, tests, normalize, runtime):
     """Accuracies of a classifier on both test sets (README: measures).
 
@@ -24,21 +38,11 @@ def evaluate(classify, tests, normalize, runtime):
     if tests is None:
         return {}
 
-    def predict(images):
-        parts = []
-        for batch in fetch(images, evaluation_splits(images), runtime):
-            with runtime.autocast():
-                parts.append(classify(normalize(batch)).argmax(1))
-        return torch.cat(parts)
-
-    def percent(hits):
-        return round(100 * hits.float().mean().item(), 4)
-
-    right = predict(tests.clean_images) == tests.clean_labels
+    right = predict(classify, tests.clean_images, normalize, runtime) == tests.clean_labels
     result = {"ACC": percent(right)}
     if tests.triggered_images is not None:
         result["ACC_paper"] = percent(right[tests.in_paper])
-        predicted = predict(tests.triggered_images)
+        predicted = predict(classify, tests.triggered_images, normalize, runtime)
         result["ASR"] = percent(predicted == tests.attack_labels)
         result["R_ACC"] = percent(predicted == tests.true_labels)
     return result

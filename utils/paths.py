@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def data_name(opt):
-    """How folders name the data set; data of the user's own by the name of its folder or file as well."""
+    """How folders name the data set; a part of it by its size, data of the user's own by its folder or file as well."""
+    if opt.train_images is not None:
+        return f"{opt.dataset}_{opt.train_images}"
     if opt.dataset not in ("folder", "npz"):
         return opt.dataset
     root = Path(opt.data_root).absolute()

@@ -54,7 +54,8 @@ def paint(dataset, opt, rows, train):
 
 
 def _perturbed(dataset, opt, rows, images):
-    command = f"python train_clean_withTrans.py --dataset {opt.dataset} --model {opt.model} --epochs 200"
+    part = f" --train_images {opt.train_images}" * (opt.train_images is not None)
+    command = f"python train_clean_withTrans.py --dataset {opt.dataset}{part} --model {opt.model} --epochs 200"
     path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
     settings = {
         "benign_checkpoint": sha256(require_file(path, command)),

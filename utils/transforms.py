@@ -73,6 +73,18 @@ def gaussian_blur(images, sigma, kernel_size=15):
     return x.view(batch, channels, height, width).round().clamp(0, 255).to(torch.uint8)
 
 
+def shrink(images):
+    """The image at three quarters of its side (bilinear, antialiased), mirrored at its edges to fill the frame; uint8.
+
+    At 32 pixels: 24, and 4 on each side. Left, right, top and bottom stay what they are.
+    """
+    side, margin = images.shape[2], images.shape[2] // 8
+    small = F.interpolate(
+        images.float(), size=[side - 2 * margin] * 2, mode="bilinear", antialias=True, align_corners=False
+    )
+    return F.pad(small, [margin] * 4, mode="reflect").round().clamp(0, 255).to(torch.uint8)
+
+
 def erase(images, top, left, height, width):
     """Set one rectangle a sample to 0; the four are int64 (B,), in pixels."""
     rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
@@ -248,33 +260,35 @@ class _Tau:
         elif self.name == "erase":
             # The authors' ratio 0.5-1 is height over width, as RandomErasing counts it; here it is width over height.
             parameters = _draw_boxes(rng, count, size, (0.2, 0.3), (1.0, 2.0))
-        else:  # flip, vflip, none
+        else:  # flip, vflip, shrink, none
             parameters = {}
         return {name: torch.from_numpy(value) for name, value in parameters.items()}
 
     def apply(self, images, parameters):
         if self.name in ("flip", "vflip"):
             return images.flip(3 if self.name == "flip" else 2)
+        if self.name == "shrink":
+            return shrink(images)
         functions = {"rotate": rotate, "affine": shift, "crop": shift, "blur": gaussian_blur, "erase": erase}
         return functions[self.name](images, **parameters) if self.name in functions else images
 
 
-TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none", "vflip")
+TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none", "vflip", "shrink")
 
 
 class Tau:
     """The transform of FCT: ``trans1`` and then ``trans2``, each one of `TAU_NAMES` (paper section 4.1).
 
     rotate: uniform angle in +-180 degrees; affine: shift by up to 20 % in each direction; flip: always; crop: shift by
-    up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none; vflip: upside down
-    (not in the paper).
+    up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none. Not in the paper:
+    vflip, upside down; shrink, see `shrink`.
     """
 
     BLOCK = 1024
 
     def __init__(self, trans1, trans2, size):
         self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
-        self.is_random = not {trans1, trans2} <= {"flip", "vflip", "none"}
+        self.is_random = not {trans1, trans2} <= {"flip", "vflip", "shrink", "none"}
 
     def draw(self, rng, count):
         """Parameters of samples 0 to ``count`` - 1. Drawn by blocks of fixed size, each from a generator of its own, so

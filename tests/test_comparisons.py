@@ -1,0 +1,180 @@
+"""What serves comparison: drawn samples, one pass alone, held-out samples, fewer training images."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_cli
+from test_pipeline import CLASSIFIER, SAMPLES, WITH_TRANS, same_weights, weights
+
+from models import build_model
+from utils.dataloader_bd import Normalize
+from utils.datasets import DATASETS, load_dataset
+from utils.errors import UserError
+from utils.validation import HeldOut, best_epoch
+
+
+def do(*commands):
+    """Run commands, each a script and its words, that must succeed."""
+    for command in commands:
+        assert run_cli(*command) == 0
+
+
+@pytest.fixture
+def copy(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def sets_of(folder):
+    return {name: np.load(folder / f"{name}_samples.npy") for name in ("clean", "suspicious", "poison")}
+
+
+@pytest.mark.parametrize("kind", ["random", "random_clean", "oracle"])
+def test_drawn_samples_have_the_sizes_of_the_ratios_and_are_what_their_name_says(kind, copy, words, cli, data_root):
+    said = cli("tools/ablation_samples.py", *words(copy), "--kind", kind, "--out", copy / kind)
+    assert said.code == 0, said.err
+    found, separated = sets_of(copy / kind), sets_of(copy / SAMPLES)
+    assert len(found["clean"]) == 80 and len(found["poison"]) == 20
+    everything = np.concatenate(list(found.values()))
+    assert sorted(everything["index"]) == list(range(400))
+    truth = load_dataset("cifar10", data_root)
+    is_poisoned = everything["label"] != truth.train_labels[everything["index"]]
+    poisoned = set(everything["index"][is_poisoned])
+    shares = {name: np.mean([index in poisoned for index in part["index"]]) for name, part in found.items()}
+    if kind == "oracle":
+        assert shares["clean"] == 0 and shares["poison"] == 1
+    else:
+        assert 0 < shares["clean"] < 0.5
+    same = set(found["poison"]["index"]) == set(separated["poison"]["index"])
+    assert same == (kind == "random_clean")
+    quality = json.loads((copy / kind / "detection.json").read_text())
+    assert quality["Dp_precision"] == pytest.approx(100 * shares["poison"]) and "AUROC" not in quality
+    again = cli("tools/ablation_samples.py", *words(copy), "--kind", kind, "--out", copy / "again")
+    assert again.code == 0
+    for name in ("clean", "poison"):
+        assert (sets_of(copy / "again")[name] == found[name]).all()
+    other = cli("tools/ablation_samples.py", *words(copy), "--kind", "random", "--seed", "1", "--out", copy / kind)
+    assert other.code == 2 and "--overwrite" in other.err
+
+
+def test_the_defences_take_drawn_samples(copy, words, tmp_path):
+    do(("tools/ablation_samples.py", *words(copy), "--kind", "random", "--out", copy / "drawn"))
+    before = (copy / WITH_TRANS / "1_unlearn_purify.tar").read_bytes()
+    do(("unlearn_relearn.py", *words(copy), "--epochs", 1, "--batch_size", 16, "--samples", copy / "drawn",
+             "--checkpoint_save", copy / "own.tar", "--log", copy / "own.csv"))  # fmt: skip
+    record = json.loads((copy / "own.json").read_text())
+    assert "drawn/poison_samples.npy" in record["inputs"]
+    assert (copy / WITH_TRANS / "1_unlearn_purify.tar").read_bytes() == before
+    root = words(tmp_path / "secure")
+    do(("ST/train_extractor.py", *root, "--epochs", 1, "--batch_size", 128, "--samples", copy / "drawn"))
+    extractor = next((tmp_path / "secure").rglob("last.pth"))
+    do(("ST/train_classifier.py", *root, "--epochs", 1, "--batch_size", 64, "--samples", copy / "drawn",
+             "--ckpt", extractor))  # fmt: skip
+    assert "ASR" in next((tmp_path / "secure").rglob("Linear_*/log.csv")).read_text()
+
+
+def test_the_authors_mask_trains_another_extractor(copy, words, tmp_path):
+    for kind in ("paper", "authors"):
+        do(("ST/train_extractor.py", *words(tmp_path / kind), "--epochs", 1, "--batch_size", 128, "--samples",
+                 copy / SAMPLES, "--positives", kind))  # fmt: skip
+    one, other = (next((tmp_path / kind).rglob("last.pth")) for kind in ("paper", "authors"))
+    assert not same_weights(one, other)
+
+
+@pytest.mark.parametrize("alone", ["unlearn", "relearn"])
+def test_one_pass_alone_leaves_the_other_out(alone, copy, words):
+    do(("unlearn_relearn.py", *words(copy), "--epochs", 2, "--batch_size", 16, "--passes", alone, "--lr", 0.01,
+             "--checkpoint_save", copy / "own.tar", "--log", copy / "own.csv"))  # fmt: skip
+    log = pd.read_csv(copy / "own.csv")
+    assert ("loss_Dp" in log, "loss_Dc" in log) == (alone == "unlearn", alone == "relearn")
+    rises = log["loss_Dp_after"].iloc[-1] > log["loss_Dp_after"].iloc[0]
+    assert rises or alone == "relearn"
+
+
+# Held-out samples
+
+
+def test_held_out_samples_are_drawn_by_seed_and_name_and_kept_from_training():
+    labels = np.arange(50) % 7
+    one = HeldOut(labels, 0.3, 0, "step")
+    assert len(one) == 15 and sorted([*one.rows, *one.kept]) == list(range(50))
+    assert (one.rest(labels) == labels[one.kept]).all() and one.rest(labels).shape == (35,)
+    assert (HeldOut(labels, 0.3, 0, "step").rows == one.rows).all()
+    assert set(HeldOut(labels, 0.3, 1, "step").rows) != set(one.rows) != set(HeldOut(labels, 0.3, 0, "other").rows)
+    among = np.flatnonzero(labels == 2)
+    assert set(HeldOut(labels, 0.5, 0, "step", among).rows) <= set(among)
+    none = HeldOut(labels, 0.0, 0, "step")
+    assert not none and none.rest(labels) is labels
+    for ratio in (0.001, 0.99):
+        with pytest.raises(UserError, match="--val_ratio"):
+            HeldOut(labels, ratio, 0, "step")
+    assert best_epoch([{"epoch": -1}, {"epoch": 0, "a": 1.0}, {"epoch": 1, "a": 3.0}, {"epoch": 2, "a": 3.0}], "a") == 1
+
+
+def test_the_accuracy_on_held_out_samples_is_that_of_a_loop(copy, words, data_root):
+    do(("unlearn_relearn.py", *words(copy), "--epochs", 3, "--batch_size", 8, "--val_ratio", 0.25, "--lr", 0.01,
+             "--checkpoint_save", copy / "own.tar", "--log", copy / "own.csv"))  # fmt: skip
+    log = pd.read_csv(copy / "own.csv")
+    samples = sets_of(copy / SAMPLES)
+    model = build_model("resnet10", "cifar10", 10)
+    normalize = Normalize(DATASETS["cifar10"], "cpu")
+
+    def right(held_out, part):
+        hits = []
+        for row in held_out.rows:
+            image = torch.from_numpy(part["image"][row]).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                hits.append(model(normalize(image)).argmax().item() == part["label"][row])
+        return 100 * np.mean(hits)
+
+    model.load_state_dict(weights(copy / "own.tar"))
+    model.eval()
+    for flag, name in ((0, "clean"), (2, "poison")):
+        held_out = HeldOut(samples[name]["label"], 0.25, 0, f"unlearn_relearn {flag}")
+        column = "val_acc_Dc" if name == "clean" else "val_acc_Dp"
+        assert log[column].iloc[-1] == pytest.approx(right(held_out, samples[name]), abs=1e-3)
+    chosen = torch.load(copy / "own_val.tar", weights_only=True)["epoch"]
+    scores = (log["val_acc_Dc"] - log["val_acc_Dp"]).iloc[1:].tolist()
+    assert chosen == scores.index(max(scores))
+
+
+def test_held_out_samples_in_the_other_trainings(copy, words, cli, tmp_path):
+    said = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 2, "--val_ratio", 0.2, "--batch_size", 64)
+    assert said.code == 0 and "held-out samples would choose epoch" in said.out
+    log = pd.read_csv(next(tmp_path.rglob("withTrans/**/log.csv")))
+    assert log["val_acc"].between(0, 100).all() and len(log) == 2
+    said = cli("ST/train_classifier.py", *words(copy), "--epochs", 2, "--val_ratio", 0.3, "--batch_size", 32,
+               "--learning_rate", 0.5, "--overwrite")  # fmt: skip
+    assert said.code == 0 and "The held-out samples choose epoch" in said.out
+    assert pd.read_csv(copy / CLASSIFIER / "log.csv")["val_acc_Dc"].notna().all()
+    refused = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 2, "--val_ratio", 0.95)
+    assert refused.code == 2 and "0.95" in refused.err
+
+
+# Fewer training images
+
+
+def test_fewer_training_images_go_through_the_steps_with_folders_of_their_own(words, cli, tmp_path):
+    root = [*words(tmp_path), "--train_images", 200]
+    do(
+        ("train_attack_noTrans.py", *root, "--epochs", 1),
+        ("finetune_attack_noTrans.py", *root, "--epochs", 1),
+        ("separate_samples.py", *root),
+    )
+    folder = tmp_path / "saved/separated_samples/cifar10_200/resnet10/gridTrigger_0.2_0.05"
+    assert sum(len(part) for part in sets_of(folder).values()) == 200
+    record = json.loads((folder / "options.json").read_text())
+    assert record["data"]["train"]["samples"] == 200 and record["data"]["test"]["samples"] == 100
+    assert "200 of 400" in record["data"]["source"]
+    checkpoint = next(tmp_path.rglob("noTrans/cifar10_200/**/0.tar"))
+    other = cli("train_attack_noTrans.py", *words(tmp_path), "--epochs", 2, "--checkpoint_load", checkpoint)
+    assert other.code == 2 and "--train_images 200" in other.err
+    for count, part in ((5, "at least one"), (401, "smallest class")):
+        refused = cli("train_attack_noTrans.py", *words(tmp_path / "new"), "--train_images", count)
+        assert refused.code == 2 and part in refused.err and not (tmp_path / "new").exists()
+    own = cli("train_attack_noTrans.py", "--dataset", "npz", "--data_root", "x.npz", "--train_images", 20)
+    assert own.code == 2 and "--train_images has no use" in own.err

@@ -1,0 +1,243 @@
+"""Whole tables: cells, variants, their records, and the tables made of them beside the paper's figures."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, load_script
+
+from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, plan
+
+TINY = {
+    "attack": "--target_label 2",
+    "train_attack_noTrans": "--epochs 1 --batch_size 64 --eval_freq 0",
+    "finetune_attack_noTrans": "",
+    "tau": "--trans1 shrink --trans2 none",
+    "ratios": "--clean_ratio 0.25 --poison_ratio 0.05",
+    "separate_samples": "--clean_per_class",
+    "train_attack_withTrans": "--epochs 1 --batch_size 64",
+    "unlearn_relearn": "--epochs 3 --batch_size 16 --lr 0.01",
+    "train_extractor": "--epochs 1 --cosine --batch_size 64",
+    "train_classifier": "--epochs 2 --learning_rate 0.5 --batch_size 32",
+}
+
+
+@pytest.fixture
+def words(data_root, tmp_path, monkeypatch, in_process):
+    monkeypatch.setitem(PRESETS, "quick", TINY)
+    return ["--table", "cifar10", "--scale", "quick", "--rows", "BadNets-all2one", "--data_root", data_root,
+            "--output_root", tmp_path / "runs", "--out", tmp_path / "results"]  # fmt: skip
+
+
+def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli):
+    said = cli("reproduce.py", *words)
+    assert said.code == 0, said.err
+    root, out = tmp_path / "runs/quick_seed0", tmp_path / "results"
+    trained = root / "saved/backdoored_model/poison_rate_0.1/withTrans/cifar10/resnet10/gridTrigger"
+    log = pd.read_csv(trained / "log.csv").iloc[-1]
+    unlearned = pd.read_csv(trained / "unlearn_purify.csv")
+    cell = json.loads((out / "cifar10/BadNets-all2one_D-BR_quick_seed0.json").read_text())
+    measures = ["ACC", "ACC_paper", "ASR", "R_ACC"]
+    assert cell["before"] == pytest.approx(log[measures].to_dict())
+    assert cell["after"] == pytest.approx(unlearned.iloc[-1][measures].to_dict())
+    of_epochs = unlearned[unlearned["epoch"] >= 0]
+    best = max(of_epochs.to_dict("records"), key=lambda row: row["ACC_paper"] - row["ASR"])
+    assert cell["paper_selection"]["epoch"] == best["epoch"] + 1 and cell["paper_selection"]["ASR"] == best["ASR"]
+    assert cell["epochs"] == {"train_attack_noTrans": 1, "train_attack_withTrans": 1, "unlearn_relearn": 3}
+    assert cell["training_images"] == 400 and cell["data_source"] == "image folder" and cell["hardware"]
+    assert len(cell["commands"]) == len(cell["seconds"]) == 7 and all(s >= 0 for s in cell["seconds"].values())
+    assert cell["detection"] == json.loads(next(root.rglob("detection.json")).read_text())
+    assert "--checkpoint_load" in cell["commands"][1]  # there is no step 2, whose checkpoint would be the default
+
+    secure = json.loads((out / "cifar10/BadNets-all2one_D-ST_quick_seed0.json").read_text())
+    tested = json.loads(next(root.rglob("*_test.json")).read_text())
+    assert secure["after"] == pytest.approx({name: tested[name] for name in measures})
+    assert secure["before"] == cell["before"]
+
+    lines = pd.read_csv(out / "cifar10.csv")
+    assert lines["defence"].tolist() == ["D-BR", "D-ST"]
+    assert lines["ASR"].tolist() == [cell["after"]["ASR"], secure["after"]["ASR"]]
+
+    again = cli("reproduce.py", *words)
+    assert again.code == 0 and again.out.count("is there already") == 2 and "] python" not in again.out
+    other = cli("reproduce.py", *words, "--precision", "float32")
+    assert other.code == 2 and "made by other commands" in other.err and "--overwrite" in other.err
+
+    # An interrupted table goes on with the cell that has no record; its finished steps are not run again.
+    (out / "cifar10/BadNets-all2one_D-ST_quick_seed0.json").unlink()
+    rest = cli("reproduce.py", *words)
+    assert (
+        rest.out.count("is there already") == 1
+        and rest.out.count("(already there)") == rest.out.count("] python ") == 9
+    )
+
+    # Variants have records and a table of their own, and leave the cells' checkpoints alone.
+    kept = (trained / "0_unlearn_purify.tar").read_bytes()
+    varied = cli("reproduce.py", *words, "--ablations", "unlearn_only", "oracle", "authors_mask")
+    assert varied.code == 0, varied.err
+    lines = pd.read_csv(out / "cifar10_ablations.csv")
+    assert sorted(zip(lines["defence"], lines["variant"], strict=True)) == [
+        ("D-BR", "oracle"), ("D-BR", "unlearn_only"), ("D-ST", "authors_mask"), ("D-ST", "oracle")
+    ]  # fmt: skip
+    assert (trained / "0_unlearn_purify.tar").read_bytes() == kept
+    assert lines.set_index(["defence", "variant"]).loc[("D-BR", "oracle"), "Dp_precision"] == 100
+    only = pd.read_csv(trained / "unlearn_purify_unlearn_only.csv")
+    assert only["loss_Dp"].notna().sum() == 3 and "loss_Dc" not in only
+    assert len(pd.read_csv(out / "cifar10.csv")) == 2
+
+    rate = cli("reproduce.py", *words, "--poison_rate", "0.2", "--dry_run")
+    assert "quick_seed0_rate_0.2" in rate.out and "--poison_rate 0.2" in rate.out
+
+
+def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
+    said = cli("reproduce.py", "--table", "cifar10", "--dry_run", "--output_root", tmp_path).out
+    commands = [line.split("python ")[1] for line in said.splitlines() if "python " in line]
+    assert said.count("Cell ") == 14
+    assert sum("train_attack_withTrans.py" in command and "--epochs 200" in command for command in commands) == 14
+    assert all("--train_images" not in command and "--model resnet18" in command for command in commands)
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_tables_end_with_code_2(cli, tmp_path):
+    for words, part in (
+        (["--table", "cifar10", "--row", "SIG"], "--rows"),
+        (["--table", "imagenet", "--scale", "cpu"], "imagenet has --scale paper"),
+        (["--table", "imagenet", "--rows", "SIG"], "the paper has no row SIG on imagenet"),
+        (["--rows", "SIG"], "give --table"),
+        (["--table", "cifar10", "--ablations", "authors_mask", "--defences", "D-BR"], "no variant of D-BR"),
+        (["--table", "cifar11"], "invalid choice"),
+    ):
+        result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
+        assert result.code == 2 and part in result.err and len(result.err.strip().splitlines()) == 1
+
+
+def test_every_variant_changes_its_defences_commands(cli, tmp_path):
+    for defence, variants in VARIANTS.items():
+        words = [
+            "--table",
+            "cifar10",
+            "--scale",
+            "cpu",
+            "--rows",
+            "CL",
+            "--defences",
+            defence,
+            "--output_root",
+            tmp_path,
+        ]
+        base = cli("reproduce.py", *words, "--dry_run").out
+        for variant in variants:
+            said = cli("reproduce.py", *words, "--dry_run", "--ablations", variant).out
+            last = [line for line in said.splitlines() if "python " in line][-1]
+            assert last not in base
+
+
+def test_changed_puts_options_in_the_place_of_those_that_are_there():
+    assert changed(["--a", "1", "--b", "2", "3", "--c"], "--b 4 --d") == ["--a", "1", "--c", "--b", "4", "--d"]
+    assert changed(["--lr", "0.1"], "") == ["--lr", "0.1"]
+
+
+# make_tables
+
+
+def cell(row, defence, seed, scale="cpu", table="cifar10", **after):
+    before = {"ACC": 80.0 + seed, "ACC_paper": 79.0 + seed, "ASR": 99.0, "R_ACC": 1.0}
+    after = {"ACC": 78.0, "ACC_paper": 77.5, "ASR": 0.25, "R_ACC": 75.0} | after
+    return {
+        "table": table, "row": row, "defence": defence, "scale": scale, "seed": seed, "before": before, "after": after,
+        "paper_selection": {"epoch": 3, **after}, "detection": {"AUROC": 0.99}, "versions": {"torch": "2"}, "seconds": {"a": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "paper.csv").write_bytes((ROOT / "results/paper.csv").read_bytes())
+
+    def add(*args, **more):
+        one = cell(*args, **more)
+        name = f"{one['row']}_{one['defence']}_{one['scale']}_seed{one['seed']}.json"
+        (tmp_path / "cifar10" / name).write_text(json.dumps(one))
+
+    add("SIG", "D-BR", 0, ASR=0.5)
+    add("SIG", "D-BR", 1, ASR=1.5)
+    add("SIG", "D-BR", 0, scale="quick", ASR=50.0)
+    add("CL", "D-BR", 0, ASR=7.0)
+    add("CL", "D-BR", 0, scale="paper", ACC_paper=92.5, ASR=0.0)
+    return tmp_path
+
+
+def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli):
+    said = cli("tools/make_tables.py", "--results", results)
+    assert said.code == 0, said.err
+    lines = {tuple(line.split(" | ")[:2]): line for line in (results / "tables.md").read_text().splitlines()}
+    sig = lines["| SIG", "D-BR"].split(" | ")
+    spread = np.std([0.5, 1.5], ddof=1)
+    assert sig[2:5] == ["92.73 / 0.24", f"77.50 ± 0.00 / 1.00 ± {spread:.2f}", "-15.23 / +0.76"]
+    assert sig[8] == "cpu, 2 seeds"
+    assert "`python reproduce.py --table cifar10 --scale cpu --rows SIG --defences D-BR --seeds 0 1`" in sig[9]
+    backdoored = lines["| SIG", "backdoored"].split(" | ")
+    assert backdoored[3].startswith("79.50 ± 0.71 / 99.00") and backdoored[4] == "-13.38 / -0.69"
+    assert lines["| CL", "D-BR"].split(" | ")[3:5] == ["92.50 / 0.00", "+0.42 / +0.00"]  # of the paper's scale
+    assert "not run" in lines["| CL", "D-ST"] and "not run" in lines["| Trojan", "backdoored"]
+    tex = (results / "tables.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == 3 == tex.count(r"\end{tabular}") and r"ACC\_paper" in tex
+    widths = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
+    assert len(widths) <= 1
+    assert (results / "cifar10.png").stat().st_size > 10_000 and not (results / "imagenet.png").exists()
+
+
+def test_the_readme_gets_the_tables_between_its_markers_and_nothing_else(results, cli, tmp_path):
+    readme = tmp_path / "README.md"
+    middle = "".join(f"<!-- table {name} -->\nold\n<!-- /table {name} -->\nkept {name}\n" for name in TABLES)
+    readme.write_text(f"before\n{middle}after\n")
+    assert cli("tools/make_tables.py", "--results", results, "--readme", readme).code == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table cifar10 -->\n**CIFAR-10**") and "old" not in text
+    assert (
+        text.endswith("<!-- /table imagenet -->\nkept imagenet\nafter\n")
+        and "kept cifar10\n<!-- table cifar100" in text
+    )
+    readme.write_text("no markers")
+    refused = cli("tools/make_tables.py", "--results", results, "--readme", readme)
+    assert refused.code == 2 and "markers" in refused.err and readme.read_text() == "no markers"
+
+
+def test_a_strange_record_is_named(results, cli):
+    (results / "cifar10/strange.json").write_text("[]")
+    refused = cli("tools/make_tables.py", "--results", results)
+    assert refused.code == 2 and "strange.json" in refused.err
+
+
+def test_the_papers_figures_are_complete():
+    paper = pd.read_csv(ROOT / "results/paper.csv")
+    for table, rows in TABLES.items():
+        part = paper[paper["table"] == table]
+        assert tuple(dict.fromkeys(part["row"])) == rows
+        models = ["backdoored", "D-BR"] + ["D-ST"] * (table != "imagenet")
+        assert part["model"].tolist() == models * len(rows)
+    assert set().union(*TABLES.values()) <= set(ROWS)
+
+
+def test_the_readme_shows_the_tables_of_the_records():
+    made = load_script("tools/make_tables.py").tables(ROOT / "results")
+    readme = (ROOT / "README.md").read_text()
+    for table, text in made.items():
+        assert f"<!-- table {table} -->\n{text}\n<!-- /table {table} -->" in readme
+    for path in (ROOT / "results").glob("cifar10*/*.json"):  # every record is of a command that this version still has
+        record = json.loads(path.read_text())
+        assert re.fullmatch(r"python [A-Za-z_/]+\.py( .*)?", record["commands"][-1])
+        assert record["scale"] in ("cpu", "paper") and record["commit"]
+
+
+def test_a_plan_of_every_cell_resolves(tmp_path):
+    parser = load_script("reproduce.py").get_parser()
+    for row in ROWS:
+        opt = parser.parse_args(["--row", row, "--preset", "cpu", "--output_root", str(tmp_path)])
+        opt.variant = None
+        steps, _ = plan(opt)
+        names = list(steps)
+        assert all(names.index(name) > names.index(other) for name, step in steps.items() for other in names
+                   if steps[other] in step.needs)  # fmt: skip

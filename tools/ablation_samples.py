@@ -1,0 +1,91 @@
+"""Samples that SD did not choose, for comparison: what do the defences owe to the separation? For --samples of
+unlearn_relearn.py, ST/train_extractor.py and ST/train_classifier.py.
+
+random: D_c and D_p are drawn at random; random_clean: D_c is, and D_p stays as separate_samples.py made it; oracle: D_c is
+drawn from the samples that are clean and D_p from those that are poisoned, by the ground truth, which no defence has.
+Sizes are those of the ratios, of the oracle's D_p at most all that is poisoned.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from utils import args
+from utils.checkpoints import claim
+from utils.dataloader_bd import poison_training_set
+from utils.errors import UserError, run_script
+from utils.fct import set_sizes
+from utils.files import json_writer, write_together
+from utils.manifest import write_options
+from utils.metrics import detection_quality
+from utils.paths import shown
+from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples, sample_files, sample_writers
+from utils.seeding import generator
+
+KINDS = ("random", "random_clean", "oracle")
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    args.add_data_options(parser)
+    args.add_attack_options(parser)
+    args.add_ratio_options(parser)
+    args.add_overwrite_option(parser)
+    parser.add_argument("--kind", choices=KINDS, required=True, help="how D_c and D_p are chosen")
+    parser.add_argument("--out", type=args.path, required=True, help="folder of the three files")
+    return parser
+
+
+def draw_flags(kind, is_clean, kept, sizes, seed):
+    """The set of every sample.
+
+    Args:
+        kind: one of `KINDS`; is_clean: bool (N,), the ground truth, which ``oracle`` alone reads; kept: int64, the indices
+        that D_p keeps with ``random_clean``; sizes: of D_c and D_p; seed: of the draw.
+
+    Returns:
+        int64 (N,): `samples.CLEAN`, `UNCERTAIN` or `POISON`.
+    """
+    order = generator(seed, "ablation", kind).permutation(len(is_clean))
+    flags = np.full(len(is_clean), UNCERTAIN)
+    if kind == "random_clean":
+        flags[kept] = POISON
+        flags[order[flags[order] != POISON][: sizes[0]]] = CLEAN
+        return flags
+    can_be_clean, can_be_poisoned = (is_clean, ~is_clean) if kind == "oracle" else [np.ones(len(is_clean), bool)] * 2
+    flags[order[can_be_poisoned[order]][: sizes[1]]] = POISON
+    flags[order[(flags[order] == UNCERTAIN) & can_be_clean[order]][: sizes[0]]] = CLEAN
+    return flags
+
+
+def main(argv=None):
+    opt = args.parse(get_parser(), argv)
+    dataset = args.load_data(opt)
+    poisoned = poison_training_set(dataset, opt)
+    if poisoned.is_clean is None:
+        raise UserError("this compares with the ground truth, which nobody has of your own data")
+    kept, inputs = None, []
+    if opt.kind == "random_clean":
+        kept = load_samples(opt, dataset.spec, [POISON])["index"]
+        inputs = sample_files(opt, [POISON])
+    sizes = set_sizes(len(poisoned.labels), opt.clean_ratio, opt.poison_ratio)
+    flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
+    sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
+
+    folder = opt.out.absolute()
+    claim(folder / "options.json", opt)
+    classes = dataset.spec.num_classes
+    quality = detection_quality(flags.astype(float), *sets, poisoned.is_clean, poisoned.labels, classes)
+    quality.pop("AUROC")  # of FCT, which was not looked at
+    writers = sample_writers(folder, poisoned, flags) | {folder / "detection.json": json_writer(quality)}
+    outputs = {folder / name: digest for name, digest in write_together(writers).items()}
+    settings = {"step": "ablation_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
+    write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
+    print(f"D_c {len(sets[0])}, D_p {len(sets[1])}, drawn: {opt.kind}. The samples are in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,199 @@
+"""The paper's tables with our figures beside them, from the records of reproduce.py --table.
+
+Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
+<table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
+counts, else cpu; quick never does. Several seeds are shown as mean ± standard deviation.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from utils import args
+from utils.errors import UserError, run_script
+from utils.figures import save_figure
+from utils.files import text_writer, write_together
+from utils.paths import ROOT, shown
+from utils.records import cell_line, collect, read_cells
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
+SHOWN_SCALES = ("paper", "cpu")  # the first that a cell has
+HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
+        "best on the test set", "scale, seeds", "made by"]  # fmt: skip
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--results", type=args.path, default=ROOT / "results", help="folder of the records")
+    parser.add_argument("--readme", type=args.path, help="file whose tables, between their markers, are replaced")
+    return parser
+
+
+def ours(lines, row, model):
+    """The cells (a DataFrame, one line a seed) that are shown for a row and a model; ``backdoored`` takes what a D-BR cell,
+    or else a D-ST cell, had before the defence. Empty where none was run."""
+    if lines.empty:
+        return lines
+    lines = lines[(lines["row"] == row) & (lines["variant"] == "")]
+    for scale in SHOWN_SCALES:
+        for defence in ("D-BR", "D-ST") if model == "backdoored" else (model,):
+            part = lines[(lines["scale"] == scale) & (lines["defence"] == defence)].sort_values("seed")
+            if len(part) and model == "backdoored":
+                measures = [name.removeprefix("before_") for name in part if name.startswith("before_")]
+                part = part.drop(columns=measures).rename(columns={f"before_{name}": name for name in measures})
+            if len(part):
+                return part
+    return lines.iloc[:0]
+
+
+def spread(values, digits=2):
+    """A mean as text, with its standard deviation where there are several values."""
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {values.std():.{digits}f}"
+
+
+def command_of(table, part):
+    """The command that makes the cells of ``part``."""
+    line = part.iloc[0]
+    seeds = " ".join(map(str, part["seed"]))
+    seeds = "" if seeds == "0" else f" --seeds {seeds}"
+    return (
+        f"python reproduce.py --table {table} --scale {line['scale']} --rows {line['row']} "
+        f"--defences {line['defence']}{seeds}"
+    )
+
+
+def body(table, paper, lines):
+    """The lines of one table as lists of text, one list an attack and model, under `HEAD`."""
+    rows = []
+    for cell in paper[paper["table"] == table].to_dict("records"):
+        part = ours(lines, cell["row"], cell["model"])
+        start = [cell["row"], cell["model"], f"{cell['ACC']:.2f} / {cell['ASR']:.2f}"]
+        if part.empty:
+            rows.append([*start, "not run", *[""] * (len(HEAD) - len(start) - 1)])
+            continue
+        differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
+        best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
+        seeds = f", {len(part)} seeds" if len(part) > 1 else ""
+        rows.append([
+            *start, f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]),
+            spread(part["R_ACC"]), best, f"{part['scale'].iloc[0]}{seeds}", command_of(table, part),
+        ])  # fmt: skip
+    return rows
+
+
+def markdown(table, rows):
+    """One table in Markdown."""
+    lines = [f"**{TITLES[table]}**", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+    for row in rows:
+        lines.append("| " + " | ".join([*row[:-1], f"`{row[-1]}`" if row[-1] else ""]) + " |")
+    return "\n".join(lines)
+
+
+def latex(table, rows):
+    """One table in LaTeX (package booktabs), without the commands."""
+
+    def escaped(text):
+        return text.replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$")
+
+    lines = [rf"% {TITLES[table]}", r"\begin{tabular}{ll" + "r" * (len(HEAD) - 4) + "l}", r"\toprule"]
+    lines += [" & ".join(map(escaped, HEAD[:-1])) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escaped, row[:-1])) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def picture(path, table, paper, lines):
+    """ACC_paper and ASR of every row as bars, the paper's beside ours."""
+    cells = paper[paper["table"] == table]
+    models = list(dict.fromkeys(cells["model"]))
+    names = list(dict.fromkeys(cells["row"]))
+    figure, axes = plt.subplots(2, len(models), figsize=(4.4 * len(models), 6), layout="constrained", sharey="row")
+    places = np.arange(len(names))
+    for column, model in enumerate(models):
+        parts = [ours(lines, name, model) for name in names]
+        for axis, ours_name, paper_name in zip(axes[:, column], ("ACC_paper", "ASR"), ("ACC", "ASR"), strict=True):
+            theirs = cells[cells["model"] == model].set_index("row")[paper_name].reindex(names)
+            axis.bar(places - 0.2, theirs, 0.4, color="#b8bec6", label="paper")
+            found = [part[ours_name].mean() if len(part) else np.nan for part in parts]
+            bars = axis.bar(places + 0.2, found, 0.4, color="#3b6fb6", label="ours")
+            for place, bar, part in zip(places, bars, parts, strict=True):
+                if part.empty:
+                    axis.text(
+                        place + 0.2, 1, "not run", rotation=90, ha="center", va="bottom", fontsize=7, color="#666"
+                    )
+                else:
+                    height = bar.get_height()
+                    axis.text(place + 0.2, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=7)
+            axis.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
+            axis.set_ylim(0, 112)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(model)
+    axes[0, 0].set_ylabel("ACC without the target class, %")
+    axes[1, 0].set_ylabel("ASR, %")
+    axes[0, -1].legend(loc="lower right", fontsize=8)
+    scales = sorted(
+        {part["scale"].iloc[0] for model in models for name in names if len(part := ours(lines, name, model))}
+    )
+    figure.suptitle(f"{TITLES[table]}: ours at scale {', '.join(scales) or '(not run)'}, last epoch", fontsize=11)
+    save_figure(figure, path)
+
+
+def replace_between(text, marker, content, where):
+    """``text`` with ``content`` between its markers; a `UserError` where it has none."""
+    first, last = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise UserError(f"{shown(where)} does not have the markers {first} and {last} once each")
+    head, rest = text.split(first)
+    return f"{head}{first}\n{content}\n{last}{rest.split(last)[1]}"
+
+
+def tables(results):
+    """The Markdown of each table by its name, from the records in ``results``, without writing anything."""
+    paper = pd.read_csv(results / "paper.csv")
+    return {table: markdown(table, body(table, paper, lines_of(results, table))) for table in TITLES}
+
+
+def lines_of(results, table):
+    """The records of a table as a DataFrame, see `records.cell_line`."""
+    return pd.DataFrame([cell_line(cell) for cell in read_cells(results / table)])
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    source = opt.results / "paper.csv"
+    if not source.is_file():
+        raise UserError(
+            f"no file {shown(source)}, the paper's figures, which comes with the repository; give --results"
+        )
+    paper = pd.read_csv(source)
+    texts, tex = {}, []
+    for table in TITLES:
+        if any((opt.results / table).glob("*.json")):
+            collect(opt.results / table, opt.results / f"{table}.csv")
+        lines = lines_of(opt.results, table)
+        rows = body(table, paper, lines)
+        texts[table] = markdown(table, rows)
+        tex.append(latex(table, rows))
+        if len(lines):
+            picture(opt.results / f"{table}.png", table, paper, lines)
+        print(f"{texts[table]}\n")
+    writers = {
+        opt.results / "tables.md": text_writer("\n\n".join(texts.values()) + "\n"),
+        opt.results / "tables.tex": text_writer("\n\n".join(tex) + "\n"),
+    }
+    if opt.readme:
+        text = opt.readme.read_text()
+        for table, content in texts.items():
+            text = replace_between(text, f"table {table}", content, opt.readme)
+        writers[opt.readme] = text_writer(text)
+    write_together(writers)
+    print(f"Written: {', '.join(shown(path) for path in writers)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,99 @@
+"""The cells of the paper's tables that were run: one JSON a cell under results/<table>/, and all of a table as one CSV.
+
+A cell is a row (an attack) and a defence, at one scale and one seed.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from utils.errors import UserError
+from utils.files import make_folder, read_json, read_record, write_json, write_rows
+from utils.manifest import manifest
+
+MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")
+DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
+KEYS = ("table", "row", "defence", "scale", "seed")
+
+
+def cell_name(row, defence, scale, seed, variant=""):
+    """Name of a cell's file without its suffix."""
+    return "_".join([row, defence, scale, f"seed{seed}", *([variant] * bool(variant))])
+
+
+def hardware(device):
+    """The processor, or the GPU, that ``device`` (an option of the steps, or None) means, in words."""
+    cuda = torch.cuda.is_available() if device in (None, "auto") else device.startswith("cuda")
+    if cuda:
+        return f"1 {torch.cuda.get_device_name(device if ':' in str(device) else 0)}"
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # another system than Linux
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {name}"
+
+
+def evaluated(rows):
+    """The rows of a training's log (a DataFrame) in which the test sets were looked at, the one before training left out."""
+    return rows[(rows["epoch"] >= 0) & rows["ASR"].notna()] if "ASR" in rows else rows.iloc[:0]
+
+
+def measured(row):
+    """The measures of one row of a log as a dict."""
+    return {name: float(row[name]) for name in MEASURES}
+
+
+def write_cell(path, opt, inputs, **content):
+    """Write the record of a cell (path of the JSON); ``inputs``: what it was read from."""
+    make_folder(path.parent)
+    write_json(path, {**manifest(path, opt, inputs=inputs, outputs=[]), **content})
+
+
+def read_cells(folder):
+    """All records in ``folder``, sorted by file name.
+
+    Raises:
+        UserError: for a file that is no record of a cell.
+    """
+    cells = []
+    for path in sorted(Path(folder).glob("*.json")):
+        cell = read_json(path)
+        if not isinstance(cell, dict) or not all(name in cell for name in (*KEYS, "before", "after", "detection")):
+            raise UserError(
+                f"{path} is no record of a cell; remove it, or make it with: python reproduce.py --table ..."
+            )
+        cells.append(cell)
+    return cells
+
+
+def cell_line(cell):
+    """A record as one flat dict, a line of the table's CSV. ``best_``: by the paper's selection, on the test set."""
+    line = {name: cell[name] for name in KEYS}
+    line |= {"variant": cell.get("variant", "")}
+    line |= {f"before_{name}": cell["before"].get(name) for name in MEASURES}
+    line |= {name: cell["after"].get(name) for name in MEASURES}
+    line |= {f"best_{name}": (cell.get("paper_selection") or {}).get(name) for name in ("epoch", *MEASURES)}
+    line |= {name: cell["detection"].get(name) for name in DETECTION}
+    line |= {"model": cell.get("model"), "training_images": cell.get("training_images")}
+    line |= {"seconds": round(sum((cell.get("seconds") or {}).values())), "hardware": cell.get("hardware")}
+    return line | {"torch": cell["versions"]["torch"], "commit": cell.get("commit")}
+
+
+def collect(folder, out):
+    """Write all records in ``folder`` as one CSV (path ``out``), a line a cell; return the lines as a DataFrame."""
+    lines = [cell_line(cell) for cell in read_cells(folder)]
+    write_rows(out, lines)
+    return pd.DataFrame(lines)
+
+
+def epochs_of(step):
+    """Epochs that a step's record tells of, or None for a step without epochs."""
+    return (read_record(step.record) or {}).get("epochs_done")
