@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, load_script
+from PIL import Image
 
 from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, plan
 
@@ -241,3 +242,38 @@ def test_a_plan_of_every_cell_resolves(tmp_path):
         names = list(steps)
         assert all(names.index(name) > names.index(other) for name, step in steps.items() for other in names
                    if steps[other] in step.needs)  # fmt: skip
+
+
+# Figure 3
+
+
+def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, monkeypatch, in_process, capsys):
+    monkeypatch.setitem(PRESETS, "quick", TINY)
+    figure3 = load_script("tools/figure3.py")
+    monkeypatch.setattr(figure3, "STEP_2", "--epochs 2 --batch_size 64 --eval_freq 0")
+    words = ["--scale", "quick", "--rows", "BadNets-all2one", "SIG", "--every_epoch", "SIG", "--data_root", data_root,
+             "--output_root", tmp_path / "runs", "--out", tmp_path / "results"]  # fmt: skip
+    figure3.main(list(map(str, words)))
+    lines = pd.read_csv(tmp_path / "results/figure3_quick.csv")
+    assert list(zip(lines["row"], lines["epoch"], strict=True)) == [
+        ("BadNets-all2one", 0), ("BadNets-all2one", 2), ("SIG", 0), ("SIG", 1), ("SIG", 2)
+    ]  # fmt: skip
+    place = tmp_path / "runs/quick_seed0_figure3/saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10"
+    clean, poisoned = (np.loadtxt(place / f"gridTrigger/1_{kind}.txt") for kind in ("clean", "poison"))
+    pairs = [(bad > good) + 0.5 * (bad == good) for bad in poisoned for good in clean]
+    line = lines.iloc[1]
+    assert line["AUROC"] == pytest.approx(np.mean(pairs))
+    assert line["FCT_clean"] == pytest.approx(np.median(clean)) and line["FCT_poisoned"] == pytest.approx(
+        np.median(poisoned)
+    )
+    log = pd.read_csv(place / "gridTrigger/log.csv")
+    assert line["feature_norm"] == pytest.approx(log["feature_norm"].iloc[1]) and np.isnan(
+        lines["feature_norm"].iloc[0]
+    )
+    assert line["Dc_smallest_class"] <= 10 <= line["Dc_largest_class"]  # 100 samples of ten classes
+    with Image.open(tmp_path / "results/figure3_quick.png") as picture:
+        assert picture.size[1] > 400
+    capsys.readouterr()
+    figure3.main(list(map(str, words)))
+    said = capsys.readouterr().out
+    assert said.count("(already there)") == said.count("] python ") == 9

@@ -96,13 +96,24 @@ def plain(text):
 
 
 def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80, names=("clean", "poisoned")):
+    """A picture (its `Path`) of one `draw_histogram` with axes named and a title."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    draw_histogram(axis, fct, is_clean, gammas, bins, names)
+    axis.set_xlabel(r"FCT, $\Delta_{trans}(x; \tau, f)$ (logarithmic)")
+    axis.set_ylabel("samples (linear to 10, then logarithmic)")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_histogram(axis, fct, is_clean, gammas=None, bins=80, names=("clean", "poisoned")):
     """Histogram of FCT, clean and poisoned samples (or two other ``names``) beside each other, on a logarithmic axis.
 
     Values of exactly zero, which a logarithmic axis cannot show, get a bar of their own on the left with their share.
 
     Args:
-        path: `Path` of the picture; fct: float (N,); is_clean: bool (N,), which only colours the bars, or
-        None; gammas: pair (gamma_c, gamma_p) to draw, or None.
+        axis: of matplotlib; fct: float (N,); is_clean: bool (N,), which only colours the bars, or None; gammas: pair
+        (gamma_c, gamma_p) to draw, or None; bins: how many.
     """
     positive = fct[fct > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (1e-6, 1.0)
@@ -111,7 +122,6 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80, names=("clea
     decades = np.log10(high / low)
     zero = np.array([low / 10 ** (0.12 * decades), low / 10 ** (0.07 * decades)])  # a bar left of the axis proper
 
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     kinds = [("samples", slice(None), CLEAN)]
     if is_clean is not None:
         kinds = [(names[0], is_clean, CLEAN), (names[1], ~is_clean, POISONED)]
@@ -141,8 +151,3 @@ def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80, names=("clea
         for gamma, name, style in zip(gammas, (r"$\gamma_c$", r"$\gamma_p$"), ("--", "-."), strict=True):
             place = gamma if gamma > 0 else zero[1]
             axis.axvline(place, color="black", linewidth=1.2, linestyle=style, label=f"{name} = {gamma:.4g}")
-    axis.set_xlabel(r"FCT, $\Delta_{trans}(x; \tau, f)$ (logarithmic)")
-    axis.set_ylabel("samples (linear to 10, then logarithmic)")
-    axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8)
-    save_figure(figure, path)

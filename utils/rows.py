@@ -161,11 +161,11 @@ def resolve(opt):
     return resolved, words, where, ratios
 
 
-def plan(opt):
+def plan(opt, **own):
     """The steps of the row in the order they run, by name, and the options that `resolve` gives. ``opt.variant``: one of
-    `VARIANTS`, which changes the steps of the defence, or None."""
+    `VARIANTS`, which changes the steps of the defence, or None; ``own``: options of steps in the place of the preset's."""
     resolved, words, where, ratios = resolve(opt)
-    preset = {name: shlex.split(text or "") for name, text in PRESETS[opt.preset].items()}
+    preset = {name: shlex.split(text) for name, text in {**PRESETS[opt.preset], **own}.items()}
     changes = VARIANTS[defences_of(opt)[0]][opt.variant] if opt.variant else {}
     steps = {}
 

@@ -1,0 +1,150 @@
+"""Figure 3 of the paper: FCT of every row of a table after step 1 and after step 2 of SD, and what step 2 does on the way.
+
+Runs steps 1 to 3 of SD with the paper's tau, and with --every_epoch step 3 after each epoch of step 2, as commands that are
+printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
+and figure3_<scale>.csv, a line a row and epoch, to --out. The lines' measures are by the ground truth, for evaluation only.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from utils import args
+from utils.dataloader_bd import poison_training_set
+from utils.errors import run_script
+from utils.fct import fct_path, gammas_of_ratios, load_fct, separate
+from utils.figures import draw_histogram, save_figure
+from utils.files import make_folder, write_rows
+from utils.metrics import detection_quality
+from utils.paths import ROOT, shown, typed
+from utils.rows import ROWS, SCALES, TABLES, plan
+from utils.samples import CLEAN, POISON
+from utils.steps import Step, run
+
+STEP_2 = "--epochs 10 --eval_freq 0"
+KEPT = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--table", choices=("cifar10", "cifar100"), default="cifar10", help="whose rows")
+    parser.add_argument("--rows", choices=tuple(ROWS), nargs="+", help="these rows; default: the paper's")
+    parser.add_argument("--scale", choices=SCALES, default="paper", help="images, network and step 1 of this preset")
+    parser.add_argument("--seed", type=args.natural, default=0)
+    parser.add_argument(
+        "--every_epoch",
+        choices=tuple(ROWS),
+        nargs="+",
+        default=[],
+        help="rows whose FCT is taken after every epoch of step 2",
+    )
+    parser.add_argument("--data_root", type=args.path, help="given to every step")
+    parser.add_argument("--output_root", type=args.path, default=ROOT / "runs", help="folder of the steps' results")
+    parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the picture and the table")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    args.add_overwrite_option(parser)
+    return parser
+
+
+def steps_of(opt, row):
+    """SD's steps 1 to 3 of a row, by name, its resolved options, and (epoch, checkpoint) of each that FCT is taken of; the
+    epoch 0 is step 1's last."""
+    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_figure3"
+    cell = {"row": row, "preset": opt.scale, "dataset": opt.table, "seed": opt.seed, "output_root": root}
+    none = dict.fromkeys(("model", "poison_rate", "device", "precision", "variant"))
+    cell = Namespace(**cell, **none, data_root=opt.data_root, defences=["D-BR"])
+    planned, resolved = plan(cell, tau="", finetune_attack_noTrans=STEP_2)
+    names = [
+        name for name in ("train_clean_withTrans", "train_attack_noTrans", "finetune_attack_noTrans") if name in planned
+    ]
+    steps = {name: planned[name] for name in names}
+    places = [(0, steps["train_attack_noTrans"].output)]
+    tuned = steps["finetune_attack_noTrans"].output
+    last = int(tuned.stem) + 1
+    places += [
+        (epoch, tuned.with_name(f"{epoch - 1}.tar"))
+        for epoch in (range(1, last + 1) if row in opt.every_epoch else [last])
+    ]
+    common = planned["calculate_gamma"].words
+    ratios = common.index("--clean_ratio")
+    for epoch, path in places:
+        record = fct_path(path, "fct.json")
+        words = [*common[:ratios], "--checkpoint_load", typed(path)]
+        made_by = steps["finetune_attack_noTrans" if epoch else "train_attack_noTrans"]
+        steps[f"FCT of epoch {epoch}"] = Step("calculate_consistency.py", words, record, record, [made_by])
+    return steps, resolved, places
+
+
+def measures(resolved, places, norms):
+    """FCT by epoch, is_clean (bool (N,)) and one dict an epoch: how FCT detects, its zeros, and how D_c spreads.
+
+    Args:
+        resolved: the options of SD; places: (epoch, checkpoint) pairs; norms: mean feature norm in training by epoch.
+    """
+    dataset = args.load_data(resolved)
+    poisoned = poison_training_set(dataset, resolved)
+    values, lines = {}, []
+    for epoch, path in places:
+        fct = load_fct(path, "python tools/figure3.py")
+        ratios = resolved.clean_ratio, resolved.poison_ratio
+        flags = separate(fct, *gammas_of_ratios(fct, *ratios), *ratios, resolved.seed)
+        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
+        quality = detection_quality(fct, *sets, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
+        per_class = quality["Dc_per_class"]
+        lines.append({
+            "epoch": epoch, "feature_norm": norms.get(epoch), "zeros": 100 * float((fct == 0).mean()),
+            "FCT_clean": float(np.median(fct[poisoned.is_clean])), "FCT_poisoned": float(np.median(fct[~poisoned.is_clean])),
+            **{name: quality[name] for name in KEPT}, "Dc_smallest_class": min(per_class), "Dc_largest_class": max(per_class),
+        })  # fmt: skip
+        values[epoch] = fct
+    return values, poisoned.is_clean, lines
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    rows = opt.rows or TABLES[opt.table]
+    planned = {row: steps_of(opt, row) for row in rows}
+    lines, drawn = [], {}
+    for row, (steps, resolved, places) in planned.items():
+        print(f"{row}:", flush=True)
+        make_folder(resolved.output_root)
+        run(steps, opt, resolved.output_root / f"figure3_{row}_seconds.json")
+        if opt.dry_run:
+            continue
+        log = pd.read_csv(steps["finetune_attack_noTrans"].output.with_name("log.csv"))
+        norms = dict(zip(log["epoch"] + 1, log["feature_norm"], strict=True))
+        values, is_clean, of_row = measures(resolved, places, norms)
+        drawn[row] = values, is_clean, {line["epoch"]: line for line in of_row}
+        lines += [{"row": row, **line} for line in of_row]
+    if opt.dry_run:
+        return
+
+    figure, axes = plt.subplots(len(drawn), 2, figsize=(11, 2.3 * len(drawn)), layout="constrained", squeeze=False)
+    for (row, (values, is_clean, measured)), pair in zip(drawn.items(), axes, strict=True):
+        for axis, epoch, when in zip(
+            pair, (0, max(values)), ("step 1", f"{max(values)} epochs of step 2"), strict=True
+        ):
+            fct = values[epoch]
+            draw_histogram(axis, fct, is_clean, gammas_of_ratios(fct, resolved.clean_ratio, resolved.poison_ratio))
+            axis.set_title(f"{row} after {when}: AUROC {measured[epoch]['AUROC']:.4f}", fontsize=9)
+            axis.legend(fontsize=6, loc="upper right")
+            axis.tick_params(labelsize=7)
+        pair[0].set_ylabel("samples", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("FCT (logarithmic)", fontsize=8)
+    picture, table = (opt.out / f"figure3_{opt.scale}.{kind}" for kind in ("png", "csv"))
+    make_folder(opt.out)
+    save_figure(figure, picture)
+    write_rows(table, lines)
+    print(pd.DataFrame(lines).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"The figure is {shown(picture)}, the table {shown(table)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
