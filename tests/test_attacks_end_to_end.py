@@ -127,7 +127,17 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
     (path,) = (tmp_path / "taus").iterdir()
     assert path.name == "cifar10_resnet10_gridTrigger_all2one_0.1_train_attack_noTrans_1.csv"
     table = pd.read_csv(path)
-    assert table.tau.tolist() == ["rotate + affine", "rotate", "affine", "flip", "crop", "blur", "erase", "auto"]
+    assert table.tau.tolist() == [
+        "rotate + affine",
+        "rotate",
+        "affine",
+        "flip",
+        "crop",
+        "blur",
+        "erase",
+        "shrink",
+        "auto",
+    ]
     assert table.AUROC.between(0, 1).all() and table.Dp_precision.between(0, 100).all()
     for name, *tau in (("rotate + affine",), ("auto", "--trans1", "auto")):  # what the steps themselves find
         said = cli("separate_samples.py", *words(tmp_path / name), "--checkpoint_load", checkpoint, *tau)
@@ -140,3 +150,15 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
     part = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--every", 2,
                "--out", tmp_path / "taus")  # fmt: skip
     assert part.code == 0 and "200 samples" in part.out
+    ratios = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--auto",
+                 "--poison_ratios", 0.02, 0.1, "--out", tmp_path / "taus")  # fmt: skip
+    assert ratios.code == 0, ratios.err
+    table = pd.read_csv(path).set_index(["tau", "ratios"])
+    assert len(table) == 3 * 9
+    of_flip = table.loc["flip"]
+    assert of_flip.loc["0.2 0.02", "Dp_size"] == 8 and of_flip.loc["0.2 0.1", "Dp_size"] == 40
+    said = cli("separate_samples.py", *words(tmp_path / "tenth"), "--checkpoint_load", checkpoint, "--poison_ratio", 0.1,
+               "--trans1", "flip", "--trans2", "none")  # fmt: skip
+    assert said.code == 0, said.err
+    expected = pd.read_json(next((tmp_path / "tenth").rglob("detection.json")), typ="series")
+    assert abs(of_flip.loc["0.2 0.1", "Dp_recall"] - expected.Dp_recall) < 1e-3

@@ -1,6 +1,6 @@
 """Compare transforms tau on one checkpoint of SD: how well FCT separates under each, by the ground truth.
 
-Writes, a row a tau, AUROC, the share of poisoned samples in the highest poison_ratio (Dp_precision) and what part of all
+Writes, a row a tau and pair of ratios, AUROC, the share of poisoned samples in the highest poison_ratio (Dp_precision) and what part of all
 of them that is (Dp_recall), and the share of poisoned samples in the lowest clean_ratio (Dc_contamination) to
 <out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv. For evaluation only: no defence step
 reads this.
@@ -17,16 +17,26 @@ import pandas as pd
 from utils import args
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
-from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, sd_checkpoint, sd_network, separate
+from utils.fct import (
+    AUTO,
+    combine,
+    compute_fct,
+    gammas_of_distribution,
+    gammas_of_ratios,
+    sd_checkpoint,
+    sd_network,
+    separate,
+)
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, data_name, shown
 from utils.samples import CLEAN, POISON
 
 TAUS = (
     ("rotate", "affine"),
     *((name, "none") for name in ("rotate", "affine", "flip", "crop", "blur", "erase", "shrink")),
 )
+KEPT = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
 
 
 def get_parser():
@@ -35,12 +45,28 @@ def get_parser():
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_ratio_options(parser)
+    parser.add_argument(
+        "--poison_ratios", type=args.share, nargs="+", help="several alpha_p in the place of poison_ratio, a row each"
+    )
+    parser.add_argument("--auto", action="store_true", help="also the ratios that calculate_gamma.py --auto finds")
     parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
     parser.add_argument("--every", type=args.positive_int, default=1, help="take every so-manieth sample, to save time")
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 1 or 2; default: step 2's last")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/taus", help="folder of the table")
     return parser
+
+
+def separations(fct, opt):
+    """(kind of ratios, flags int64 (N,) as `fct.separate` gives them) for each pair of ratios asked for; for those found in
+    the values None where there are no two groups."""
+    for poison_ratio in opt.poison_ratios or [opt.poison_ratio]:
+        ratios = opt.clean_ratio, poison_ratio
+        yield f"{opt.clean_ratio} {poison_ratio}", separate(fct, *gammas_of_ratios(fct, *ratios), *ratios, opt.seed)
+    if opt.auto:
+        found = gammas_of_distribution(fct)
+        names = ("gamma_low", "gamma_high", "clean_ratio", "poison_ratio")
+        yield "auto", None if found is None else separate(fct, *(found[name] for name in names), opt.seed)
 
 
 def main(argv=None):
@@ -63,15 +89,15 @@ def main(argv=None):
 
     table = []
     for names, fct in values.items():
-        flags = separate(
-            fct, *gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio), opt.clean_ratio, opt.poison_ratio, opt.seed
-        )
-        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
-        quality = detection_quality(fct, *sets, is_clean, labels, dataset.spec.num_classes)
         tau = " + ".join(name for name in names if name not in ("", "none"))
-        kept = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")
-        table.append({"tau": tau, **{name: round(quality[name], 4) for name in kept}})
-    attack = f"{opt.dataset}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
+        for kind, flags in separations(fct, opt):
+            line = {"tau": tau, "ratios": kind}
+            if flags is not None:
+                sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
+                quality = detection_quality(fct, *sets, is_clean, labels, dataset.spec.num_classes)
+                line |= {name: round(quality[name], 4) for name in KEPT}
+            table.append(line)
+    attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
     out = make_folder(opt.out.absolute()) / f"{attack}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
     write_rows(out, table)
     print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")
