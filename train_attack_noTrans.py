@@ -10,6 +10,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
+from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.figures import sample_sheet
@@ -49,6 +50,7 @@ def main(argv=None):
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
+    model = parallel(model, runtime)
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=opt.cosine_epochs)
 

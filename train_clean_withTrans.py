@@ -10,6 +10,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import CLEAN_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
+from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.losses import cross_entropy
@@ -53,6 +54,7 @@ def main(argv=None):
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
+    model = parallel(model, runtime)
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 

@@ -18,6 +18,7 @@ from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, pre
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
+from utils.distributed import parallel, total_of
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
@@ -70,13 +71,13 @@ def get_parser():
 @torch.no_grad()
 def mean_cross_entropy(model, batches, runtime):
     """Cross-entropy of the whole set without augmentation: how well the network still knows it."""
-    total = 0
+    total = torch.zeros((), device=runtime.device)
     splits = evaluation_splits(batches.images)
     for rows, images in zip(splits, fetch(batches.images, splits, runtime), strict=True):
         with runtime.autocast():
             logits = model(batches.normalize(images)).float()
         total += F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="sum")
-    return total.item() / len(batches.labels)
+    return total_of(total).item() / len(batches.labels)
 
 
 def main(argv=None):
@@ -140,7 +141,7 @@ def main(argv=None):
     else:
         model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
         load_weights(model, checkpoint["model"], path)
-    model = runtime.place(model)
+    model = parallel(runtime.place(model), runtime)
     optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN], opt.samples)]
     source = os.path.relpath(path, save.parent)

@@ -19,6 +19,7 @@ from ST.losses import mixed_cross_entropy
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, latest_file, load_checkpoint, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
+from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
@@ -88,6 +89,7 @@ def main(argv=None):
     extractor = runtime.place(extractor).eval()
     torch.manual_seed(opt.seed)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes).to(runtime.device)
+    classifier = parallel(classifier, runtime)
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay
     )

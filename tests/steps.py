@@ -13,9 +13,9 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "tqdm"])
 
 
-def work(script, words, log, threads):
+def work(script, words, log, threads, env):
     """What the process does: one command, its output to the file ``log``."""
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ |= {"TQDM_DISABLE": "1", **env}
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -34,9 +34,11 @@ def work(script, words, log, threads):
 class Step:
     """A command that runs beside the test: ``code`` once it has ended, ``said``, ``signal``."""
 
-    def __init__(self, script, *words, log, threads=1):
+    def __init__(self, script, *words, log, threads=1, env=None):
         self.log = Path(log)
-        self.process = context.Process(target=work, args=(script, [str(word) for word in words], str(log), threads))
+        self.process = context.Process(
+            target=work, args=(script, [str(word) for word in words], str(log), threads, env or {})
+        )
         self.started = time.perf_counter()
         self.process.start()
 

@@ -1,7 +1,6 @@
 """What serves comparison: drawn samples, one pass alone, held-out samples, fewer training images."""
 
 import json
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -21,12 +20,6 @@ def do(*commands):
     """Run commands, each a script and its words, that must succeed."""
     for command in commands:
         assert run_cli(*command) == 0
-
-
-@pytest.fixture
-def copy(pipeline, tmp_path):
-    shutil.copytree(pipeline, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def sets_of(folder):

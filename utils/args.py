@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from models import MODELS
+from utils import distributed
 from utils.dataloader_bd import TARGET_TYPES
 from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import PRECISIONS, choose_runtime
@@ -297,14 +298,17 @@ def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
     runtime = runtime_of(opt)
-    print(f"Running on {runtime}", flush=True)
+    several = f", {distributed.world()} processes" * (distributed.world() > 1)
+    print(f"Running on {runtime}{several}", flush=True)
     return opt, runtime
 
 
 def runtime_of(opt):
     """The `Runtime` that the options of `add_device_options` choose."""
     workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
-    return choose_runtime(opt.device, opt.precision, workers, opt.deterministic)
+    runtime = choose_runtime(distributed.device_of(opt.device), opt.precision, workers, opt.deterministic)
+    distributed.join(runtime.device)
+    return runtime
 
 
 def due(opt, epoch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.datasets import DATASETS
+from utils.distributed import leads
 from utils.errors import UserError, require_file
 from utils.files import (
     csv_writer,
@@ -218,6 +219,8 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     Raises:
         UserError: for a folder that cannot be written, is being written by another run, or holds other work.
     """
+    if not leads():
+        return
     make_folder(record.parent)
     hold_lock(record)
     sweep(record.parent)
@@ -303,6 +306,8 @@ class Run:
     def start(self, first=0, path=None):
         """Make the place this run's own, see `claim`, and decide where the files go; return ``first``, the epoch to begin
         with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
+        if not leads():
+            return first
         claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
         make_folder(self.log.parent)
         staging, earlier = _staging(self.record), read_record(self.record) or {}
@@ -356,7 +361,8 @@ class Run:
 
     def add(self, path):
         """Count the file that belongs to ``path``, written `at` its place, among the outputs."""
-        self.outputs[path] = sha256(self.at(path))
+        if leads():
+            self.outputs[path] = sha256(self.at(path))
 
     def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
         """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats).
@@ -372,6 +378,8 @@ class Run:
             )
         row = {"epoch": epoch, **{name: float(f"{value:.6g}") for name, value in row.items()}}
         self.history.append(row)
+        if not leads():
+            return
         content = {
             "step": self.step,
             "epoch": epoch,
@@ -395,5 +403,5 @@ class Run:
 
     def complete(self):
         """All epochs are done: replace the earlier result where there is one."""
-        if self.staging and _complete(self.staging / self.record.name):
+        if leads() and self.staging and _complete(self.staging / self.record.name):
             _replace(self.record, self.log)

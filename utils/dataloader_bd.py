@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.datasets import StreamedImages
+from utils.distributed import part
 from utils.errors import UserError
 from utils.poisoning import paint, painter
 from utils.seeding import generator
@@ -208,8 +209,8 @@ def fetch(held, splits, runtime, change=None):
 
 def evaluation_splits(held):
     """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 500 images, of a side above 64 pixels
-    as many as take no more memory. A list of int64 tensors."""
-    return list(torch.arange(len(held)).split(max(1, min(500, 500 * 64**2 // held.shape[2] ** 2))))
+    as many as take no more memory. A list of int64 tensors; of several processes each has its part."""
+    return list(part(torch.arange(len(held))).split(max(1, min(500, 500 * 64**2 // held.shape[2] ** 2))))
 
 
 class _Stream(Dataset):
@@ -288,7 +289,8 @@ class Batches:
 
     def epoch(self, number):
         """Yield ``(inputs, labels, extra)`` of epoch ``number``: float32 (views * B, 3, H, W), the first view of all
-        samples before the second of all; int64 (B,); int64 (B,) or None."""
+        samples before the second of all; int64 (B,); int64 (B,) or None. Of several processes each gets the inputs of its
+        part of the batch, and the labels of the whole."""
         count = len(self.labels)
         order = torch.from_numpy(generator(self.seed, "order", self.name, number).permutation(count))
         change = None
@@ -297,7 +299,8 @@ class Batches:
             tables = [self.augmentation.draw(generator(self.seed, *names, view), count) for view in range(self.views)]
             change = Views(self.augmentation, tables)
         splits = list(order.split(self.batch_size))[: len(self)]
-        for rows, images in zip(splits, fetch(self.images, splits, self.runtime, change), strict=True):
+        own = [part(rows) for rows in splits]
+        for rows, images in zip(splits, fetch(self.images, own, self.runtime, change), strict=True):
             on_device = rows.to(self.labels.device)
             extra = None if self.extra is None else self.extra[on_device]
             yield self.normalize(images), self.labels[on_device], extra

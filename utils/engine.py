@@ -5,6 +5,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from utils.distributed import Parallel
 from utils.errors import UserError
 
 
@@ -33,6 +34,8 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
     for number, (inputs, labels, extra) in enumerate(progress(batches.epoch(epoch), title, len(batches))):
         if before_batch:
             before_batch(number)
+        if isinstance(model, Parallel):
+            model.batch(len(labels), batches.views)
         with runtime.autocast():
             loss, sums = objective(model, inputs, labels) if extra is None else objective(model, inputs, labels, extra)
         optimizer.zero_grad(set_to_none=True)
@@ -42,6 +45,8 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         for name, value in {"loss": loss.detach() * len(labels), **sums}.items():
             totals[name] = totals.get(name, 0) + value  # stays on the device: reading it would wait for the device
         watch.look(number, totals)
+    if isinstance(model, Parallel):
+        model.batch(None, 1)
     means = {name: torch.as_tensor(value).item() / seen for name, value in totals.items()}
     return {**means, "seconds": round(time.perf_counter() - started, 2)}
 

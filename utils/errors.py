@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -18,8 +18,13 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM."""
+    """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM. Of several
+    processes that torchrun started, the first alone prints."""
     name = Path(sys.argv[0]).name
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0:
+        silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
+        at_exit.enter_context(redirect_stdout(silence))
+        at_exit.enter_context(redirect_stderr(silence))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite end is that of Ctrl-C
     for stream in (sys.stdout, sys.stderr):

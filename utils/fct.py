@@ -19,6 +19,7 @@ from utils.checkpoints import (
 )
 from utils.dataloader_bd import Normalize, fetch, hold
 from utils.device import Runtime
+from utils.distributed import gather, part
 from utils.engine import progress
 from utils.errors import UserError, require_file
 from utils.files import csv_writer, read_record, sha256, text_writer, write_together
@@ -61,7 +62,7 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
             return model.features(normalize(batch)).float()
 
     fct, norms = [], []
-    splits = list(torch.arange(len(images)).split(batch_size))
+    splits = list(part(torch.arange(len(images))).split(batch_size))
     for rows, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
         plain = features(batch)
         of_taus = []
@@ -71,10 +72,10 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
                 changed = tau.apply(batch, {name: value[rows] for name, value in table.items()})
                 total = total + (plain - features(changed)).square().mean(1)
             of_taus.append(total / len(drawn))
-        fct.append(torch.stack(of_taus))
+        fct.append(torch.stack(of_taus, 1))
         norms.append(plain.norm(dim=1))
-    fct = torch.cat(fct, 1).cpu().numpy()
-    return combine(fct) if trans1 == "auto" else fct[0], torch.cat(norms).cpu().numpy()
+    fct, norms = (gather(torch.cat(parts), len(images)).cpu().numpy() for parts in (fct, norms))
+    return combine(fct.T) if trans1 == "auto" else fct[:, 0], norms
 
 
 def combine(fct):

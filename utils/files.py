@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from utils.distributed import leads
 from utils.errors import UserError, at_exit, require_file
 
 try:
@@ -29,8 +30,11 @@ BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplem
 
 
 def make_folder(folder):
-    """Create ``folder`` with its parents and make sure that it can be written to. Raises `UserError` if not."""
+    """Create ``folder`` with its parents and make sure that it can be written to. Raises `UserError` if not. Like all
+    writing here, the leader's work alone where several processes run."""
     folder = Path(folder)
+    if not leads():
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -45,6 +49,9 @@ def make_folder(folder):
 @contextmanager
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error."""
+    if not leads():
+        yield io.BytesIO() if "b" in mode else io.StringIO()
+        return
     with _temporary(path, mode) as (file, finish):
         yield file
         finish()
@@ -81,6 +88,8 @@ def write_together(writers):
     Returns:
         dict: name of each file -> its SHA-256.
     """
+    if not leads():
+        return dict.fromkeys((Path(path).name for path in writers), "")
     digests = {}
     with ExitStack() as stack:
         finishes = []
@@ -164,7 +173,7 @@ def hold_lock(path):
     Raises:
         UserError: where another run holds it.
     """
-    if fcntl is None:
+    if fcntl is None or not leads():
         return
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     while True:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from utils.dataloader_bd import evaluation_splits, fetch
+from utils.distributed import gather
 
 
 @torch.no_grad()
@@ -13,7 +14,7 @@ def predict(classify, images, normalize, runtime):
     for batch in fetch(images, evaluation_splits(images), runtime):
         with runtime.autocast():
             parts.append(classify(normalize(batch)).argmax(1))
-    return torch.cat(parts)
+    return gather(torch.cat(parts), len(images))
 
 
 def percent(hits):

@@ -1,0 +1,137 @@
+"""Several processes on one training give what one gives: on the CPU, with gloo and two processes."""
+
+import os
+import shutil
+import socket
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_cli
+from steps import Step
+from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, weights
+from torch import nn
+
+from utils import distributed
+from utils.distributed import SharedBatchNorm
+
+
+def on_two(script, *words, log):
+    """Run a script as torchrun starts it, in two processes; return what the first said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    steps = [
+        Step(script, *words, log=f"{log}.{rank}", env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    codes = [step.wait() for step in steps]
+    assert codes == [0, 0], steps[0].said + steps[1].said
+    assert not steps[1].said.strip(), "the second process prints"
+    assert "2 processes" in steps[0].said
+    return steps[0].said
+
+
+BENIGN = "saved/benign_model/cifar10/resnet10"
+RATIOS = ["--clean_ratio", 0.2, "--poison_ratio", 0.05]
+# Few steps, for what is rounded otherwise grows about tenfold a step here; 133 is no multiple of two.
+STEPS = {
+    "train_attack_noTrans.py": (NO_TRANS, "0.tar", ["--epochs", 1, "--batch_size", 133]),
+    "finetune_attack_noTrans.py": (TUNED, "0.tar", ["--epochs", 1, "--batch_size", 133]),
+    "train_attack_withTrans.py": (WITH_TRANS, "0.tar", ["--epochs", 1, "--batch_size", 133]),
+    "train_clean_withTrans.py": (BENIGN, "0.tar", ["--epochs", 1, "--batch_size", 133]),
+    "unlearn_relearn.py": (WITH_TRANS, "1_unlearn_purify.tar", [*RATIOS, "--epochs", 1, "--batch_size", 13]),
+    "ST/train_extractor.py": (EXTRACTOR.replace("bsz_64", "bsz_133"), "last.pth",
+                              [*RATIOS, "--epochs", 1, "--batch_size", 133, "--cosine"]),
+    "ST/train_classifier.py": (CLASSIFIER.replace("bsz_32", "bsz_33"), "ckpt_epoch_0.pth",
+                               [*RATIOS, "--epochs", 1, "--batch_size", 33, "--learning_rate", 0.5]),
+}  # fmt: skip
+
+
+def exact_normalisation(network, runtime, unused=False):
+    """Of one process: torch's own normalisation on a CPU is off by up to 1e-4 of the variance, more than what is tested."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm
+    return network
+
+
+@pytest.mark.parametrize("script", list(STEPS))
+def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, monkeypatch):
+    folder, name, more = STEPS[script]
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root in roots:
+        shutil.copytree(pipeline, root, copy_function=os.link)
+        (root / folder / name).unlink(missing_ok=True)
+    on_two(script, *words(roots[1]), *more, "--overwrite", log=tmp_path / "said")
+    monkeypatch.setattr(distributed, "parallel", exact_normalisation)
+    monkeypatch.setattr(distributed._Sum, "apply", lambda value: value)
+    assert run_cli(script, *words(roots[0]), *more, "--overwrite") == 0
+    before, after = (weights(root / folder / name) for root in roots)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+    log = "unlearn_purify.csv" if script == "unlearn_relearn.py" else "log.csv"
+    one, two = (pd.read_csv(root / folder / log) for root in roots)
+    assert one.columns.tolist() == two.columns.tolist()
+    for column in one.columns.drop("seconds"):
+        np.testing.assert_allclose(
+            two[column], one[column], rtol=1e-3, atol=1.2 if column.isupper() else 0.3, err_msg=column
+        )
+    assert not list(roots[1].rglob("unfinished*"))
+
+
+def test_two_processes_measure_and_separate_as_one(copy, pipeline, words, tmp_path):
+    shutil.rmtree(copy / SAMPLES)
+    for name in ("1_all.txt", "1_fct.json"):
+        (copy / TUNED / name).unlink()
+    on_two("calculate_consistency.py", *words(copy), log=tmp_path / "fct")
+    one, two = (np.loadtxt(root / TUNED / "1_all.txt") for root in (pipeline, copy))
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-7)
+    on_two("separate_samples.py", *words(copy), *RATIOS, log=tmp_path / "sets")
+    for kind in ("clean", "poison", "suspicious"):
+        first, second = (np.load(root / SAMPLES / f"{kind}_samples.npy")["index"] for root in (pipeline, copy))
+        assert (first == second).all()
+
+
+def test_a_mistake_is_told_once_and_ends_both(words, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    steps = [
+        Step("finetune_attack_noTrans.py", *words(tmp_path), log=tmp_path / f"log{rank}",
+             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [step.wait() for step in steps] == [2, 2]
+    assert "train_attack_noTrans.py" in steps[0].said and not steps[1].said.strip()
+
+
+def test_shared_normalisation_of_one_process_is_torchs(monkeypatch):
+    monkeypatch.setattr(distributed._Sum, "apply", lambda value: value)
+    torch.manual_seed(0)
+    theirs, own = nn.BatchNorm2d(5), SharedBatchNorm(5)
+    for module in (theirs, own):
+        nn.init.uniform_(module.weight.data.copy_(torch.arange(5.0)), 0.5, 1.5)
+    own.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 5, 4, 4) * 3 + 1
+    grads = []
+    for module in (theirs, own):
+        inputs = x.clone().requires_grad_()
+        result = module(inputs)
+        (result**3).sum().backward()
+        grads.append((result.detach(), inputs.grad, module.weight.grad, module.running_mean, module.running_var))
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(own.eval()(x), theirs.eval()(x))
+
+
+def test_without_torchrun_nothing_is_shared():
+    rows = torch.arange(7)
+    assert distributed.world() == 1 and distributed.leads()
+    assert torch.equal(distributed.part(rows), rows) and distributed.gather(rows, 7) is rows
+    network = nn.Linear(2, 2)
+    assert distributed.parallel(network, None) is network
