@@ -9,6 +9,7 @@ then such a file too; a checkpoint to continue from is beside it.
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from utils.distributed import parallel, total_of
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import cross_entropy, negative_cross_entropy
+from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
@@ -56,6 +57,10 @@ def get_parser():
     parser.add_argument(
         "--passes", choices=("unlearn", "relearn"), nargs="+", default=["unlearn", "relearn"],
         help="which of the two passes an epoch has; fewer than both are for comparison",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ascent_bound", type=args.positive, default=ASCENT_BOUND, metavar="NATS",
+        help="a sample of D_p whose cross-entropy is above this pushes no further; the default stops none in the paper's setting",
     )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
@@ -159,15 +164,14 @@ def main(argv=None):
         run.history.append({"epoch": -1, **before})
         print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
 
+    ascent = partial(negative_cross_entropy, bound=opt.ascent_bound)
     for epoch in range(first, opt.epochs):
         # Networks from elsewhere may have dropout.
         torch.manual_seed(int(generator(opt.seed, STEP, epoch).integers(2**63)))
         model.train()
         row = {"seconds": 0}
         if "unlearn" in opt.passes:
-            up = train_epoch(
-                model, to_unlearn, epoch, negative_cross_entropy, optimizer, runtime, f"unlearn epoch {epoch + 1}"
-            )
+            up = train_epoch(model, to_unlearn, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
             row["seconds"] += up["seconds"]

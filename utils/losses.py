@@ -15,16 +15,16 @@ def cross_entropy(model, inputs, labels):
 ASCENT_BOUND = 100.0  # nats; a network that has forgotten a sample gives it no less than e^-100
 
 
-def negative_cross_entropy(model, inputs, labels):
+def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
     """Gradient ascent on the cross-entropy, as a loss to be minimised (paper section 4.3, unlearning).
 
-    A guard that is not in the paper: a sample whose cross-entropy is above `ASCENT_BOUND` pushes no further, for ascent
-    has no end of its own; ``at_bound`` counts them. With the paper's settings there are none (README: what can go wrong).
+    A guard that is not in the paper: a sample whose cross-entropy is above ``bound`` pushes no further, for ascent has
+    no end of its own; ``at_bound`` counts them. With the paper's settings there are none (README: what can go wrong).
     """
     logits = model(inputs).float()
     each = F.cross_entropy(logits, labels, reduction="none")
-    sums = {"correct": (logits.argmax(1) == labels).sum(), "at_bound": (each > ASCENT_BOUND).sum()}
-    return -each.clamp(max=ASCENT_BOUND).mean(), sums
+    sums = {"correct": (logits.argmax(1) == labels).sum(), "at_bound": (each > bound).sum()}
+    return -each.clamp(max=bound).mean(), sums
 
 
 def intra_class_loss(features, labels):
