@@ -175,7 +175,10 @@ def rows_of(images, rows):
 
 
 def to_device(images, runtime):
-    """Images uint8 (N, H, W, 3) in memory -> uint8 tensor (N, 3, H, W) on the device."""
+    """Images uint8 (N, H, W, 3) in memory -> uint8 tensor (N, 3, H, W) on the device; on a CPU it is the array itself, seen
+    another way, unless that cannot be written to."""
+    if runtime.device.type == "cpu":
+        return torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(runtime.device)
 
 
