@@ -11,8 +11,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.distributed import parallel
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.losses import intra_class
 from utils.metrics import evaluate
@@ -48,8 +47,8 @@ def main(argv=None):
     batches = Batches(poisoned.images, poisoned.labels, dataset.spec, runtime, opt.batch_size, opt.seed, STEP)
 
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
-    model = parallel(model, runtime, unused=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)  # both as step 1 left
+    model = prepare(model, opt, runtime, batches, unused=True)
+    optimizer = runtime.sgd(model.parameters(), lr=0.01, weight_decay=5e-4)  # both as step 1 left
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)

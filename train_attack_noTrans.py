@@ -10,8 +10,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.distributed import parallel
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
@@ -50,8 +49,8 @@ def main(argv=None):
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
-    model = parallel(model, runtime)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    model = prepare(model, opt, runtime, batches)
+    optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=opt.cosine_epochs)
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)

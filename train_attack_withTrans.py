@@ -10,8 +10,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
-from utils.distributed import parallel
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
@@ -66,8 +65,8 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     if start_from and not checkpoint:
         start_from(model)
-    model = parallel(runtime.place(model), runtime)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=weight_decay)
+    model = prepare(runtime.place(model), opt, runtime, batches)
+    optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
     run = Run(opt, step, folder / "options.json", poisoned.digest, data=dataset.record)

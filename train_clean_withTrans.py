@@ -10,8 +10,7 @@ from models import build_model
 from utils import args
 from utils.checkpoints import CLEAN_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
-from utils.distributed import parallel
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
@@ -54,8 +53,8 @@ def main(argv=None):
 
     torch.manual_seed(opt.seed)
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
-    model = parallel(model, runtime)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    model = prepare(model, opt, runtime, batches)
+    optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
     run = Run(opt, STEP, folder / "options.json", None, data=dataset.record, names=IDENTITY)

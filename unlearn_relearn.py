@@ -19,8 +19,8 @@ from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, pre
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
-from utils.distributed import parallel, total_of
-from utils.engine import train_epoch
+from utils.distributed import total_of
+from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
@@ -146,8 +146,8 @@ def main(argv=None):
     else:
         model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
         load_weights(model, checkpoint["model"], path)
-    model = parallel(runtime.place(model), runtime)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.lr, momentum=0.9, weight_decay=5e-4)
+    model = prepare(runtime.place(model), opt, runtime, to_relearn)
+    optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN], opt.samples)]
     source = os.path.relpath(path, save.parent)
     run = Run(opt, STEP, record, checkpoint["poisoned_digest"], inputs, dataset.record, log, checkpoint_load=source)

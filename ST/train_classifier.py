@@ -38,7 +38,7 @@ def get_parser():
     args.add_attack_options(parser)
     args.add_device_options(parser)
     args.add_ratio_options(parser)
-    args.add_training_options(parser, epochs=10, batch_size=512, lr=5.0, lr_name="--learning_rate")
+    args.add_training_options(parser, epochs=10, batch_size=512, lr=5.0, lr_name="--learning_rate", compiles=False)
     parser.add_argument("--weight_decay", type=args.number(int_or_float, 0), default=0)
     parser.add_argument("--lr_decay_epochs", type=args.positive_int, nargs="+", default=[60, 75, 90])
     parser.add_argument("--lr_decay_rate", type=args.positive, default=0.2, help="what the rate is multiplied by there")
@@ -90,9 +90,7 @@ def main(argv=None):
     torch.manual_seed(opt.seed)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes).to(runtime.device)
     classifier = parallel(classifier, runtime)
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay
-    )
+    optimizer = runtime.sgd(classifier.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.lr_decay_epochs, opt.lr_decay_rate)
 
     def objective(classifier, inputs, labels, in_clean):

@@ -18,8 +18,7 @@ from ST.losses import SupConLoss, authors_mask, trusted_mask
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
-from utils.distributed import parallel
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.paths import secure_folder, shown
 from utils.samples import CLEAN, POISON, UNCERTAIN, images_of, load_samples, sample_files
@@ -104,8 +103,9 @@ def main(argv=None):
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
 
     torch.manual_seed(opt.seed)
-    model = parallel(runtime.place(SupConResNet(opt.model, size=dataset.spec.size)), runtime)
-    optimizer = torch.optim.SGD(model.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=opt.weight_decay)
+    model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))
+    model = prepare(model, opt, runtime, batches)
+    optimizer = runtime.sgd(model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     contrastive = SupConLoss(opt.temp)
 
     def objective(model, inputs, labels, in_clean):

@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, 
         shutil.copytree(pipeline, root, copy_function=os.link)
         (root / folder / name).unlink(missing_ok=True)
     on_two(script, *words(roots[1]), *more, "--overwrite", log=tmp_path / "said")
-    monkeypatch.setattr(distributed, "parallel", exact_normalisation)
+    monkeypatch.setattr("utils.engine.parallel", exact_normalisation)
     monkeypatch.setattr(distributed._Sum, "apply", lambda value: value)
     assert run_cli(script, *words(roots[0]), *more, "--overwrite") == 0
     before, after = (weights(root / folder / name) for root in roots)

@@ -195,7 +195,9 @@ def add_device_options(parser):
     )
 
 
-def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluates=True, overwrites=True):
+def add_training_options(
+    parser, epochs, batch_size, lr, lr_name="--lr", evaluates=True, overwrites=True, compiles=True
+):
     """Epochs, batch size, learning rate, evaluation, and replacing an earlier run of other settings; ``lr`` None: the
     checkpoint decides it."""
     parser.add_argument("--epochs", type=positive_int, default=epochs, help="epochs in all, a resumed run's included")
@@ -211,6 +213,11 @@ def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluat
         )
     if overwrites:
         add_overwrite_option(parser)
+    if compiles:
+        parser.add_argument(
+            "--compile", choices=("auto", "on", "off"), default="auto",
+            help="torch.compile of the training step; auto: on CUDA, with CUDA graphs",
+        )  # fmt: skip
 
 
 def add_validation_option(parser, of):

@@ -34,7 +34,7 @@ SECURE_IDENTITY = (*IDENTITY, "clean_ratio", "poison_ratio")  # of a step of ST,
 
 # Options that name places, or how often something is looked at or kept, and change no result.
 NEUTRAL = {
-    "data_root", "output_root", "device", "workers", "strict", "deterministic", "overwrite", "eval_freq", "save_freq",
+    "data_root", "output_root", "device", "compile", "workers", "strict", "deterministic", "overwrite", "eval_freq", "save_freq",
     "checkpoint_load", "checkpoint_save", "log", "ckpt", "model_ckpt", "classifier_ckpt",
 }  # fmt: skip
 
@@ -161,6 +161,8 @@ def load_optimizer(optimizer, state, path):
                 if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
                     raise ValueError(f"a tensor of parameter {number} is not finite")
         optimizer.load_state_dict(state)
+        for group, before in zip(optimizer.param_groups, own, strict=True):
+            group["fused"] = before["fused"]  # it goes with the device, not with the checkpoint
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{fault}: {error}") from None
 

@@ -26,6 +26,11 @@ class Runtime:
         layout = torch.preserve_format if self.device.type == "mps" else torch.channels_last
         return model.to(self.device, memory_format=layout)
 
+    def sgd(self, parameters, lr, weight_decay):
+        """SGD with momentum 0.9, on CUDA in one kernel for all weights."""
+        fused = True if self.device.type == "cuda" else None
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
+
     def autocast(self):
         """Context manager for the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -5,7 +5,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils.distributed import Parallel
+from utils.compiling import compiled
+from utils.distributed import Parallel, parallel, world
 from utils.errors import UserError
 
 
@@ -49,6 +50,15 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         model.batch(None, 1)
     means = {name: torch.as_tensor(value).item() / seen for name, value in totals.items()}
     return {**means, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def prepare(network, opt, runtime, batches, unused=False):
+    """A network, on its device, as it is trained: compiled where ``--compile`` says so, and shared by the processes of
+    torchrun. ``batches``: the `dataloader_bd.Batches` it is trained on; unused: whether the loss leaves some weights without a
+    gradient."""
+    if world() == 1:
+        network = compiled(network, opt.compile, runtime, batches.batch_size * batches.views, batches.images.shape[2])
+    return parallel(network, runtime, unused)
 
 
 class _Watch:
