@@ -234,7 +234,6 @@ def main(argv=None):
     out = make_folder(opt.out.absolute())
     hold_lock(out / "verdict.json")
 
-    opt.dry_run = False
     steps = plan(opt, resolved, words, where, poisoned.digest)
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output

@@ -11,8 +11,11 @@ With --table the cells of a table (row, defence, seed) are run one after the oth
 not run again; all of them together are <out>/<table>.csv. tools/make_tables.py sets them beside the paper's.
 """
 
+import re
+import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pandas as pd
@@ -35,7 +38,7 @@ from utils.rows import (
     trained_step,
     unlearning_log,
 )  # fmt: skip
-from utils.steps import run
+from utils.steps import list_commands, run
 
 
 def get_parser():
@@ -55,6 +58,14 @@ def get_parser():
         "--ablations", choices=sorted({name for variants in VARIANTS.values() for name in variants}), nargs="*",
         help="with --table: not the cells but these variants of their defence, a part left out or exchanged; default: all",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=args.positive_int,
+        help="with --table: so many rows at once, each to a log of its own; default: 1",
+    )
+    parser.add_argument(
+        "--devices", nargs="+", help="with --table: the rows take turns on these, such as cuda:0 cuda:1"
+    )
     parser.add_argument("--seeds", type=args.natural, nargs="+", help="with --table: one cell a seed; default: 0")
     parser.add_argument("--defences", choices=DEFENCES, nargs="+", help="what to run; default: both")
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
@@ -119,39 +130,74 @@ def cells_of(opt):
 def run_table(opt):
     """Run the cells of a table that are not done yet, each to its record, and write the table's CSV."""
     cells = cells_of(opt)
-    plans = [plan(cell) for cell in cells]  # so that a bad option is found before hours of work
-    table = opt.table + "_ablations" * any(cell.variant_name for cell in cells)
-    folder = opt.out / table
-    for number, (cell, (steps, resolved)) in enumerate(zip(cells, plans, strict=True), 1):
-        (defence,) = cell.defences
-        name = cell_name(cell.row, defence, cell.preset, cell.seed, cell.variant_name)
-        record = folder / f"{name}.json"
-        print(f"Cell {number}/{len(cells)}: {name}", flush=True)
-        ledger = (
-            cell.output_root / f"{opt.table}_{cell.row}{f'_{defence}_{cell.variant}' * bool(cell.variant)}_seconds.json"
-        )
-        if opt.dry_run:
-            run(steps, cell, ledger)
-            continue
-        commands, held = [step.command for step in steps.values()], read_json(record)
-        if held and not opt.overwrite:
-            if held.get("commands") != commands:
-                raise UserError(
-                    f"{shown(record)} was made by other commands; give --overwrite to make it anew, or another --out"
-                )
-            print(f"{shown(record)} is there already")
-            continue
-        make_folder(ledger.parent)
-        seconds = run(steps, cell, ledger)
-        _record_cell(record, cell, steps, resolved, {"commands": commands, "seconds": seconds})
-        collect(folder, opt.out / f"{table}.csv")
-        made = read_json(record)
-        for when in ("before", "after"):
-            print(
-                f"{name}, {when}: " + "  ".join(f"{key} {value:.2f}" for key, value in made[when].items()), flush=True
+    rows = list(dict.fromkeys((cell.row, cell.seed) for cell in cells))
+    for cell in cells:
+        if opt.devices:
+            cell.device = opt.devices[rows.index((cell.row, cell.seed)) % len(opt.devices)]
+    plans = [(cell, *plan(cell)) for cell in cells]  # so that a bad option is found before hours of work
+    table = opt.out / f"{opt.table}{'_ablations' * any(cell.variant_name for cell in cells)}.csv"
+    if opt.dry_run:
+        numbers = {}
+        for cell, steps, _ in plans:
+            print(f"# {_name_of(cell)}")
+            list_commands(steps, numbers)
+        return
+
+    def run_row(row):  # its cells share steps, so they run one after the other
+        for cell, steps, resolved in plans:
+            if (cell.row, cell.seed) == row:
+                _run_cell(cell, steps, resolved, table, quiet=(opt.jobs or 1) > 1)
+
+    if (opt.jobs or 1) > 1:
+        with ThreadPoolExecutor(opt.jobs) as pool:
+            running = [pool.submit(run_row, row) for row in rows]
+        failed = [str(one.exception()) for one in running if isinstance(one.exception(), UserError)]
+        for one in running:
+            if one.exception() and not isinstance(one.exception(), UserError):
+                raise one.exception()
+        if failed:
+            raise UserError(f"{len(failed)} of {len(rows)} rows stopped: {'; '.join(failed[:3])}")
+    else:
+        for cell, steps, resolved in plans:
+            _run_cell(cell, steps, resolved, table)
+    print(f"The table is {shown(table)}; beside the paper's: python tools/make_tables.py")
+
+
+def _name_of(cell):
+    return cell_name(cell.row, cell.defences[0], cell.preset, cell.seed, cell.variant_name)
+
+
+def _run_cell(cell, steps, resolved, table, quiet=False):
+    """Run what is not done of a cell, record it, and write the CSV ``table``; ``quiet``: what the steps say goes to a log."""
+    name, folder = _name_of(cell), table.with_suffix("")
+    record = folder / f"{name}.json"
+    print(f"Cell {name}", flush=True)
+    variant = f"_{cell.defences[0]}_{cell.variant}" * bool(cell.variant)
+    ledger = cell.output_root / f"{resolved.dataset}_{cell.row}{variant}_seconds.json"
+    commands, held = [step.command for step in steps.values()], read_json(record)
+    if held and not cell.overwrite:
+        if [_anywhere(command) for command in held.get("commands", [])] != [_anywhere(command) for command in commands]:
+            raise UserError(
+                f"{shown(record)} was made by other commands; give --overwrite to make it anew, or another --out"
             )
-    if not opt.dry_run:
-        print(f"The table is {shown(opt.out / f'{table}.csv')}; beside the paper's: python tools/make_tables.py")
+        print(f"{shown(record)} is there already")
+        return
+    make_folder(ledger.parent)
+    seconds = run(steps, cell, ledger, cell.output_root / f"{name}.log" if quiet else None)
+    _record_cell(record, cell, steps, resolved, {"commands": commands, "seconds": seconds})
+    with _collecting:
+        collect(folder, table)
+    made = read_json(record)
+    for when in ("before", "after"):
+        print(f"{name}, {when}: " + "  ".join(f"{key} {value:.2f}" for key, value in made[when].items()), flush=True)
+
+
+def _anywhere(command):
+    """A command without the device it ran on."""
+    return re.sub(r" --device \S+", "", command)
+
+
+_collecting = threading.Lock()
 
 
 def _record_cell(path, cell, steps, resolved, made):
@@ -193,14 +239,14 @@ def main(argv=None):
     if opt.table:
         run_table(opt)
         return
-    for name in ("rows", "scale", "seeds", "ablations"):
+    for name in ("rows", "scale", "seeds", "ablations", "jobs", "devices"):
         if getattr(opt, name) is not None:
             raise UserError(f"--{name} is for a whole table; give --table too, or --row and --preset for one row")
     opt.variant = None
     steps, resolved = plan(opt)
     name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
     if opt.dry_run:
-        run(steps, opt, opt.out / f"{name}_seconds.json")
+        list_commands(steps, {})
         return
     make_folder(opt.out)
     started = time.perf_counter()

@@ -59,7 +59,7 @@ def in_process(monkeypatch):
     """The steps in this process, where torch is loaded already."""
     monkeypatch.chdir(ROOT)
 
-    def run(command, cwd):
+    def run(command, cwd, **_):
         return SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:]))
 
     monkeypatch.setattr("utils.steps.subprocess", SimpleNamespace(run=run))  # and not everybody's subprocess.run

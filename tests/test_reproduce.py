@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, load_script, run_cli
 
 from utils.errors import UserError
+from utils.rows import PRESET_DATA, PRESETS, plan
 
 TINY = {
     "attack": "--target_label 2",
@@ -53,8 +54,8 @@ def test_bad_options_end_with_code_2(cli, tmp_path):
 
 def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tmp_path, monkeypatch, capfd, in_process):
     reproduce = load_script("reproduce.py")
-    monkeypatch.setitem(reproduce.PRESETS, "quickstart", TINY)
-    monkeypatch.setitem(reproduce.PRESET_DATA, "quickstart", ("cifar10", "resnet10"))
+    monkeypatch.setitem(PRESETS, "quickstart", TINY)
+    monkeypatch.setitem(PRESET_DATA, "quickstart", ("cifar10", "resnet10"))
     words = [
         "--preset",
         "quickstart",
@@ -82,7 +83,9 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     record = next(tmp_path.rglob("SupCon_*/options.json"))
     whole = record.read_text()
     record.write_text(whole.replace('"epochs_done": 1', '"epochs_done": 0'))
-    steps = reproduce.plan(reproduce.get_parser().parse_args(list(map(str, words))))[0]
+    opt = reproduce.get_parser().parse_args(list(map(str, words)))
+    opt.variant = None
+    steps = plan(opt)[0]
     assert [name for name, step in steps.items() if not step.is_done()] == ["train_extractor"]
     record.write_text(whole)
 

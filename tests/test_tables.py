@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +12,9 @@ import pytest
 from conftest import ROOT, load_script
 from PIL import Image
 
+from utils.errors import UserError
 from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, plan
+from utils.steps import Step, run
 
 TINY = {
     "attack": "--target_label 2",
@@ -95,10 +100,54 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     said = cli("reproduce.py", "--table", "cifar10", "--dry_run", "--output_root", tmp_path).out
     commands = [line.split("python ")[1] for line in said.splitlines() if "python " in line]
-    assert said.count("Cell ") == 14
-    assert sum("train_attack_withTrans.py" in command and "--epochs 200" in command for command in commands) == 14
+    assert said.count("\n# ") + said.startswith("# ") == 14
+    assert sum("train_attack_withTrans.py" in command and "--epochs 200" in command for command in commands) == 7
     assert all("--train_images" not in command and "--model resnet18" in command for command in commands)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_is_a_list_of_commands_with_what_each_waits_for(cli, tmp_path):
+    said = cli("reproduce.py", "--table", "cifar10", "--rows", "SIG", "CL", "--dry_run", "--output_root", tmp_path).out
+    lines = [line for line in said.splitlines() if not line.startswith("# ")]
+    assert len(lines) == len(set(lines)) == 2 * 8 + 1 + 2 * 3  # the steps of SD are there once a row; CL has one more
+    waits = {}
+    for line in lines:
+        assert shlex.split(line, comments=True)[0] == "python"  # a shell runs it as it stands
+        number, _, after = line.split("  # ")[1].partition(": ")
+        waits[int(number)] = [int(word) for word in after.removeprefix("after ").split()] if after != "first" else []
+    assert list(waits) == list(range(1, len(lines) + 1))
+    assert all(other < number for number, others in waits.items() for other in others)
+    unlearning = next(number for number, line in enumerate(lines, 1) if "unlearn_relearn.py" in line)
+    needs = [lines[number - 1].split()[1] for number in waits[unlearning]]
+    assert needs == ["train_attack_withTrans.py", "separate_samples.py"]
+
+
+def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_path, monkeypatch, capsys):
+    reproduce = load_script("reproduce.py")
+    ran, together = [], threading.Barrier(3, timeout=30)
+
+    def fake(cell, steps, resolved, table, quiet=False):
+        assert quiet
+        if cell.defences == ["D-BR"]:
+            together.wait()  # passes only where three rows run at the same time
+        ran.append((cell.row, cell.defences[0], cell.device))
+        if cell.row == "Trojan":
+            raise UserError("no such luck")
+
+    monkeypatch.setattr(reproduce, "_run_cell", fake)
+    words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--jobs", "3", "--devices", "cpu", "cuda:7"]
+    with pytest.raises(UserError, match="1 of 3 rows stopped: no such luck"):
+        reproduce.main([*words, "--output_root", str(tmp_path)])
+    assert set(ran) == {("SIG", "D-BR", "cpu"), ("SIG", "D-ST", "cpu"), ("CL", "D-BR", "cuda:7"), ("CL", "D-ST", "cuda:7"),
+                        ("Trojan", "D-BR", "cpu")}  # fmt: skip
+
+
+def test_a_step_of_several_rows_writes_to_the_rows_log(tmp_path, monkeypatch):
+    log = tmp_path / "row.log"
+    step = Step("calculate_gamma.py", ["--output_root", str(tmp_path)], tmp_path / "x", tmp_path / "x.json", [])
+    with pytest.raises(UserError, match=r"row\.log"):
+        run({"gamma": step}, SimpleNamespace(overwrite=False), tmp_path / "seconds.json", log)
+    assert "finetune_attack_noTrans.py" in log.read_text()
 
 
 def test_bad_tables_end_with_code_2(cli, tmp_path):
@@ -107,6 +156,7 @@ def test_bad_tables_end_with_code_2(cli, tmp_path):
         (["--table", "imagenet", "--scale", "cpu"], "imagenet has --scale paper"),
         (["--table", "imagenet", "--rows", "SIG"], "the paper has no row SIG on imagenet"),
         (["--rows", "SIG"], "give --table"),
+        (["--jobs", "2"], "give --table"),
         (["--table", "cifar10", "--ablations", "authors_mask", "--defences", "D-BR"], "no variant of D-BR"),
         (["--table", "cifar11"], "invalid choice"),
     ):

@@ -25,7 +25,7 @@ from utils.metrics import detection_quality
 from utils.paths import ROOT, shown, typed
 from utils.rows import ROWS, SCALES, TABLES, plan
 from utils.samples import CLEAN, POISON
-from utils.steps import Step, run
+from utils.steps import Step, list_commands, run
 
 STEP_2 = "--epochs 10 --eval_freq 0"
 KEPT = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")
@@ -113,10 +113,11 @@ def main(argv=None):
     lines, drawn = [], {}
     for row, (steps, resolved, places) in planned.items():
         print(f"{row}:", flush=True)
+        if opt.dry_run:
+            list_commands(steps, {})
+            continue
         make_folder(resolved.output_root)
         run(steps, opt, resolved.output_root / f"figure3_{row}_seconds.json")
-        if opt.dry_run:
-            continue
         log = pd.read_csv(steps["finetune_attack_noTrans"].output.with_name("log.csv"))
         norms = dict(zip(log["epoch"] + 1, log["feature_norm"], strict=True))
         values, is_clean, of_row = measures(resolved, places, norms)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from utils.checkpoints import NEUTRAL
 from utils.errors import UserError
 from utils.files import read_json, read_record, write_json
 from utils.manifest import plain_options
-from utils.paths import ROOT
+from utils.paths import ROOT, shown
 
 
 @dataclass
@@ -60,21 +61,42 @@ class Step:
         return args.parse(self.module().get_parser(), self.words)
 
 
-def run(steps, opt, ledger_path):
-    """Run the steps that are not done; return the seconds that each took, when it last ran."""
+def list_commands(steps, numbers):
+    """Print the commands of steps as lines for a shell or a scheduler: each ends in a comment with its number and the numbers
+    of those it must wait for, or says that it is done.
+
+    Args:
+        steps: dict of `Step` in their order; numbers: dict command -> number of those printed before, which are left out; it
+        grows.
+    """
+    for step in steps.values():
+        if step.command in numbers:
+            continue
+        numbers[step.command] = len(numbers) + 1
+        after = " ".join(str(numbers[need.command]) for need in step.needs)
+        note = "already there" if step.is_done() else f"after {after}" if after else "first"
+        print(f"{step.command}  # {numbers[step.command]}: {note}")
+
+
+def run(steps, opt, ledger_path, log=None):
+    """Run the steps that are not done; return the seconds that each took, when it last ran. ``log``: path of a file to which
+    they print, if not here."""
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
         if opt.overwrite and not done and "overwrite" in vars(step.options()):
             step.words.append("--overwrite")
         print(f"[{number}/{len(steps)}] {step.command}{'   (already there)' if done else ''}", flush=True)
-        if opt.dry_run or done:
+        if done:
             continue
         started = time.perf_counter()
-        code = subprocess.run([sys.executable, ROOT / step.script, *step.words], cwd=ROOT).returncode
+        command = [sys.executable, ROOT / step.script, *step.words]
+        with open(log, "a") if log else nullcontext() as file:
+            code = subprocess.run(command, cwd=ROOT, **({"stdout": file, "stderr": file} if log else {})).returncode
         if code:
+            said = f" (what it said is in {shown(log)})" if log else ""
             raise UserError(
-                f"{step.script} ended with code {code}; the steps before it are kept, and running this again goes on there"
+                f"{step.script} ended with code {code}{said}; the steps before it are kept, and running this again goes on there"
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)
