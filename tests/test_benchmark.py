@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script
+from conftest import ROOT, load_script
 from torchvision import transforms
 
 from utils.dataloader_bd import Batches, Normalize
@@ -32,13 +32,16 @@ def work(benchmark, images=64):
     return benchmark.Work(opt, CPU)
 
 
-def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchmark):
+@pytest.mark.parametrize(
+    "stages", [["poisoning", "FCT", "separation"], pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchmark, stages):
     out = tmp_path / "results/benchmark.csv"
     said = cli("tools/benchmark.py", "--images", 64, "--rounds", 1, "--batch_size", 32, "--model", "resnet10", "--device", "cpu",
-               "--precision", "float32", "--out", out)  # fmt: skip
+               "--precision", "float32", "--out", out, *(["--stages", *stages] if stages else []))  # fmt: skip
     assert said.code == 0, said.err
     table = pd.read_csv(out)
-    assert table.columns.tolist() == COLUMNS and table["stage"].tolist() == list(benchmark.STAGES)
+    assert table.columns.tolist() == COLUMNS and table["stage"].tolist() == (stages or list(benchmark.STAGES))
     seconds = table[["ours_s", "plain_s"]]
     assert (seconds > 0).all(axis=None)
     np.testing.assert_allclose(table["ratio"], table["plain_s"] / table["ours_s"], rtol=1e-3)
@@ -47,6 +50,11 @@ def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchm
     assert table["peak_rss_mb"].between(100, 20_000).all() and table["peak_gpu_mb"].isna().all()
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert table.set_index("stage").loc["separation", "ratio"] > 5  # it computes nothing again
+
+
+def test_the_readme_shows_the_benchmark(benchmark):
+    text = benchmark.markdown(pd.read_csv(ROOT / "results/benchmark.csv"))
+    assert f"<!-- benchmark -->\n{text}\n<!-- /benchmark -->" in (ROOT / "README.md").read_text()
 
 
 def test_medians_and_turns(benchmark, monkeypatch):

@@ -58,7 +58,16 @@ def exact_normalisation(network, runtime, unused=False):
     return network
 
 
-@pytest.mark.parametrize("script", list(STEPS))
+# Those that go by the same code as another are slow tests.
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("train_clean_withTrans.py", "train_attack_noTrans.py") else []
+        )
+        for name in STEPS
+    ],
+)
 def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, monkeypatch):
     folder, name, more = STEPS[script]
     roots = [tmp_path / "one", tmp_path / "two"]

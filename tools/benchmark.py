@@ -402,6 +402,17 @@ def compare(name, work, rounds):
     return line
 
 
+def markdown(table):
+    """The table (a DataFrame as --out has it) as the README shows it."""
+    head = ["stage", "ours", "plain", "times as fast (least to most)", "ours, images/s", "plain, images/s"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in table.to_dict("records"):
+        ratios = f"{row['ratio']:.3g} ({row['ratio_least']:.3g} to {row['ratio_most']:.3g})"
+        rates = f"{row['images_per_s']:.3g} | {row['plain_images_per_s']:.3g}"
+        lines.append(f"| {row['stage']} | {row['ours_s']:.3g} s | {row['plain_s']:.3g} s | {ratios} | {rates} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     runtime = args.runtime_of(opt)
