@@ -105,7 +105,11 @@ def test_a_tau_that_breaks_the_trigger_decides_whichever_it_is():
         assert auroc(combine(fct.astype(np.float32)), np.arange(1000) < 100) > 0.99
 
 
-@pytest.mark.parametrize("pair", [("rotate", "affine"), ("flip", "none"), ("crop", "erase")], ids="+".join)
+@pytest.mark.parametrize(
+    "pair",
+    [("rotate", "affine"), ("flip", "none"), ("crop", "erase"), ("blur", "shrink"), ("vflip", "none")],
+    ids="+".join,
+)
 def test_fct_equals_a_loop_over_single_images(model, images, pair):
     fct, norms = compute_fct(model, images, SPEC, CPU, trans1=pair[0], trans2=pair[1], seed=3)
     values, lengths = slow_fct(model, images, *pair, seed=3, draw=0)

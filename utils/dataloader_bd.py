@@ -197,7 +197,7 @@ def fetch(held, splits, runtime, change=None):
     """
     if isinstance(held, torch.Tensor):
         for rows in splits:
-            images = held[rows.to(held.device)]
+            images = held[rows.to(held.device)].contiguous()  # an array on a CPU has its channels last
             yield change(images, rows) if change else images
         return
     loader = DataLoader(
