@@ -90,7 +90,7 @@ def test_the_gallery_shows_every_trigger(cli, tmp_path):
 def test_a_pipe_that_closes_early_leaves_no_traceback(tmp_path):
     command = f"{sys.executable} reproduce.py --dry_run --output_root {tmp_path} | head -1"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.startswith("[1/11]") and "Traceback" not in result.stderr
+    assert result.stdout.startswith("python train_attack_noTrans.py ") and "Traceback" not in result.stderr
 
 
 def test_every_row_of_the_papers_tables_has_its_commands(cli, tmp_path):

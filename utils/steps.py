@@ -75,7 +75,7 @@ def list_commands(steps, numbers):
         numbers[step.command] = len(numbers) + 1
         after = " ".join(str(numbers[need.command]) for need in step.needs)
         note = "already there" if step.is_done() else f"after {after}" if after else "first"
-        print(f"{step.command}  # {numbers[step.command]}: {note}")
+        print(f"{step.command}  # {numbers[step.command]}: {note}", flush=True)
 
 
 def run(steps, opt, ledger_path, log=None):
