@@ -135,7 +135,7 @@ def picture(path, table, paper, lines):
         axes[0, column].set_title(model)
     axes[0, 0].set_ylabel("ACC without the target class, %")
     axes[1, 0].set_ylabel("ASR, %")
-    axes[0, -1].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=2)
     scales = sorted(
         {part["scale"].iloc[0] for model in models for name in names if len(part := ours(lines, name, model))}
     )
