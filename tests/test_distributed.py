@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, 
         np.testing.assert_allclose(
             two[column], one[column], rtol=1e-3, atol=1.2 if column.isupper() else 0.3, err_msg=column
         )
-    assert not list(roots[1].rglob("unfinished*"))
+    assert not list((roots[1] / folder).glob("*unfinished"))
 
 
 def test_two_processes_measure_and_separate_as_one(copy, pipeline, words, tmp_path):

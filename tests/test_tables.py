@@ -143,11 +143,17 @@ def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_
 
 
 def test_a_step_of_several_rows_writes_to_the_rows_log(tmp_path, monkeypatch):
+    def fake(command, cwd, stdout, stderr):
+        assert stdout is stderr and str(command[1]).endswith("calculate_gamma.py")
+        stdout.write("no values here")
+        return SimpleNamespace(returncode=2)
+
+    monkeypatch.setattr("utils.steps.subprocess", SimpleNamespace(run=fake))
     log = tmp_path / "row.log"
     step = Step("calculate_gamma.py", ["--output_root", str(tmp_path)], tmp_path / "x", tmp_path / "x.json", [])
-    with pytest.raises(UserError, match=r"row\.log"):
+    with pytest.raises(UserError, match=r"code 2.*row\.log"):
         run({"gamma": step}, SimpleNamespace(overwrite=False), tmp_path / "seconds.json", log)
-    assert "finetune_attack_noTrans.py" in log.read_text()
+    assert log.read_text() == "no values here"
 
 
 def test_bad_tables_end_with_code_2(cli, tmp_path):
@@ -301,17 +307,17 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     monkeypatch.setitem(PRESETS, "quick", TINY)
     figure3 = load_script("tools/figure3.py")
     monkeypatch.setattr(figure3, "STEP_2", "--epochs 2 --batch_size 64 --eval_freq 0")
-    words = ["--scale", "quick", "--rows", "BadNets-all2one", "SIG", "--every_epoch", "SIG", "--data_root", data_root,
+    words = ["--scale", "quick", "--rows", "BadNets-all2one", "--every_epoch", "BadNets-all2one", "--data_root", data_root,
              "--output_root", tmp_path / "runs", "--out", tmp_path / "results"]  # fmt: skip
     figure3.main(list(map(str, words)))
     lines = pd.read_csv(tmp_path / "results/figure3_quick.csv")
     assert list(zip(lines["row"], lines["epoch"], strict=True)) == [
-        ("BadNets-all2one", 0), ("BadNets-all2one", 2), ("SIG", 0), ("SIG", 1), ("SIG", 2)
+        ("BadNets-all2one", 0), ("BadNets-all2one", 1), ("BadNets-all2one", 2)
     ]  # fmt: skip
     place = tmp_path / "runs/quick_seed0_figure3/saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10"
     clean, poisoned = (np.loadtxt(place / f"gridTrigger/1_{kind}.txt") for kind in ("clean", "poison"))
     pairs = [(bad > good) + 0.5 * (bad == good) for bad in poisoned for good in clean]
-    line = lines.iloc[1]
+    line = lines.iloc[2]
     assert line["AUROC"] == pytest.approx(np.mean(pairs))
     assert line["FCT_clean"] == pytest.approx(np.median(clean)) and line["FCT_poisoned"] == pytest.approx(
         np.median(poisoned)
@@ -322,8 +328,8 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     )
     assert line["Dc_smallest_class"] <= 10 <= line["Dc_largest_class"]  # 100 samples of ten classes
     with Image.open(tmp_path / "results/figure3_quick.png") as picture:
-        assert picture.size[1] > 400
+        assert picture.size[1] > 200
     capsys.readouterr()
     figure3.main(list(map(str, words)))
     said = capsys.readouterr().out
-    assert said.count("(already there)") == said.count("] python ") == 9
+    assert said.count("(already there)") == said.count("] python ") == 5
