@@ -251,6 +251,7 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     assert read_json(tmp_path / "re port/verdict.json") == found
 
 
+@pytest.mark.slow
 def test_too_few_images_cannot_tell_and_recommend_nothing(cli, fashion, in_process, tmp_path):
     np.savez(tmp_path / "a.npz", x_train=fashion.train_images[:200], y_train=fashion.train_labels[:200])
     words = ["--data_root", tmp_path / "a.npz", "--out", tmp_path / "r", "--output_root", tmp_path, "--epochs", 1]

@@ -114,6 +114,7 @@ def test_bad_command_lines_end_in_one_line_and_leave_no_file(command, cli, words
     assert snapshot(pipeline) == before and not snapshot(tmp_path), command
 
 
+@pytest.mark.slow
 def test_a_path_of_odd_bytes_is_shown_and_no_traceback(tmp_path, data_root):
     odd = os.fsencode(tmp_path) + b"/\xff caf\xc3\xa9"
     command = [sys.executable, "train_attack_noTrans.py", "--model", "resnet10", "--data_root", data_root]
