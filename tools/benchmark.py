@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -369,6 +370,7 @@ def _reset_peak():
     return peak
 
 
+@lru_cache  # measured once, not for every stage
 def bfloat16_peak(device):
     """Operations a second of a large bfloat16 matrix product, which stands for what the GPU can do."""
     one = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from utils import args
 from utils.dataloader_bd import poison_training_set
+from utils.datasets import rows_of
 from utils.errors import UserError, run_script
 from utils.fct import (
     AUTO,
@@ -78,7 +79,7 @@ def main(argv=None):
         raise UserError("this compares tau by the ground truth, which nobody has of your own data")
     checkpoint, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     rows = np.arange(0, len(poisoned.labels), opt.every)
-    images = poisoned.images.subset(rows) if dataset.spec.streamed else poisoned.images[rows]
+    images = rows_of(poisoned.images, rows)
     labels, is_clean = poisoned.labels[rows], poisoned.is_clean[rows]
 
     values = {}

@@ -169,11 +169,6 @@ def make_test_sets(dataset, opt, runtime, attack=True):
     )
 
 
-def rows_of(images, rows):
-    """The chosen rows (int64) of images, an array or streamed ones, which are not decoded by this."""
-    return images[rows] if isinstance(images, np.ndarray) else images.subset(rows)
-
-
 def to_device(images, runtime):
     """Images uint8 (N, H, W, 3) in memory -> uint8 tensor (N, 3, H, W) on the device; on a CPU it is the array itself, seen
     another way, unless that cannot be written to."""

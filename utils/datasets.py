@@ -178,6 +178,11 @@ def load_dataset(name, data_root, strict=False, image_size=None, cache=None):
     )
 
 
+def rows_of(images, rows):
+    """The chosen rows (int64) of images, an array or streamed ones, which are not decoded by this."""
+    return images[rows] if isinstance(images, np.ndarray) else images.subset(rows)
+
+
 def fewer_images(dataset, count):
     """A `Dataset` with ``count`` of the training images: of each of K classes count / K (the first classes one more where
     that is no whole number), the same draw whatever the seed of the steps.
@@ -195,10 +200,8 @@ def fewer_images(dataset, count):
         )
     order = generator(0, "fewer images").permutation(len(labels))
     rows = np.sort(np.concatenate([order[labels[order] == label][:share] for label, share in enumerate(shares)]))
-    images = dataset.train_images
-    images = images.subset(rows) if dataset.spec.streamed else images[rows]
     source = f"{dataset.source}, {count} of {len(labels)} training images"
-    return replace(dataset, train_images=images, train_labels=labels[rows], source=source)
+    return replace(dataset, train_images=rows_of(dataset.train_images, rows), train_labels=labels[rows], source=source)
 
 
 def _load_fashion(folder, spec):

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from utils.dataloader_bd import hold, rows_of
+from utils.dataloader_bd import hold
+from utils.datasets import rows_of
 from utils.errors import UserError
 from utils.metrics import percent, predict
 from utils.seeding import generator
