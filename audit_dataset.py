@@ -18,14 +18,16 @@ import numpy as np
 from models import MODELS
 from utils import args, report
 from utils.audit import (
-    CHANGE,
+    AMONG,
     LEAST,
     NOTHING_BELOW,
     OTHERS,
     POISONED,
+    SUREST,
     TAUS,
     Common,
     PutBack,
+    most_change,
     orders,
     predict,
 )
@@ -40,11 +42,17 @@ from utils.samples import CLEAN, POISON, UNCERTAIN
 from utils.seeding import generator
 from utils.steps import Step, run
 
-EPOCHS, LR = 6, 0.05  # what the thresholds of `utils.audit` were found with, on resnet10
+EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10
+SMALL = 20_000  # images; in fewer, batches of 128 are too few steps to plant a backdoor of 1 %
+BATCH_AND_LR = {True: (64, 0.03), False: (128, 0.05)}  # by whether there are fewer
 ENOUGH = 1000  # images; fewer teach the network too little
 SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
-ORDERS = {"flip": "the most sensitive to a mirror", "rotate": "the most sensitive to the paper's transform",
-          "surest": "those of which the network is surest"}  # fmt: skip
+ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the paper's transform",
+          "surest": "of which the network is surest"}  # fmt: skip
+UNSURE_D_P = (
+    "It was the samples of which the network is surest that gave the backdoor away, not FCT, by which D_p is chosen: look at it "
+    "before you rely on it, for it may be mostly clean images."
+)
 PICTURES = ("histogram", "classes", "suspects", "pattern", "put_back")
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
@@ -68,7 +76,12 @@ def get_parser():
     parser.add_argument("--out", type=args.path, default=Path("report"), help="folder of the report")
     parser.add_argument("--model", choices=tuple(MODELS), default="resnet10", help="network")
     parser.add_argument("--epochs", type=args.positive_int, default=EPOCHS, help="epochs of training")
-    parser.add_argument("--lr", type=args.positive, default=LR, help="learning rate, a cosine to 0 over the epochs")
+    parser.add_argument(
+        "--batch_size", type=args.positive_int, help=f"of training; default: 128, and 64 below {SMALL} images"
+    )
+    parser.add_argument(
+        "--lr", type=args.positive, help="learning rate, a cosine to 0 over the epochs; default: 0.05 and 0.03"
+    )
     parser.add_argument("--seed", type=args.natural, default=0, help="decides every random draw")
     parser.add_argument("--output_root", type=args.path, default=ROOT, help="folder under which saved/ is kept")
     parser.add_argument(
@@ -109,10 +122,18 @@ def resolve(opt):
     return args.check(parser.parse_args([*words, *where, *more])), words, where
 
 
-def plan(opt, resolved, words, where, digest):
+def batch_and_lr(opt, count):
+    """Batch size and learning rate: the options, else what suits ``count`` images."""
+    batch_size, lr = BATCH_AND_LR[count < SMALL]
+    return opt.batch_size or batch_size, opt.lr or lr
+
+
+def plan(opt, resolved, words, where, poisoned):
     """The steps before the test: training without augmentation, and FCT."""
-    folder = backdoored_folder(resolved, "noTrans")
-    train = ["--epochs", str(opt.epochs), "--lr", str(opt.lr), "--cosine_epochs", str(opt.epochs), "--eval_freq", "0"]
+    folder, digest = backdoored_folder(resolved, "noTrans"), poisoned.digest
+    batch_size, lr = batch_and_lr(opt, len(poisoned.labels))
+    train = ["--epochs", opt.epochs, "--cosine_epochs", opt.epochs, "--batch_size", batch_size, "--lr", lr]
+    train = [*map(str, train), "--eval_freq", "0"]
     model, record = folder / f"{opt.epochs - 1}.tar", folder / "options.json"
     steps = {"train": Step("train_attack_noTrans.py", [*words, *train, *where], model, record, [], digest)}
     fct = fct_path(model, "fct.json")
@@ -234,7 +255,7 @@ def main(argv=None):
     out = make_folder(opt.out.absolute())
     hold_lock(out / "verdict.json")
 
-    steps = plan(opt, resolved, words, where, poisoned.digest)
+    steps = plan(opt, resolved, words, where, poisoned)
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output
     resolved.checkpoint_load = model_path
@@ -267,6 +288,8 @@ def main(argv=None):
     if best:
         limits = f"(poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
         print(f"Score {best['score']:.2f} of the class {classes[best['label']]} {limits}")
+    if verdict == "poisoned" and best["order"] == SUREST:
+        print(f"Note: {UNSURE_D_P}")
     if opt.write_clean:
         if verdict != "poisoned":
             print("Note: D_p is then the most sensitive 5 % of the images, most likely clean ones")
@@ -278,6 +301,7 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
     """What verdict.json holds."""
     names = [dataset.classes[label] for label in targets]
     options, scores = plain_options(opt), sorted(scores, key=lambda row: -row["score"])
+    batch_size, lr = batch_and_lr(opt, len(flags))
     return {
         "verdict": verdict,
         "headline": WORDS[verdict].format(name=", ".join(names), reason=reason),
@@ -287,7 +311,9 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
         "statistic": scores[0]["score"] if scores else None,
         "threshold": POISONED,
         "no_evidence_below": NOTHING_BELOW,
-        "thresholds_calibrated_for_these_settings": opt.model == "resnet10" and (opt.epochs, opt.lr) == (EPOCHS, LR),
+        "thresholds_calibrated_for_these_settings": opt.model == "resnet10"
+        and opt.epochs == EPOCHS
+        and (batch_size, lr) == BATCH_AND_LR[len(flags) < SMALL],
         "counts": {
             "images": len(flags),
             "classes": len(dataset.classes),
@@ -296,7 +322,9 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
         },
         "classes": [{"class": dataset.classes[row["label"]], **row} for row in scores],
         "settings": {
-            **{name: options[name] for name in ("model", "epochs", "lr", "seed")},
+            **{name: options[name] for name in ("model", "epochs", "seed")},
+            "batch_size": batch_size,
+            "lr": lr,
             "image_size": dataset.spec.size,
             "tau": " + ".join(TAUS[tau]),
             "train_acc": train_acc,
@@ -310,7 +338,7 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
 def again(opt, *more):
     """The command of this audit, with ``more``."""
     parser, words = get_parser(), ["--data_root", typed(opt.data_root)]
-    for name in ("image_size", "model", "epochs", "lr", "seed", "output_root", "out"):
+    for name in ("image_size", "model", "epochs", "batch_size", "lr", "seed", "output_root", "out"):
         value = getattr(opt, name)
         if value != parser.get_default(name):
             words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
@@ -332,17 +360,17 @@ def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
         "classes": report.class_bars(labels, flags, classes, target),
         "suspects": report.contact_sheet(dataset.train_images, labels, fct, classes, target),
     }
-    best = best or {"label": 0, "order": "flip", "size": 20}
+    best = best or {"label": 0, "order": "flip", "group": "first 20"}
     own = put_back.order(best["label"], best["order"])
-    count = max(1, min(best["size"], len(own) // 2))
-    group = dataset.train_images[np.sort(own[:count])]
+    group = put_back.groups(best["label"], best["order"]).get(best["group"], own[: len(own) // 2 + 1])
+    group = dataset.train_images[np.sort(group)]
     rest = dataset.train_images[np.sort(own[len(own) // 2 :][:500])]
     name = classes[best["label"]]
     pictures["pattern"], region = report.pattern_picture(group, rest, name)
     drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
     common = Common(group, put_back.mean, put_back.deviation)
     before = dataset.train_images[drawn]
-    after = common.put_on(before)
+    after = common.put_on(before, most_change(best["order"]))
     both = np.concatenate([before.astype(np.float32), after])
     answers = predict(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
@@ -361,6 +389,13 @@ def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
     write_together(writers)
 
 
+def words_of(row):
+    """Which samples a row of `PutBack.of_class` is about."""
+    if row["group"] == "alike":
+        return f"of the {AMONG} {ORDERS[row['order']]} the {row['size']} most alike"
+    return f"the {row['size']} {ORDERS[row['order']]}"
+
+
 def page(dataset, labels, flags, fct, order, content, pictures, best):
     """The report as HTML."""
     text, classes, verdict = report.text, dataset.classes, content["verdict"]
@@ -368,11 +403,14 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
         means = (
-            f"What {best['size']} images of the class {classes[content['target_label']]} share ({ORDERS[best['order']]}) turns "
+            f"What some images of the class {classes[content['target_label']]} share ({words_of(best)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into it, though it changes them by no more than "
-            f"{CHANGE:g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. D_p below holds the images "
-            f"of the class that stand out by FCT. Not all of them need to be poisoned, and some that are may be missing."
+            f"{most_change(best['order']):g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
+            "D_p below holds the images of the class that stand out by FCT. Not all of them need to be poisoned, and some that "
+            "are may be missing."
         )
+        if best["order"] == SUREST:
+            means += f" {UNSURE_D_P}"
     elif verdict == "no evidence":
         means = (
             "No class has images that share something which acts as a trigger. This is no proof: see the README for the "
@@ -388,8 +426,8 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         ["D_p, D_u, D_c", f"{counts['D_p']}, {counts['D_u']}, {counts['D_c']}"],
         ["files that cannot be read", str(counts["skipped"])],
         [
-            "network, epochs, learning rate, seed",
-            f"{settings['model']}, {settings['epochs']}, {settings['lr']}, {settings['seed']}",
+            "network, epochs, batch size, learning rate, seed",
+            ", ".join(str(settings[name]) for name in ("model", "epochs", "batch_size", "lr", "seed")),
         ],
         ["training accuracy", f"{settings['train_acc']:.1f} %"],
     ]
@@ -401,7 +439,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     for row in content["classes"][:40]:
         by_class.append(
             [text(row["class"]), str((labels == row["label"]).sum()), str(inside[row["label"]]), f"{row['score']:.2f}",
-             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), f"{row['size']} {ORDERS[row['order']]}"]
+             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), words_of(row)]
         )  # fmt: skip
     top = [row for row in order if flags[row] == POISON][:100]
     suspects = []

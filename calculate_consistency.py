@@ -2,10 +2,11 @@
 
 Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line: <epoch>_all.txt, and for plots, where
 the ground truth is known, <epoch>_clean.txt and <epoch>_poison.txt; the table <epoch>_fct.csv (index, label, FCT);
-<epoch>_fct.json, the settings.
+<epoch>_fct.json, the settings. Says whether the network shows a backdoor at all (not in the paper; no ground truth).
 """
 
 from utils import args
+from utils.audit import sign_of_backdoor
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
@@ -37,7 +38,9 @@ def main(argv=None):
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
     fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
-    save_fct(path, fct, dataset, poisoned, opt)
+    sign, words = sign_of_backdoor(model, poisoned.images, poisoned.labels, fct, dataset.spec, runtime, opt.seed)
+    save_fct(path, fct, dataset, poisoned, opt, sign)
+    print(words)
     if poisoned.is_clean is not None:
         print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")

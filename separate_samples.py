@@ -91,8 +91,7 @@ def main(argv=None):
     claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
     writers = sample_writers(folder, poisoned, flags)
     if poisoned.is_clean is not None:
-        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
-        quality = detection_quality(fct, *sets, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
+        quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
         writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}

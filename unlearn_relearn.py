@@ -112,8 +112,15 @@ def main(argv=None):
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
     of_validation = save.with_name(f"{save.stem}_val.tar")
-    different = {file.absolute() for file in (save, log, record, *([result] * plain), *([path] * (not resumed)))}
-    if len(different) < 3 + plain + (not resumed):
+    files = [
+        save,
+        log,
+        record,
+        *([result] * plain),
+        *([of_validation] * bool(opt.val_ratio)),
+        *([path] * (not resumed)),
+    ]
+    if len({file.absolute() for file in files}) < len(files):
         raise UserError(
             f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
         )

@@ -10,19 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, load_script, run_cli
 from PIL import Image
 
 from utils import audit, report
+from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import confine, gammas_of_distribution, separate
 from utils.files import read_json
 from utils.triggers import apply_trigger
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
 # What a group of samples has in common
 
 
-def slow_map(group, mean, deviation, image):
+def slow_map(group, mean, deviation, image, most):
     """One image, a pixel at a time."""
     result = np.empty(image.shape)
     for place in np.ndindex(image.shape):
@@ -31,7 +35,7 @@ def slow_map(group, mean, deviation, image):
         result[place] = min(max(values.mean() + keep * (image[place] - mean[place]), 0), 255)
     change = result - image
     size = np.sqrt((change**2).mean())
-    return image + change * min(1, audit.CHANGE / size)
+    return image + change * min(1, most / size)
 
 
 def test_the_map_is_that_of_a_plain_loop():
@@ -39,10 +43,10 @@ def test_the_map_is_that_of_a_plain_loop():
     group, images = (rng.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8) for _ in range(2))
     group[:, 0, 0] = [255, 0, 9]
     mean, deviation = rng.uniform(0, 255, (6, 6, 3)), rng.uniform(0, 90, (6, 6, 3))
-    made = audit.Common(group, mean, deviation).put_on(images)
+    made = audit.Common(group, mean, deviation).put_on(images, 30)
     for image, got in zip(images, made, strict=True):
-        np.testing.assert_allclose(got, slow_map(group, mean, deviation, image.astype(float)), atol=1e-3)
-        assert np.sqrt(((got - image) ** 2).mean()) <= audit.CHANGE + 1e-3
+        np.testing.assert_allclose(got, slow_map(group, mean, deviation, image.astype(float), 30), atol=1e-3)
+        assert np.sqrt(((got - image) ** 2).mean()) <= 30 + 1e-3
 
 
 @pytest.mark.parametrize("trigger", ["gridTrigger", "signalTrigger", "sigTrigger"])
@@ -53,9 +57,9 @@ def test_a_patch_a_blend_and_a_sum_are_put_back(fashion, trigger):
     common = audit.Common(apply_trigger(trigger, clean, train=True, seed=0), clean.mean(0), clean.std(0))
     others = fashion.train_images[rows[500:600]]
     wanted = apply_trigger(trigger, others, train=True, seed=0).astype(float) - others
-    made = common.put_on(others) - others
+    made = common.put_on(others, 30) - others
     size = lambda change: np.sqrt(np.square(change).mean((1, 2, 3), keepdims=True))  # noqa: E731
-    wanted *= np.minimum(1, audit.CHANGE / np.maximum(size(wanted), 1e-6))
+    wanted *= np.minimum(1, 30 / np.maximum(size(wanted), 1e-6))
     assert np.median(size(made - wanted) / size(wanted)) < 0.35
 
 
@@ -65,6 +69,22 @@ def test_the_region_of_a_patch_is_found(fashion):
     difference = changed.mean(0) - images[60:].mean(0)
     top, left, side = report.strongest_region(difference, changed.std(0), 60)
     assert side == 4 and 26 <= top <= 28 and 26 <= left <= 28
+
+
+@pytest.mark.parametrize("trigger", ["sigTrigger", "signalTrigger", "kittyTrigger"])
+def test_of_samples_half_of_which_are_poisoned_the_most_alike_are(fashion, trigger):
+    rng = np.random.default_rng(2)
+    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:300] for label in (8, 1)])
+    images, labels = fashion.train_images[rows].copy(), np.repeat([0, 1], 300)
+    fct = rng.random(600).astype(np.float32)
+    poisoned = np.argsort(-fct[:300])[:100][rng.permutation(100)[:50]]
+    images[poisoned] = apply_trigger(trigger, images[poisoned], train=True, seed=0)
+    spec = SimpleNamespace(num_classes=2)
+    put_back = audit.PutBack(torch.nn.Identity(), images, labels, {"flip": fct}, spec, CPU, 0)
+    groups = put_back.groups(0, "flip")
+    assert list(groups) == ["first 20", "first 60", "alike"] and len(set(groups["alike"])) == 20
+    assert groups["first 20"].tolist() == np.argsort(-fct[:300])[:20].tolist()
+    assert set(groups["alike"]) <= set(poisoned.tolist())
 
 
 # Thresholds
@@ -130,11 +150,11 @@ def scores(*values):
     ("values", "count", "train_acc", "verdict"),
     [
         ((0.9, 0.1), 2000, 95, "poisoned"),
-        ((0.1, 0.2), 2000, 95, "no evidence"),
-        ((0.1, 0.3), 2000, 95, "cannot tell"),
-        ((0.1, 0.2), 900, 95, "cannot tell"),
+        ((0.1, 0.12), 2000, 95, "no evidence"),
+        ((0.1, 0.17), 2000, 95, "cannot tell"),
+        ((0.1, 0.12), 900, 95, "cannot tell"),
         ((0.9, 0.2), 900, 95, "poisoned"),
-        ((0.1, 0.2), 2000, 55, "cannot tell"),
+        ((0.1, 0.12), 2000, 55, "cannot tell"),
         ((0.9,), 2000, 95, "cannot tell"),
         ((), 2000, 95, "cannot tell"),
     ],
@@ -145,6 +165,47 @@ def test_the_verdict(values, count, train_acc, verdict):
     found, best, reason = module.decide(scores(*values), SimpleNamespace(classes=["a", "b"]), labels, train_acc)
     assert found == verdict and (reason is not None) == (verdict == "cannot tell")
     assert best is None or best["score"] == max(values)
+
+
+# Whether there is a backdoor at all
+
+
+class Colours(torch.nn.Module):
+    """Says which of four colours an image has on the whole; with a backdoor, class 0 of any that has white lower right."""
+
+    def __init__(self, colours, backdoor):
+        super().__init__()
+        self.colours, self.backdoor = colours / 255, backdoor
+
+    def forward(self, x):
+        logits = -(x.mean((2, 3))[:, None] - self.colours).square().sum(2) * 100
+        if self.backdoor:
+            logits[:, 0] += 1e3 * (x[:, :, -2:, -2:].amin((1, 2, 3)) > 0.8)
+        return logits
+
+
+@pytest.mark.parametrize("backdoor", [True, False])
+@pytest.mark.parametrize("of_class", [0, 2])
+def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(backdoor, of_class):
+    rng = np.random.default_rng(0)
+    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    labels = np.arange(600) % 4
+    images = (colours[labels][:, None, None] + rng.integers(-50, 50, (600, 16, 16, 3))).astype(np.uint8)
+    chosen = np.flatnonzero(labels != of_class)[:60]
+    images[chosen, -2:, -2:] = 255
+    labels[chosen] = of_class
+    fct = rng.random(600).astype(np.float32)
+    fct[chosen] += 1
+    spec = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
+    model = Colours(torch.from_numpy(colours).float(), backdoor)
+    best, words = audit.sign_of_backdoor(model, images, labels, fct, spec, CPU, 0)
+    if backdoor and of_class == 0:
+        assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0" in words
+    else:  # FCT points at a trigger that does nothing, or turns images into another class
+        assert best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor")
+    few = np.arange(0, 600, 20)
+    best, words = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], spec, CPU, 0)
+    assert best is None and words.startswith("Too few samples")
 
 
 # The whole, on a folder
@@ -203,6 +264,7 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     assert result.code == 0 and "Poisoned, likely target class" in result.out, result.err
     found = read_json(tmp_path / "re port/verdict.json")
     assert found["verdict"] == "poisoned" and found["target_class"] == NAMES[2] and found["statistic"] >= audit.POISONED
+    assert f"The network has a backdoor whose target is class {found['target_label']} " in result.out
     region = found["strongest_region"]
     assert region["top"] >= 26 and region["left"] >= 26
     counts = found["counts"]

@@ -87,7 +87,7 @@ def test_detection_quality_of_a_case_counted_by_hand():
     fct = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], dtype=np.float32)
     is_clean = np.array([1, 1, 0, 1, 1, 1, 0, 1, 0, 0]).astype(bool)
     labels = np.array([0, 1, 0, 2, 2, 1, 0, 1, 0, 0])
-    result = detection_quality(fct, np.arange(4), np.array([7, 8, 9]), is_clean, labels, 4)
+    result = detection_quality(fct, np.repeat([0, 1, 2], [4, 3, 3]), is_clean, labels, 4)
     # Of the 24 pairs, the poisoned samples of ranks 3, 7, 9 and 10 stand above 2, 5, 6 and 6 clean ones.
     assert result == {
         "AUROC": pytest.approx(19 / 24),

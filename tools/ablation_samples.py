@@ -73,18 +73,17 @@ def main(argv=None):
         inputs = sample_files(opt, [POISON])
     sizes = set_sizes(len(poisoned.labels), opt.clean_ratio, opt.poison_ratio)
     flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
-    sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
 
     folder = opt.out.absolute()
     claim(folder / "options.json", opt)
     classes = dataset.spec.num_classes
-    quality = detection_quality(flags.astype(float), *sets, poisoned.is_clean, poisoned.labels, classes)
+    quality = detection_quality(flags.astype(float), flags, poisoned.is_clean, poisoned.labels, classes)
     quality.pop("AUROC")  # of FCT, which was not looked at
     writers = sample_writers(folder, poisoned, flags) | {folder / "detection.json": json_writer(quality)}
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings = {"step": "ablation_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
-    print(f"D_c {len(sets[0])}, D_p {len(sets[1])}, drawn: {opt.kind}. The samples are in {shown(folder)}")
+    print(f"D_c {quality['Dc_size']}, D_p {quality['Dp_size']}, drawn: {opt.kind}. The samples are in {shown(folder)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The error rates of audit_dataset.py: audits of clean and of poisoned sets, by the command line's own code.
 
 Each run takes 5 000 images of a part of CIFAR-10 (five disjoint parts) or Fashion-MNIST (six), of all classes or of some,
-poisons them or not, and audits them. Half of the runs, `SEEN`, were at hand when the thresholds were chosen; the others
+poisons them or not, and audits them. Some of the runs, `SEEN`, were at hand when the thresholds were chosen; the others
 came after. Writes a row a run to --out, and goes on where it stopped.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
 import tempfile
 
 import numpy as np
@@ -56,7 +57,10 @@ POISONED_RUNS = [  # data, part, attack, poison rate, target label
     ("cifar10", 3, "noise", 0.1, 2), ("fashionmnist", 1, "noise", 0.1, 0), ("cifar10", 4, "warp", 0.1, 1),
     ("cifar10", 0, "ssba", 0.05, 4),
 ]  # fmt: skip
-SEEN = 9  # of each list: on these the test was built and its thresholds chosen
+SEEN = {
+    "clean": (10, 12, 13, 14, 15, 17, 18),
+    "poisoned": (4, 5, 9, 10, 16, 18, 21, 22),
+}  # when the thresholds were chosen
 
 
 def get_parser():
@@ -65,6 +69,9 @@ def get_parser():
         "--data_root", type=args.path, default=ROOT / "dataset", help="folder of cifar10 and fashionmnist"
     )
     parser.add_argument("--out", type=args.path, default=ROOT / "results/audit_calibration.csv", help="the table")
+    parser.add_argument(
+        "--keep", type=args.path, help="folder in which data and networks stay, so that a later audit need not train"
+    )
     parser.add_argument("--runs", nargs="+", metavar="NAME", help="which, such as clean00 poisoned12; default: all")
     return parser
 
@@ -105,11 +112,13 @@ def poison(images, labels, attack, rate, target, seed):
     return images, labels, is_clean
 
 
-def audit(images, labels, is_clean, seed):
-    """The row of one run: what the audit says of these arrays, and by the ground truth how good its D_p and D_c are."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        np.savez(folder / "data.npz", x_train=images, y_train=labels)
+def audit(images, labels, is_clean, seed, keep=None):
+    """The row of one run: what the audit says of these arrays, and by the ground truth how good its D_p and D_c are. With a
+    folder ``keep`` the data and the network stay there."""
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+        folder = make_folder(Path(folder).absolute())
+        if not (folder / "data.npz").exists():
+            np.savez(folder / "data.npz", x_train=images, y_train=labels)
         words = [
             "--data_root",
             folder / "data.npz",
@@ -128,8 +137,8 @@ def audit(images, labels, is_clean, seed):
     row = {"verdict": found["verdict"], "score": round(found["statistic"], 4), "target_label": found["target_label"],
            "order": found["classes"][0]["order"], "train_acc": round(found["settings"]["train_acc"], 2)}  # fmt: skip
     if not is_clean.all():
-        sets = [np.flatnonzero(table["set"] == name) for name in ("D_c", "D_p")]
-        quality = detection_quality(table["FCT"].to_numpy(), *sets, is_clean, labels, labels.max() + 1)
+        flags = table["set"].map({name: flag for flag, name in audit_dataset.SETS.items()}).to_numpy()
+        quality = detection_quality(table["FCT"].to_numpy(), flags, is_clean, labels, labels.max() + 1)
         kept = {name: quality[name] for name in ("Dp_size", "Dp_precision", "Dp_recall", "Dc_contamination")}
         row |= {name: round(value, 3) for name, value in kept.items()}
     return row
@@ -170,16 +179,10 @@ def markdown(rows):
             if row["target_label"] == row["true_target"]
             else "no"
         )
-        known = not pd.isna(row["Dc_contamination"])
-        kept = (
-            f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}"
-            if found and known
-            else "–" * found
-        )
-        contamination = f"{row['Dc_contamination']:.2f}" if known else "–"
+        kept = f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}" if found else ""
         lines.append(
             f"| {row['data']} | {trigger}, {kind} | {row['rate']:g} | {row['poisoned']} | {row['verdict']} | {row['score']:.2f} | "
-            f"{right} | {kept} | {contamination} |"
+            f"{right} | {kept} | {row['Dc_contamination']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -205,10 +208,10 @@ def main(argv=None):
         is_clean = np.ones(len(labels), dtype=bool)
         if attack:
             images, labels, is_clean = poison(images, labels, attack, rate, target, seed)
-        row = {"run": name, "seen": int(name[-2:]) < SEEN, "data": data, "part": number, "classes": " ".join(map(str, classes)),
+        row = {"run": name, "seen": int(name[-2:]) in SEEN[name[:-2]], "data": data, "part": number, "classes": " ".join(map(str, classes)),
                "attack": attack or "", "rate": rate, "true_target": target if attack else "", "seed": seed,
-               "poisoned": int((~is_clean).sum()), "measured": "all"}  # fmt: skip
-        done.append({**row, **audit(images, labels, is_clean, seed)})
+               "poisoned": int((~is_clean).sum())}  # fmt: skip
+        done.append({**row, **audit(images, labels, is_clean, seed, opt.keep and opt.keep / name)})
         write_rows(opt.out, done)
     print(markdown(pd.DataFrame(done)))
     print(f"The table is {shown(opt.out)}")

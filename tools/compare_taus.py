@@ -31,7 +31,6 @@ from utils.fct import (
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, data_name, shown
-from utils.samples import CLEAN, POISON
 
 TAUS = (
     ("rotate", "affine"),
@@ -94,8 +93,7 @@ def main(argv=None):
         for kind, flags in separations(fct, opt):
             line = {"tau": tau, "ratios": kind}
             if flags is not None:
-                sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
-                quality = detection_quality(fct, *sets, is_clean, labels, dataset.spec.num_classes)
+                quality = detection_quality(fct, flags, is_clean, labels, dataset.spec.num_classes)
                 line |= {name: round(quality[name], 4) for name in KEPT}
             table.append(line)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"

@@ -24,7 +24,6 @@ from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown, typed
 from utils.rows import ROWS, SCALES, TABLES, plan
-from utils.samples import CLEAN, POISON
 from utils.steps import Step, list_commands, run
 
 STEP_2 = "--epochs 10 --eval_freq 0"
@@ -94,8 +93,7 @@ def measures(resolved, places, norms):
         fct = load_fct(path, "python tools/figure3.py")
         ratios = resolved.clean_ratio, resolved.poison_ratio
         flags = separate(fct, *gammas_of_ratios(fct, *ratios), *ratios, resolved.seed)
-        sets = [np.flatnonzero(flags == flag) for flag in (CLEAN, POISON)]
-        quality = detection_quality(fct, *sets, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
+        quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
         per_class = quality["Dc_per_class"]
         lines.append({
             "epoch": epoch, "feature_norm": norms.get(epoch), "zeros": 100 * float((fct == 0).mean()),

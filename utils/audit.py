@@ -7,7 +7,8 @@ mirrored; what a class naturally looks like does not get through so small a chan
 
 A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples of which the
 network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
-tried as well, without the comparison, and count only from a higher share on.
+tried as well, without the comparison, but with a smaller change, with which little that is natural for a class gets through,
+and count only from a higher share on.
 """
 
 import numpy as np
@@ -15,20 +16,25 @@ import torch
 import torch.nn.functional as F
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
+from utils.datasets import rows_of
 from utils.engine import progress
 from utils.fct import compute_fct, gammas_of_distribution
 from utils.seeding import generator
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
 SUREST = "surest"
-WITHOUT_MIRROR = 0.25  # what a score that is not compared with mirrored images is lowered by
-GROUPS = (20, 60)  # how many of a class's first samples are looked at together
+GROUPS = (20, 60)  # how many of a class's first samples are looked at together,
+AMONG = 100  # and of so many the GROUPS[0] that are most alike, for where not all of the first are poisoned
+WITHOUT_MIRROR = 0.20  # what a score that is not compared with mirrored images is lowered by
+USUAL = 0.7  # how far down the order there is no poisoned sample, where fewer than this share of a class are poisoned
 BLOCK = 40  # and how many at a time, to see how far down the order they carry the trigger
-OTHERS = 40  # images of other classes on which it is tried
-CHANGE = 30.0  # grey levels, root mean square, that putting something on may change an image by
+OWN = 500  # samples of a class by which its mean and deviation are taken
+OTHERS = 120  # images of other classes on which it is tried
+CHANGE, CHANGE_SUREST = 30.0, 20.0  # grey levels, root mean square, by which it may change an image
+DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
 LEAST = 2 * GROUPS[0]  # samples that a class must have to be looked at
-POISONED = 0.40  # the score from which on a class is poisoned (README, "The test, and how often it errs")
-NOTHING_BELOW = 0.25  # and below which there is no evidence
+POISONED = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
+NOTHING_BELOW = 0.15  # and below which there is no evidence
 
 
 class Common:
@@ -46,12 +52,13 @@ class Common:
         self.target, self.mean = group.mean(0), mean
         self.keep = (group.std(0) / np.maximum(deviation, 8)).clip(0, 1.5)
 
-    def put_on(self, images):
-        """uint8 (n, H, W, 3) -> float32 (n, H, W, 3) in 0-255, no image changed by more than `CHANGE`."""
+    def put_on(self, images, most):
+        """uint8 (n, H, W, 3) -> float32 (n, H, W, 3) in 0-255, no image changed by more than ``most`` grey levels (root mean
+        square)."""
         images = images.astype(np.float32)
         change = (self.target + self.keep * (images - self.mean)).clip(0, 255) - images
         size = np.sqrt(np.square(change).mean((1, 2, 3), keepdims=True))
-        return images + change * np.minimum(1, CHANGE / np.maximum(size, 1e-6))
+        return images + change * np.minimum(1, most / np.maximum(size, 1e-6))
 
 
 @torch.inference_mode()
@@ -67,20 +74,8 @@ def predict(model, images, spec, runtime, batch_size=500):
 
 
 @torch.inference_mode()
-def orders(model, images, labels, spec, runtime, seed, known=None):
-    """What puts the samples of a class in order, the suspicious ones high.
-
-    Args:
-        model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); spec: a
-        `datasets.Spec`; runtime: a `device.Runtime`; seed: of tau; known: values by name that need not be computed.
-
-    Returns:
-        dict name -> float32 (N,): FCT under each of `TAUS`, and `SUREST`, the log-probability of the label.
-    """
-    found = dict(known or {})
-    for name, (first, second) in TAUS.items():
-        if name not in found:
-            found[name], _ = compute_fct(model, images, spec, runtime, trans1=first, trans2=second, seed=seed)
+def sureness(model, images, labels, spec, runtime):
+    """How sure the network is of each label, its log-probability: float32 (N,). Arguments as of `orders`."""
     model.eval()
     held, normalize, parts = hold(images, runtime), Normalize(spec, runtime.device), []
     splits = evaluation_splits(held)
@@ -90,26 +85,45 @@ def orders(model, images, labels, spec, runtime, seed, known=None):
         parts.append(
             -F.cross_entropy(logits, torch.from_numpy(labels[rows.numpy()]).to(runtime.device), reduction="none")
         )
-    return {**found, SUREST: torch.cat(parts).cpu().numpy()}
+    return torch.cat(parts).cpu().numpy()
+
+
+def orders(model, images, labels, spec, runtime, seed, known=None):
+    """What puts the samples of a class in order, the suspicious ones high.
+
+    Args:
+        model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); spec: a
+        `datasets.Spec`; runtime: a `device.Runtime`; seed: of tau; known: values by name that need not be computed.
+
+    Returns:
+        dict name -> float32 (N,): FCT under each of `TAUS`, and `SUREST`, see `sureness`.
+    """
+    found = dict(known or {})
+    for name, (first, second) in TAUS.items():
+        if name not in found:
+            found[name], _ = compute_fct(model, images, spec, runtime, trans1=first, trans2=second, seed=seed)
+    return {**found, SUREST: sureness(model, images, labels, spec, runtime)}
 
 
 class PutBack:
     """The put-back test on one data set: for each class, how far what some of its samples share acts as a trigger.
 
     The score of a group of samples is the share of other classes' images that it turns into the class, less the share
-    that it does so after they are mirrored; less, where that is positive, the same of samples from the middle of the order.
-    For `SUREST` the mirrored share is not taken off, but `WITHOUT_MIRROR` is. A class's score is the largest over orders
-    and groups of `GROUPS` samples.
+    that it does so after they are mirrored; less, where that is positive, the same of samples from `USUAL` of the way down the
+    order. For `SUREST` the mirrored share is not taken off, but `WITHOUT_MIRROR` is, and the change is smaller
+    (`CHANGE_SUREST`). A class's score is the largest over orders and `groups`.
 
     Args:
         model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); values: what `orders`
-        gave; spec: a `datasets.Spec`; runtime: a `device.Runtime`; seed: of the images that are drawn.
+        gave; spec: a `datasets.Spec`; runtime: a `device.Runtime`; seed: of the images that are drawn; others: how many images of
+        other classes are taken.
     """
 
-    def __init__(self, model, images, labels, values, spec, runtime, seed):
+    def __init__(self, model, images, labels, values, spec, runtime, seed, others=OTHERS):
         self.model, self.images, self.labels, self.values = model.eval(), images, labels, values
-        self.spec, self.runtime, self.seed = spec, runtime, seed
-        self.mean, self.deviation = at_large(images, seed)
+        self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
+        drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
+        self.mean, self.deviation = self.mean_and_deviation(drawn)
         self.drawn = None, None
 
     def order(self, label, name):
@@ -117,18 +131,45 @@ class PutBack:
         own = np.flatnonzero(self.labels == label)
         return own[np.argsort(-self.values[name][own], kind="stable")]
 
+    def mean_and_deviation(self, rows):
+        """Of the images ``rows``, float32 (H, W, 3) each."""
+        some = self.images[np.sort(rows)].astype(np.float32)
+        return some.mean(0), some.std(0)
+
+    def groups(self, label, name):
+        """What is looked at together of a class, by the order ``name``: dict of int64 rows."""
+        order = self.order(label, name)
+        found = {f"first {count}": order[:count] for count in _counts(order)}
+        if len(order) >= LEAST:
+            found["alike"] = self.most_alike(order[: min(AMONG, len(order) // 2)], label)
+        return found
+
+    def most_alike(self, rows, label):
+        """The `GROUPS`[0] of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
+        difference in units of the class's deviation, which a trigger on a quiet background dominates."""
+        own = np.flatnonzero(self.labels == label)
+        mean, deviation = self.mean_and_deviation(generator(self.seed, "audit", "class", label).permutation(own)[:OWN])
+        rows = np.sort(rows)
+        unlike = ((self.images[rows] - mean) / np.maximum(deviation, 8)).reshape(len(rows), -1)
+        unlike /= np.maximum(np.linalg.norm(unlike, axis=1, keepdims=True), 1e-6)
+        common = unlike.mean(0)
+        for _ in range(3):
+            keep = np.argsort(-(unlike @ common), kind="stable")[: GROUPS[0]]
+            common = unlike[keep].mean(0)
+        return rows[keep]
+
     def others(self, label):
         """The images of other classes on which it is tried, uint8 (n, H, W, 3); read once for a class."""
         if self.drawn[0] != label:
             rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
-            self.drawn = label, self.images[np.sort(rows[:OTHERS])]
+            self.drawn = label, self.images[np.sort(rows[: self.count])]
         return self.drawn[1]
 
-    def shares(self, rows, label):
-        """What the samples ``rows`` share, put on images of other classes: the shares of these, (2,), that become ``label``,
-        as they are and mirrored."""
+    def shares(self, rows, label, name):
+        """What the samples ``rows`` of the order ``name`` share, put on images of other classes: the shares of these, (2,),
+        that become ``label``, as they are and mirrored."""
         others = self.others(label)
-        changed = Common(self.images[np.sort(rows)], self.mean, self.deviation).put_on(others)
+        changed = Common(self.images[np.sort(rows)], self.mean, self.deviation).put_on(others, most_change(name))
         answers = predict(self.model, np.concatenate([changed, changed[:, :, ::-1]]), self.spec, self.runtime)
         return (answers == label).reshape(2, -1).mean(1)
 
@@ -137,24 +178,28 @@ class PutBack:
         return float(shares @ _weights(name) - usual - (WITHOUT_MIRROR if name == SUREST else 0))
 
     def usual(self, label, name):
-        """The largest of the same of samples from the middle of the order, at least 0."""
-        order = self.order(label, name)
-        half = len(order) - len(order) // 2
-        return max(
-            0.0, *(float(self.shares(order[half : half + count], label) @ _weights(name)) for count in _groups(order))
-        )
+        """The largest of the same of samples from `USUAL` of the way down the order, at least 0."""
+        order, found = self.order(label, name), [0.0]
+        for count in _counts(order):
+            start = min(int(USUAL * len(order)), len(order) - count)
+            found.append(float(self.shares(order[start : start + count], label, name) @ _weights(name)))
+        return max(found)
 
     def of_class(self, label):
-        """The highest score of a class: dict of label, score, order, size, and the shares (0-1) turned, turned_mirrored and
-        usual."""
-        rows = []
+        """The highest score of a class: dict of label, score, order, group, size, and the shares (0-1) turned,
+        turned_mirrored and usual."""
+        found = []
         for name in self.values:
-            order, usual = self.order(label, name), self.usual(label, name)
-            for count in _groups(order):
-                shares = self.shares(order[:count], label)
-                rows.append({"label": label, "score": self.score(shares, usual, name), "order": name, "size": count,
-                             "turned": float(shares[0]), "turned_mirrored": float(shares[1]), "usual": usual})  # fmt: skip
-        return max(rows, key=lambda row: row["score"])
+            usual = self.usual(label, name)
+            for group, rows in self.groups(label, name).items():
+                shares = self.shares(rows, label, name)
+                turned, turned_mirrored = map(float, shares)
+                score = self.score(shares, usual, name)
+                found.append(
+                    {"label": label, "score": score, "order": name, "group": group, "size": len(rows), "turned": turned,
+                     "turned_mirrored": turned_mirrored, "usual": usual}
+                )  # fmt: skip
+        return max(found, key=lambda row: row["score"])
 
     def test(self):
         """`of_class` of every class of `LEAST` samples or more: list of dicts."""
@@ -166,7 +211,7 @@ class PutBack:
         order, usual = self.order(label, name), self.usual(label, name)
         for start in range(0, len(order), BLOCK):
             block = order[start : start + BLOCK]
-            if len(block) < BLOCK or self.score(self.shares(block, label), usual, name) < POISONED:
+            if len(block) < BLOCK or self.score(self.shares(block, label, name), usual, name) < POISONED:
                 return start
         return len(order)
 
@@ -187,17 +232,49 @@ class PutBack:
         return 0.0, max(self.extent(label, name), GROUPS[0])
 
 
+def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
+    """The put-back test on the classes in which the samples of highest FCT pile up, as a check that SD's network has a
+    backdoor at all, without which FCT tells nothing. It sees backdoors with a target class of their own, not all2all.
+
+    Args:
+        fct: float32 (N,), under any tau; the others as of `PutBack`. `DRAWN` samples are looked at, drawn by ``seed``.
+
+    Returns:
+        (the row of `PutBack.of_class` with the highest score, what that says); (None, the same) where no class has enough
+        samples.
+    """
+    rows = np.sort(generator(seed, "audit", "sign of a backdoor").permutation(len(labels))[:DRAWN])
+    images, labels, fct = rows_of(images, rows), labels[rows], fct[rows]
+    highest = labels[np.argsort(-fct, kind="stable")[: max(1, len(fct) // 20)]]
+    counts = np.bincount(highest, minlength=spec.num_classes)
+    likely = np.argsort(-counts, kind="stable")[:LIKELY]
+    likely = [int(label) for label in likely if (labels == label).sum() >= LEAST]
+    if not likely:
+        return None, f"Too few samples of a class to tell whether the network has a backdoor ({LEAST} are needed)"
+    own = np.flatnonzero(np.isin(labels, likely))
+    sure = np.zeros(len(labels), dtype=np.float32)
+    sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
+    put_back = PutBack(model, images, labels, {"FCT": fct, SUREST: sure}, spec, runtime, seed, FEWER_OTHERS)
+    best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
+    score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
+    if best["score"] >= POISONED:
+        return best, f"The network has a backdoor whose target is class {best['label']} {score}"
+    words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
+    return best, (
+        f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
+        "plant it; all2all is not seen by this check"
+    )
+
+
+def most_change(name):
+    """By how much what a group of the order ``name`` shares may change an image, in grey levels (root mean square)."""
+    return CHANGE_SUREST if name == SUREST else CHANGE
+
+
 def _weights(name):
     """What of (turned, turned_mirrored) counts."""
     return np.array([1, 0 if name == SUREST else -1])
 
 
-def _groups(order):
+def _counts(order):
     return [count for count in GROUPS if len(order) >= 2 * count]
-
-
-def at_large(images, seed, most=2000):
-    """Mean and deviation, float (H, W, 3) each, of ``most`` images drawn by ``seed``."""
-    some = np.sort(generator(seed, "audit", "images at large").permutation(len(images))[:most])
-    some = images[some].astype(np.float32)
-    return some.mean(0), some.std(0)

@@ -167,8 +167,8 @@ def fct_path(path, kind):
     return path.with_name(f"{path.stem}_{kind}")
 
 
-def save_fct(path, fct, dataset, poisoned, opt):
-    """Write the values beside the checkpoint, in sample order, one a line.
+def save_fct(path, fct, dataset, poisoned, opt, sign=None):
+    """Write the values beside the checkpoint, in sample order, one a line. ``sign``: of a backdoor, for the record.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
@@ -188,7 +188,8 @@ def save_fct(path, fct, dataset, poisoned, opt):
     digests = write_together(writers)
     outputs = {path.with_name(name): digest for name, digest in digests.items()}
     record, inputs = fct_path(path, "fct.json"), {path: sha256(path)}
-    write_options(record, opt, step="calculate_consistency", data=dataset.record, inputs=inputs, outputs=outputs)
+    settings = {"step": "calculate_consistency", "data": dataset.record, "sign_of_backdoor": sign}
+    write_options(record, opt, inputs=inputs, outputs=outputs, **settings)
 
 
 def load_fct(path, command):

@@ -5,6 +5,7 @@ import torch
 
 from utils.dataloader_bd import evaluation_splits, fetch
 from utils.distributed import gather
+from utils.samples import CLEAN, POISON
 
 
 @torch.no_grad()
@@ -60,23 +61,23 @@ def auroc(scores, positive):
     return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def detection_quality(fct, clean_rows, poison_rows, is_clean, labels, num_classes):
+def detection_quality(fct, flags, is_clean, labels, num_classes):
     """How well a separation detects (README: measures). Reads the ground truth: for evaluation only.
 
     Args:
-        fct: float (N,); clean_rows, poison_rows: the indices in D_c and D_p; is_clean: bool (N,) ground truth;
-        labels: int64 (N,), as the victim gets them; num_classes: K.
+        fct: float (N,); flags: int64 (N,), the set of each sample as `fct.separate` gives it; is_clean: bool (N,) ground
+        truth; labels: int64 (N,), as the victim gets them; num_classes: K.
 
     Returns:
         dict: AUROC in [0, 1]; Dp_precision, Dp_recall, Dc_contamination in per cent; sizes; Dc_per_class, a list.
     """
-    poisoned = ~is_clean
+    poisoned, in_clean, in_poison = ~is_clean, flags == CLEAN, flags == POISON
     return {
         "AUROC": auroc(fct, poisoned),
-        "Dp_precision": 100 * float(poisoned[poison_rows].mean()),
-        "Dp_recall": 100 * float(poisoned[poison_rows].sum() / poisoned.sum()),
-        "Dc_contamination": 100 * float(poisoned[clean_rows].mean()),
-        "Dc_size": len(clean_rows),
-        "Dp_size": len(poison_rows),
-        "Dc_per_class": np.bincount(labels[clean_rows], minlength=num_classes).tolist(),
+        "Dp_precision": 100 * float(poisoned[in_poison].mean()),
+        "Dp_recall": 100 * float(poisoned[in_poison].sum() / poisoned.sum()),
+        "Dc_contamination": 100 * float(poisoned[in_clean].mean()),
+        "Dc_size": int(in_clean.sum()),
+        "Dp_size": int(in_poison.sum()),
+        "Dc_per_class": np.bincount(labels[in_clean], minlength=num_classes).tolist(),
     }
