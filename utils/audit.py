@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
 from utils.datasets import rows_of
+from utils.distributed import gather
 from utils.engine import progress
 from utils.fct import compute_fct, gammas_of_distribution
 from utils.seeding import generator
@@ -85,7 +86,7 @@ def sureness(model, images, labels, spec, runtime):
         parts.append(
             -F.cross_entropy(logits, torch.from_numpy(labels[rows.numpy()]).to(runtime.device), reduction="none")
         )
-    return torch.cat(parts).cpu().numpy()
+    return gather(torch.cat(parts), len(labels)).cpu().numpy()
 
 
 def orders(model, images, labels, spec, runtime, seed, known=None):
