@@ -125,7 +125,7 @@ class PutBack:
         self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
         drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
         self.mean, self.deviation = self.mean_and_deviation(drawn)
-        self.drawn = None, None
+        self.drawn = self.own = None, None
 
     def order(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
@@ -148,8 +148,12 @@ class PutBack:
     def most_alike(self, rows, label):
         """The `GROUPS`[0] of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
         difference in units of the class's deviation, which a trigger on a quiet background dominates."""
-        own = np.flatnonzero(self.labels == label)
-        mean, deviation = self.mean_and_deviation(generator(self.seed, "audit", "class", label).permutation(own)[:OWN])
+        if self.own[0] != label:  # its images are read once for a class
+            drawn = generator(self.seed, "audit", "class", label).permutation(np.flatnonzero(self.labels == label))[
+                :OWN
+            ]
+            self.own = label, self.mean_and_deviation(drawn)
+        mean, deviation = self.own[1]
         rows = np.sort(rows)
         unlike = ((self.images[rows] - mean) / np.maximum(deviation, 8)).reshape(len(rows), -1)
         unlike /= np.maximum(np.linalg.norm(unlike, axis=1, keepdims=True), 1e-6)
