@@ -1,14 +1,21 @@
 """reproduce.py: the commands of a row, what it skips, and its table; and (slow) what the quickstart must reach."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, load_script, run_cli
 
+from utils.checkpoints import Run
 from utils.errors import UserError
 from utils.rows import PRESET_DATA, PRESETS, plan
+from utils.steps import Step, run
 
 TINY = {
     "attack": "--target_label 2",
@@ -116,6 +123,103 @@ def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path, capfd):
     assert run_cli("reproduce.py", *words, "--out", tmp_path / "results") == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 2 and said[0].startswith("train_attack_noTrans.py: error:") and "code 2" in said[1]
+
+
+def steps_of(root, out, common):
+    """Trainings of three epochs, on the separated samples under ``root``; what they write is under ``out``."""
+    common, ratios = [*map(str, common)], ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
+    trained = root / "saved/backdoored_model/poison_rate_0.1/withTrans/cifar10/resnet10/gridTrigger"
+    fresh = [*common[:-1], str(out)]
+    secure = root / "ST/save/poison_rate_0.1/SupCon_models/cifar10/resnet10/gridTrigger_0.2_0.05"
+    extractor = secure / "SupCon_cifar10_resnet10_lr_0.25_decay_0.0001_bsz_64_temp_0.1_trial_0_cosine"
+    classifier = secure / "Linear_cifar10_resnet10_lr_0.25_decay_0_bsz_32"
+    attack = out / trained.relative_to(root)
+    clean = out / "br/1_clean.tar"
+    paths = ["--checkpoint_load", trained / "1.tar", "--checkpoint_save", clean, "--log", out / "br/br.csv"]
+    unlearn = [*common, *ratios, *map(str, paths), "--batch_size", "16"]
+    extract = [*common, *ratios, "--batch_size", "64", "--cosine", "--learning_rate", "0.25"]
+    classify = [*common, *ratios, "--batch_size", "32", "--learning_rate", "0.25"]
+    own = "options.json"
+    return {  # script, options, last output, record
+        "train_attack_withTrans": ("train_attack_withTrans.py", [*fresh, "--batch_size", "64"], attack / "2.tar", attack / own),
+        "unlearn_relearn": ("unlearn_relearn.py", unlearn, clean, clean.with_suffix(".json")),
+        "train_extractor": ("ST/train_extractor.py", extract, extractor / "last.pth", extractor / own),
+        "train_classifier": ("ST/train_classifier.py", classify, classifier / "ckpt_epoch_2.pth", classifier / own),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["train_attack_withTrans", "unlearn_relearn", "train_extractor", "train_classifier"])
+def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
+    name, pipeline, words, tmp_path, monkeypatch, in_process, capfd
+):
+    finish, opt = Run.finish_epoch, SimpleNamespace(overwrite=False)
+
+    def interrupt(self, epoch, *more):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        finish(self, epoch, *more)
+
+    def again(step, ledger="seconds.json"):
+        seconds = run({name: step}, opt, tmp_path / ledger)
+        return seconds, capfd.readouterr().out
+
+    def weights(step):
+        return torch.load(step.output, weights_only=True)["model"]
+
+    made = {}
+    for kind in ("straight", "interrupted"):
+        root = tmp_path / kind
+        shutil.copytree(pipeline, root, copy_function=os.link)
+        script, options, output, record = steps_of(root, root / "out", words(root))[name]
+        made[kind] = step = Step(script, [*options, "--epochs", "3"], output, record, [])
+        assert not step.is_done() and step.interrupted_at() is None
+        if kind == "interrupted":
+            monkeypatch.setattr(Run, "finish_epoch", interrupt)
+            with pytest.raises(UserError, match="code 130"):
+                again(step)
+            monkeypatch.setattr(Run, "finish_epoch", finish)
+            checkpoint, spent = step.interrupted_at()
+            assert not step.is_done() and spent > 0
+        seconds, said = again(step)
+        assert step.is_done() and step.interrupted_at() is None
+    assert f"--checkpoint_load {checkpoint}" in said and "Continuing after epoch 1" in said and seconds[name] >= spent
+    other = weights(made["straight"])
+    assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
+
+    # The same where an earlier result is still in its place, since what the step builds on was made anew.
+    source = tmp_path / "source"
+    source.write_text("newer")
+    step.needs = [SimpleNamespace(output=source)]
+    assert not step.is_done() and step.interrupted_at() is None
+    monkeypatch.setattr(Run, "finish_epoch", interrupt)
+    with pytest.raises(UserError, match="code 130"):
+        again(step)
+    monkeypatch.setattr(Run, "finish_epoch", finish)
+    checkpoint, _ = step.interrupted_at()
+    assert checkpoint.parent.name.endswith("unfinished")
+    _, said = again(step)
+    assert f"--checkpoint_load {checkpoint}" in said and "is replaced" in said and step.is_done()
+    assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
+
+
+def test_an_interrupted_training_of_other_options_or_a_damaged_one_begins_anew(
+    words, tmp_path, monkeypatch, in_process, capfd
+):
+    options, folder = [*map(str, words(tmp_path))], tmp_path / "saved/benign_model/cifar10/resnet10"
+    assert run_cli("train_clean_withTrans.py", *options, "--epochs", "1", "--batch_size", "64") == 0
+    record = json.loads((folder / "options.json").read_text())
+    record["options"]["epochs"] = 2  # as if it had been stopped after the first of two
+    (folder / "options.json").write_text(json.dumps(record))
+
+    def step(*more):
+        return Step("train_clean_withTrans.py", [*options, *more], folder / "1.tar", folder / "options.json", [])
+
+    same = step("--epochs", "2", "--batch_size", "64")
+    assert same.interrupted_at()[0] == folder / "0.tar"
+    assert step("--epochs", "2", "--batch_size", "32").interrupted_at() is None
+    assert step("--epochs", "3", "--batch_size", "64").interrupted_at() is None
+    (folder / "0.tar").write_bytes((folder / "0.tar").read_bytes()[:1000])
+    assert same.interrupted_at() is None and "damaged; the step begins anew" in capfd.readouterr().out
 
 
 @pytest.mark.slow

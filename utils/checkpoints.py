@@ -226,7 +226,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     make_folder(record.parent)
     hold_lock(record)
     sweep(record.parent)
-    if _complete(_staging(record) / record.name):
+    if _complete(unfinished_folder(record) / record.name):
         print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
         _replace(record, log)
     earlier = read_record(record)
@@ -249,7 +249,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
         )
 
 
-def _staging(record):
+def unfinished_folder(record):
     """Folder in which a run keeps its files while an earlier result is still in their place."""
     return record.with_name("unfinished" if record.name == "options.json" else f"{record.stem}_unfinished")
 
@@ -262,7 +262,7 @@ def _complete(record):
 def _replace(record, log):
     """Put the files of a complete run in the place of the earlier result; done again, it ends the same. Nothing outside
     the record's folder is touched but the log, whatever the records say."""
-    staging, earlier = _staging(record), read_record(record) or {}
+    staging, earlier = unfinished_folder(record), read_record(record) or {}
     outputs = read_record(staging / record.name)["outputs"]
     for file in sorted(staging.iterdir()):
         if file.name != record.name and not file.name.startswith("."):
@@ -312,7 +312,7 @@ class Run:
             return first
         claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
         make_folder(self.log.parent)
-        staging, earlier = _staging(self.record), read_record(self.record) or {}
+        staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}
         if path and Path(path).resolve().parent == staging.resolve():
             self.staging, earlier = staging, read_record(staging / self.record.name) or {}
         elif earlier.get("epochs_done", 0) > first:

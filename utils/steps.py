@@ -1,6 +1,7 @@
 """Numbered steps as commands: which of them are done, and running those that are not."""
 
 import importlib.util
+import re
 import shlex
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import args
-from utils.checkpoints import NEUTRAL
+from utils.checkpoints import NEUTRAL, unfinished_folder
 from utils.errors import UserError
-from utils.files import read_json, read_record, write_json
+from utils.files import load_tensors, read_json, read_record, write_json
 from utils.manifest import plain_options
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, shown, typed
 
 
 @dataclass
@@ -36,16 +37,38 @@ class Step:
 
     def is_done(self):
         """Whether the output is there, newer than its inputs and made with these options."""
-        if not self.output.is_file() or any(
-            step.output.stat().st_mtime > self.output.stat().st_mtime for step in self.needs
-        ):
+        record, options = read_record(self.record) or {}, self.options()
+        epochs = getattr(options, "epochs", None)
+        return record.get("epochs_done", epochs) == epochs and self._follows(self.output, record, options)
+
+    def interrupted_at(self):
+        """Where an interrupted run of this step, made with these options and newer than its inputs, can be continued: the
+        path of its last checkpoint and the seconds that its epochs took; or None."""
+        options = self.options()
+        epochs = getattr(options, "epochs", 0)
+        for record in (unfinished_folder(self.record) / self.record.name, self.record):
+            held = read_record(record) or {}
+            done = held.get("epochs_done")
+            if not isinstance(done, int) or not 0 < done < epochs:
+                continue
+            # 11.tar and ckpt_epoch_11.pth are the last epoch's own files; last.pth and 11_unlearn_purify.tar every epoch's.
+            name = re.sub(rf"(?<!\d){epochs - 1}(?=\.\w+$)", str(done - 1), self.output.name)
+            checkpoint = record.with_name(name)
+            if self._follows(checkpoint, held, options):
+                try:
+                    history = load_tensors(checkpoint, self.command, "checkpoint of this project")["history"]
+                    return checkpoint, sum(row.get("seconds", 0) for row in history)
+                except (UserError, KeyError, TypeError, AttributeError):
+                    print(f"{shown(checkpoint)} is damaged; the step begins anew", flush=True)
+        return None
+
+    def _follows(self, path, record, options):
+        """Whether the file is there, newer than its inputs, and its ``record`` (dict) tells of these options."""
+        if not path.is_file() or any(step.output.stat().st_mtime > path.stat().st_mtime for step in self.needs):
             return False
-        record = read_record(self.record) or {}
-        made_with, wanted = record.get("options", {}), plain_options(self.options())
-        if record.get("epochs_done", wanted.get("epochs")) != wanted.get("epochs"):
-            return False  # interrupted
         if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
             return False
+        made_with, wanted = record.get("options", {}), plain_options(options)
         compared = (made_with.keys() & wanted.keys()) - NEUTRAL - {"precision"}
         return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
 
@@ -79,18 +102,23 @@ def list_commands(steps, numbers):
 
 
 def run(steps, opt, ledger_path, log=None):
-    """Run the steps that are not done; return the seconds that each took, when it last ran. ``log``: path of a file to which
+    """Run the steps that are not done, an interrupted training from its last checkpoint; return the seconds that each took,
+    when it last ran (of a training that was interrupted, those of its finished epochs too). ``log``: path of a file to which
     they print, if not here."""
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
         if opt.overwrite and not done and "overwrite" in vars(step.options()):
             step.words.append("--overwrite")
-        print(f"[{number}/{len(steps)}] {step.command}{'   (already there)' if done else ''}", flush=True)
+        begun = None if done or opt.overwrite else step.interrupted_at()
+        checkpoint, before = begun or (None, 0)
+        go_on = ["--checkpoint_load", typed(checkpoint)] if begun else []
+        command = shlex.join(["python", step.script, *step.words, *go_on])
+        print(f"[{number}/{len(steps)}] {command}{'   (already there)' if done else ''}", flush=True)
         if done:
             continue
-        started = time.perf_counter()
-        command = [sys.executable, ROOT / step.script, *step.words]
+        started = time.perf_counter() - before
+        command = [sys.executable, ROOT / step.script, *step.words, *go_on]
         with open(log, "a") if log else nullcontext() as file:
             code = subprocess.run(command, cwd=ROOT, **({"stdout": file, "stderr": file} if log else {})).returncode
         if code:
