@@ -1,10 +1,12 @@
 """Is a data set of your own poisoned? Sample distinguishment on it, a verdict, and a report to look at.
 
 Trains a small network without augmentation (SD step 1), takes FCT of every image, tests whether what the most sensitive
-images of a class share acts as a trigger, and separates the samples. Writes report.html (one page that holds all), its
+images of a class share acts as a trigger, and separates the samples: where it does, D_p is what of the class the network's
+features put beside these, else the images of highest FCT. Writes report.html (one page that holds all), its
 pictures as PNG, suspects.csv and verdict.json to --out. Exit code 0 whatever the verdict.
 """
 
+import io
 import math
 import os
 import shlex
@@ -23,7 +25,6 @@ from utils.audit import (
     NOTHING_BELOW,
     OTHERS,
     POISONED,
-    SUREST,
     TAUS,
     Common,
     PutBack,
@@ -37,6 +38,7 @@ from utils.fct import fct_path, load_fct, sd_network
 from utils.figures import fct_histogram
 from utils.files import csv_writer, hold_lock, json_writer, make_folder, new_folder, text_writer, write_together
 from utils.manifest import plain_options
+from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
 from utils.samples import CLEAN, POISON, UNCERTAIN
 from utils.seeding import generator
@@ -49,11 +51,7 @@ ENOUGH = 1000  # images; fewer teach the network too little
 SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
 ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the paper's transform",
           "surest": "of which the network is surest"}  # fmt: skip
-UNSURE_D_P = (
-    "It was the samples of which the network is surest that gave the backdoor away, not FCT, by which D_p is chosen: look at it "
-    "before you rely on it, for it may be mostly clean images."
-)
-PICTURES = ("histogram", "classes", "suspects", "pattern", "put_back")
+PICTURES = ("likeness", "histogram", "classes", "suspects", "pattern", "put_back")
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
     "no evidence": "No evidence of poisoned samples",
@@ -160,18 +158,33 @@ def decide(scores, dataset, labels, train_acc):
     return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
 
 
-def separation(resolved, words, where, steps, targets, tau, poison_ratio):
-    """The step that separates: on poisoned data D_p comes from the target classes alone."""
+def suspects_of(found, put_back, count):
+    """How like a trigger's group each sample of the poisoned classes is (`audit.likeness`), float32 (``count``,), those of other
+    classes below all of these; 0 and more is suspicious. ``found``: the rows of `audit.PutBack.of_class` of these classes."""
+    parts = [put_back.likeness(row) for row in found]
+    like = np.full(count, min(part.min() for _, part in parts) - 1, dtype=np.float32)
+    for own, part in parts:
+        like[own] = part
+    return like
+
+
+def tau_that_sees(suspicious, values, own):
+    """The name of the tau of `TAUS` under whose FCT the suspicious samples of a class stand out most. suspicious: bool (N,);
+    values: what `audit.orders` gave; own: bool (N,), the samples of the class."""
+    return max(TAUS, key=lambda name: auroc(values[name][own], suspicious[own]))
+
+
+def separation(resolved, words, where, steps, targets, tau, poison_ratio, order):
+    """The step that separates: on poisoned data D_p comes from the target classes alone, by the file ``order``."""
     model = steps["train"].output
     more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
     if targets:
-        more += ["--poison_classes", *map(str, targets)]
+        more += ["--poison_classes", *map(str, targets), "--poison_order", typed(order)]
     resolved.poison_ratio = poison_ratio
     record = separated_folder(resolved) / "options.json"
     load = ["--trans1", tau[0], "--trans2", tau[1], "--checkpoint_load", typed(model)]
-    return Step(
-        "separate_samples.py", [*words, *load, *more, *where], record, record, [steps["fct"]], steps["train"].digest
-    )
+    needs = [steps["fct"], *([Step("audit_dataset.py", [], order, order, [])] if targets else [])]
+    return Step("separate_samples.py", [*words, *load, *more, *where], record, record, needs, steps["train"].digest)
 
 
 def defences(words, where, poison_ratio, dataset):
@@ -267,14 +280,18 @@ def main(argv=None):
     train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
-    tau, poison_ratio = "flip", 0.05
-    targets = []
+    tau, poison_ratio, order = "flip", 0.05, out / "order.npy"
+    targets, like = [], None
     if verdict == "poisoned":
-        targets = [row["label"] for row in sorted(scores, key=lambda row: -row["score"]) if row["score"] >= POISONED]
-        tau, count = put_back.suspects(targets)
-        poison_ratio = math.ceil(1e5 * count / len(labels)) / 1e5  # so that the folder's name stays short
+        found = [row for row in sorted(scores, key=lambda row: -row["score"]) if row["score"] >= POISONED]
+        targets = [row["label"] for row in found]
+        like = suspects_of(found, put_back, len(labels))
+        tau = tau_that_sees(like >= 0, values, labels == targets[0])
+        poison_ratio = math.ceil(1e5 * (like >= 0).sum() / len(labels)) / 1e5  # so that the folder's name stays short
+        if not order.is_file() or order.read_bytes() != npy(like):
+            write_together({order: lambda file: file.write(npy(like))})
     fct = values[tau]
-    steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio)}
+    steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio, order)}
     run(steps, opt, out / "seconds.json")
     flags = np.full(len(labels), UNCERTAIN)
     for flag, name in ((CLEAN, "clean"), (POISON, "poison")):
@@ -283,18 +300,23 @@ def main(argv=None):
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
     content = summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands)
-    write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
+    write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back)
     print(f"\n{content['headline']}")
     if best:
         limits = f"(poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
         print(f"Score {best['score']:.2f} of the class {classes[best['label']]} {limits}")
-    if verdict == "poisoned" and best["order"] == SUREST:
-        print(f"Note: {UNSURE_D_P}")
     if opt.write_clean:
         if verdict != "poisoned":
             print("Note: D_p is then the most sensitive 5 % of the images, most likely clean ones")
         write_clean(opt, dataset, flags)
     print(f"The report is {shown(out / 'report.html')} ({(time.perf_counter() - started) / 60:.1f} min)")
+
+
+def npy(values):
+    """An array as the bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands):
@@ -345,10 +367,13 @@ def again(opt, *more):
     return shlex.join(["python", "audit_dataset.py", *words, *more])
 
 
-def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back):
-    """All files of the report, together."""
+def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back):
+    """All files of the report, together. The images of D_p come first, by ``like`` where it was taken by that, then the others,
+    by FCT."""
     classes, target = dataset.classes, content["target_label"]
-    order = np.lexsort((np.arange(len(fct)), -fct))
+    in_poison = flags == POISON
+    first = np.where(in_poison, fct if like is None else like, -np.inf)
+    order = np.lexsort((np.arange(len(fct)), -fct, -first))
     rank = np.empty(len(fct), dtype=np.int64)
     rank[order] = np.arange(1, len(fct) + 1)
     rows = [
@@ -358,8 +383,11 @@ def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
     ]  # fmt: skip
     pictures = {
         "classes": report.class_bars(labels, flags, classes, target),
-        "suspects": report.contact_sheet(dataset.train_images, labels, fct, classes, target),
+        "suspects": report.contact_sheet(dataset.train_images, labels, rank, fct, classes, target),
     }
+    if like is not None:
+        own = labels == target
+        pictures["likeness"] = report.likeness_picture(like[own], in_poison[own], classes[target])
     best = best or {"label": 0, "order": "flip", "group": "first 20"}
     own = put_back.order(best["label"], best["order"])
     group = put_back.groups(best["label"], best["order"]).get(best["group"], own[: len(own) // 2 + 1])
@@ -378,10 +406,11 @@ def write_report(out, opt, dataset, labels, flags, fct, content, best, put_back)
 
     histogram = out / "histogram.png"
     title = f"{len(fct)} images, tau {content['settings']['tau']}"
-    in_poison = flags == POISON
     fct_histogram(histogram, fct, ~in_poison, title, names=("not in D_p", "D_p"))
     pictures["histogram"] = histogram.read_bytes()
 
+    if like is None:  # what an earlier verdict left there
+        (out / "likeness.png").unlink(missing_ok=True)
     writers = {out / "suspects.csv": csv_writer(rows)}
     writers |= {out / f"{name}.png": (lambda file, data=data: file.write(data)) for name, data in pictures.items()}
     writers[out / "verdict.json"] = json_writer(content)
@@ -406,11 +435,9 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into it, though it changes them by no more than "
             f"{most_change(best['order']):g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
-            "D_p below holds the images of the class that stand out by FCT. Not all of them need to be poisoned, and some that "
-            "are may be missing."
+            "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
+            "be poisoned, and some that are may be missing."
         )
-        if best["order"] == SUREST:
-            means += f" {UNSURE_D_P}"
     elif verdict == "no evidence":
         means = (
             "No class has images that share something which acts as a trigger. This is no proof: see the README for the "
@@ -449,13 +476,14 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
             file = f"{report.link(dataset.train_images.files[row])} in {text(os.path.dirname(file))}"
         suspects.append([str(place), file, text(classes[labels[row]]), f"{fct[row]:.4g}"])
     captions = {
+        "likeness": "How like that group the images of the class are, in the network's features",
         "histogram": "FCT of all images",
         "classes": "In which classes the suspects pile up",
-        "suspects": "The most sensitive images of each class, with their FCT",
+        "suspects": "The most suspicious images of each class, with their FCT",
         "pattern": "What the group of highest score shares; where it stands out most is marked",
         "put_back": "That is put on images of other classes; above each, what the network says",
     }
-    first = '<p>All images in order of FCT: <a href="suspects.csv">suspects.csv</a>. The first of D_p:</p>'
+    first = '<p>All images, the most suspicious first: <a href="suspects.csv">suspects.csv</a>. The first of D_p:</p>'
     sections = [
         ("What this means", f"<p>{text(means)}</p>"),
         ("Numbers", report.table(None, numbers)),

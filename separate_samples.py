@@ -12,7 +12,7 @@ import numpy as np
 from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
-from utils.errors import UserError, run_script
+from utils.errors import UserError, require_file, run_script
 from utils.fct import confine, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
 from utils.files import json_writer, write_together
 from utils.manifest import write_options
@@ -50,20 +50,40 @@ def get_parser():
         help="not in the paper: D_p takes poison_ratio of all samples from those with these labels alone",
     )
     parser.add_argument(
+        "--poison_order", type=args.path, metavar="FILE",
+        help="not in the paper: D_p takes the samples of the highest values in this .npy, float32, one a training sample, in "
+        "place of FCT; audit_dataset.py writes one",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
     return parser
 
 
+def load_order(path, count):
+    """What --poison_order names: float (count,), finite."""
+    try:
+        order = np.load(require_file(path, "python audit_dataset.py --data_root DIR"), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"--poison_order {shown(path)} is no .npy file of numbers ({error})") from None
+    if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
+        held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"
+        raise UserError(f"--poison_order {shown(path)} must hold one number a training sample, ({count},), not {held}")
+    if not np.isfinite(order).all():
+        raise UserError(f"--poison_order {shown(path)} holds values that are not finite")
+    return order
+
+
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.clean_per_class and opt.gamma_low is not None:
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
-    if opt.poison_classes and opt.gamma_high is not None:
-        raise UserError(
-            "--poison_classes takes poison_ratio of all samples and has no use for --gamma_high; leave one out"
-        )
+    for name in ("poison_classes", "poison_order"):
+        if getattr(opt, name) and opt.gamma_high is not None:
+            raise UserError(
+                f"--{name} takes poison_ratio of all samples and has no use for --gamma_high; leave one out"
+            )
     path, command = sd_checkpoint(opt)
 
     dataset = args.load_data(opt)
@@ -75,13 +95,17 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
-    if opt.poison_classes:
-        flags = confine(flags, fct, poisoned.labels, opt.poison_classes, opt.poison_ratio, opt.seed)
-        high = float(fct[flags == POISON].min())
+    by = "FCT"
+    if opt.poison_classes or opt.poison_order:
+        order = load_order(opt.poison_order, len(fct)) if opt.poison_order else fct
+        by = shown(opt.poison_order) if opt.poison_order else "FCT"
+        classes = opt.poison_classes or range(dataset.spec.num_classes)
+        flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)
+        high = float(order[flags == POISON].min())
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
-    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} (FCT >= {high:g}), D_u {sizes[2]}")
+    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} ({by} >= {high:g}), D_u {sizes[2]}")
     print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
@@ -95,7 +119,8 @@ def main(argv=None):
         writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
-    write_options(folder / "options.json", opt, inputs=[path], outputs=outputs, **settings)
+    inputs = [path, *([opt.poison_order] if opt.poison_order else [])]
+    write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:
         found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))
         print(f"By the ground truth (evaluation only): {found}")

@@ -87,6 +87,61 @@ def test_of_samples_half_of_which_are_poisoned_the_most_alike_are(fashion, trigg
     assert set(groups["alike"]) <= set(poisoned.tolist())
 
 
+# Which samples are like them
+
+
+@pytest.mark.parametrize(("poisoned", "pure"), [(30, 1.0), (200, 0.9), (300, 1.0)])
+def test_the_samples_that_the_features_put_beside_the_group_are_found(poisoned, pure):
+    rng = np.random.default_rng(poisoned)
+    features = rng.normal(0, 1, (400, 32)) + 3
+    carry = np.arange(400) < poisoned
+    features[carry] += 6 * np.eye(32)[5] - 2 * np.eye(32)[9]
+    group = np.zeros(400, dtype=bool)
+    group[rng.permutation(poisoned)[: int(20 * pure)]] = True
+    group[poisoned : poisoned + 20 - int(20 * pure)] = True
+    like = audit.likeness(features.astype(np.float32), group)
+    assert like.dtype == np.float32 and ((like >= 0) == carry).mean() >= 0.98
+    # An independent account of the line: the mean of the group, and that of the others.
+    line = features[group].mean(0) - features[~group].mean(0)
+    slow = [sum(a * b for a, b in zip(row, line, strict=True)) for row in features]
+    assert (np.argsort(slow) == np.argsort(like)).mean() > 0.99
+
+
+def test_where_no_two_groups_are_the_most_alike_count():
+    group = np.arange(100) < 20
+    assert (audit.likeness(np.ones((100, 4), dtype=np.float32), group) == 0).all()
+    features = np.random.default_rng(0).normal(0, 1, (100, 4)).astype(np.float32)
+    assert 20 <= (audit.likeness(features, group) >= 0).sum() < 50
+
+
+def test_d_p_by_an_order_of_ones_own(cli, words, copy, tmp_path):
+    ratios = ["--clean_ratio", "0.2", "--poison_ratio", "0.1", "--overwrite"]
+    order = np.random.default_rng(3).normal(size=400).astype(np.float32)
+    np.save(tmp_path / "order.npy", order)
+    run = lambda file, *more: cli("separate_samples.py", *words(copy), *ratios, "--poison_order", file, *more)  # noqa: E731
+    result = run(tmp_path / "order.npy")
+    assert result.code == 0 and "order.npy >= " in result.out, result.err
+    folder = copy / "saved/separated_samples/cifar10/resnet10/gridTrigger_0.2_0.1"
+    taken = np.load(folder / "poison_samples.npy")
+    assert set(taken["index"]) == set(np.argsort(-order)[:40])
+    assert not set(np.load(folder / "clean_samples.npy")["index"]) & set(taken["index"])
+    assert run(tmp_path / "order.npy", "--poison_classes", 4, 5).code == 0
+    taken = np.load(folder / "poison_samples.npy")
+    assert len(taken) == 40 and set(taken["label"]) == {4, 5}
+
+    np.save(tmp_path / "short.npy", order[:7])
+    np.save(tmp_path / "odd.npy", np.where(order > 1, np.nan, order))
+    (tmp_path / "text.npy").write_text("no numbers")
+    before = (folder / "poison_samples.npy").read_bytes()
+    for name, message in (("short", "(400,), not float32 (7,)"), ("odd", "not finite"), ("text", "no .npy file"),
+                          ("none", "audit_dataset.py")):  # fmt: skip
+        result = run(tmp_path / f"{name}.npy")
+        assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1, result.err
+    result = run(tmp_path / "order.npy", "--gamma_high", 2)
+    assert result.code == 2 and "--poison_order" in result.err
+    assert (folder / "poison_samples.npy").read_bytes() == before
+
+
 # Thresholds
 
 
@@ -272,10 +327,15 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
 
     table = pd.read_csv(tmp_path / "re port/suspects.csv")
     assert list(table.columns) == ["file", "class", "FCT", "rank", "set"]
-    assert len(table) == 2000 and (table["rank"] == np.arange(1, 2001)).all() and table["FCT"].is_monotonic_decreasing
+    assert len(table) == 2000 and (table["rank"] == np.arange(1, 2001)).all()
+    in_poison = table["set"] == "D_p"  # which come first
+    assert in_poison[: in_poison.sum()].all() and table["FCT"][~in_poison].is_monotonic_decreasing
     assert all((root / file).is_file() for file in table["file"])
     suspects = table[table["set"] == "D_p"]
-    assert set(suspects["class"]) == {NAMES[2]} and suspects["file"].isin(poisoned).mean() >= 0.9
+    assert set(suspects["class"]) == {NAMES[2]} and suspects["file"].isin(poisoned).mean() >= 0.95
+    assert len(set(suspects["file"]) & poisoned) >= 0.95 * len(poisoned)
+    like = np.load(tmp_path / "re port/order.npy")
+    assert like.shape == (2000,) and (like >= 0).sum() == len(suspects)
     assert table[table["set"] == "D_c"]["file"].isin(poisoned).mean() <= 0.01
 
     page = Page((tmp_path / "re port/report.html").read_text())
@@ -285,7 +345,7 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
         path = urllib.parse.unquote(link.removeprefix("file://"))
         assert (tmp_path / "re port" / path).is_file(), link
     assert "broken.png" in page.shown
-    for name in ("histogram", "classes", "suspects", "pattern", "put_back"):
+    for name in ("likeness", "histogram", "classes", "suspects", "pattern", "put_back"):
         with Image.open(tmp_path / f"re port/{name}.png") as picture:
             picture.verify()
 

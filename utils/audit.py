@@ -4,6 +4,7 @@ Not in the paper. FCT says which samples of a class are sensitive; in a poisoned
 trigger, in a clean one they are odd images of the class. What such samples have in common is put on images of other
 classes. A trigger turns these into the class although it changes them little, and no longer does so once they are
 mirrored; what a class naturally looks like does not get through so small a change, or does so mirrored as well.
+Where that is so, the rest of the poisoned samples of the class are those that the network's features put beside the group.
 
 A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples of which the
 network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
@@ -19,7 +20,7 @@ from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_de
 from utils.datasets import rows_of
 from utils.distributed import gather
 from utils.engine import progress
-from utils.fct import compute_fct, gammas_of_distribution
+from utils.fct import compute_fct, two_groups
 from utils.seeding import generator
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
@@ -28,7 +29,6 @@ GROUPS = (20, 60)  # how many of a class's first samples are looked at together,
 AMONG = 100  # and of so many the GROUPS[0] that are most alike, for where not all of the first are poisoned
 WITHOUT_MIRROR = 0.20  # what a score that is not compared with mirrored images is lowered by
 USUAL = 0.7  # how far down the order there is no poisoned sample, where fewer than this share of a class are poisoned
-BLOCK = 40  # and how many at a time, to see how far down the order they carry the trigger
 OWN = 500  # samples of a class by which its mean and deviation are taken
 OTHERS = 120  # images of other classes on which it is tried
 CHANGE, CHANGE_SUREST = 30.0, 20.0  # grey levels, root mean square, by which it may change an image
@@ -211,30 +211,46 @@ class PutBack:
         labels = [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
         return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
 
-    def extent(self, label, name):
-        """How many of the first samples of a class act as a trigger, `BLOCK` by `BLOCK`, until one block does not."""
-        order, usual = self.order(label, name), self.usual(label, name)
-        for start in range(0, len(order), BLOCK):
-            block = order[start : start + BLOCK]
-            if len(block) < BLOCK or self.score(self.shares(block, label, name), usual, name) < POISONED:
-                return start
-        return len(order)
+    def likeness(self, row):
+        """The samples of a class, int64 (n,), and how like each is to the group of ``row``, what `of_class` gave: float32 (n,),
+        see `likeness`."""
+        own = np.flatnonzero(self.labels == row["label"])
+        group = self.groups(row["label"], row["order"])[row["group"]]
+        features = features_of(self.model, rows_of(self.images, own), self.spec, self.runtime)
+        return own, likeness(features, np.isin(own, group))
 
-    def suspects(self, labels):
-        """Which samples of the poisoned classes ``labels`` to take as poisoned: (name of the tau of `TAUS` by whose FCT, how
-        many in all). The first class decides the tau: that which has most to say of it, see `_count`."""
-        counts = {name: self._count(labels[0], name) for name in TAUS}
-        name = max(counts, key=lambda name: counts[name])
-        return name, counts[name][1] + sum(self._count(label, name)[1] for label in labels[1:])
 
-    def _count(self, label, name):
-        """(how deep the valley is between the two groups that the values of a class fall into, 0 where there are none; how
-        many samples to take: the upper group, else as far as `extent` goes, and `GROUPS`[0] at least)."""
-        values = self.values[name][self.labels == label]
-        found = gammas_of_distribution(values)
-        if found:
-            return 1 - found["valley"], int((values >= found["gamma_high"]).sum())
-        return 0.0, max(self.extent(label, name), GROUPS[0])
+@torch.inference_mode()
+def features_of(model, images, spec, runtime):
+    """Features of images (n, H, W, 3), uint8, an array or streamed: float32 (n, D)."""
+    held, normalize, parts = hold(images, runtime), Normalize(spec, runtime.device), []
+    for batch in fetch(held, evaluation_splits(held), runtime):
+        with runtime.autocast():
+            parts.append(model.features(normalize(batch)).float())
+    return gather(torch.cat(parts), len(images)).cpu().numpy()
+
+
+def likeness(features, group):
+    """How like a group each sample of its class is, in the eyes of the network that has learnt the trigger.
+
+    A network sees in the poisoned samples of a class the trigger and in the others the class, so the two lie apart in its
+    features (Tran et al., Spectral Signatures, NeurIPS 2018; Chen et al., Activation Clustering, 2018). Here a group that gave
+    the class away says in which direction, where these have to guess.
+
+    Args:
+        features: float (n, D) of the samples of one class; group: bool (n,), whether a sample is of the group.
+
+    Returns:
+        float32 (n,): the place of each on the line from the mean of the others to that of the group, in standard deviations,
+        from 0 on where it belongs to the upper of two normal distributions with a certainty of 0.9 (`fct.two_groups`), or is
+        one of the `GROUPS`[0] most alike.
+    """
+    features = features.astype(np.float64)
+    place = features @ (features[group].mean(0) - features[~group].mean(0))
+    place = (place - place.mean()) / max(place.std(), 1e-12)
+    last = np.sort(place)[-min(GROUPS[0], len(place))]
+    upper = two_groups(place)[1] if place.std() else None
+    return (place - (last if upper is None else min(last, upper))).astype(np.float32)
 
 
 def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):

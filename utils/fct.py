@@ -334,20 +334,29 @@ def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
     positive = fct[fct > 0]
     if len(positive) < 20 or positive.min() == positive.max():
         return None
-    logs = np.log(np.maximum(fct, positive.min()).astype(np.float64))
-    share, mean, deviation = _two_normals(logs)
-    total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
-    depth = float(total.min() / min(total[0], total[-1]))
-    line = np.linspace(mean[0], logs.max(), 800)
-    density = _densities(line, share, mean, deviation)
-    upper = density[:, 1] >= certainty * density.sum(1)
-    if depth > valley or not upper.any():
+    lower, upper, depth = two_groups(np.log(np.maximum(fct, positive.min()).astype(np.float64)), certainty)
+    if depth > valley or upper is None:
         return None
-    low, high = float(np.exp(mean[0])), float(np.exp(line[upper.argmax()]))
+    low, high = float(np.exp(lower)), float(np.exp(upper))
     shares = float((fct <= low).mean()), float((fct >= high).mean())
     if not all(shares) or sum(shares) > 1:
         return None
     return {"gamma_low": low, "gamma_high": high, "clean_ratio": shares[0], "poison_ratio": shares[1], "valley": depth}
+
+
+def two_groups(values, certainty=0.9):
+    """Two normal distributions fitted to ``values``, float64 (N,), not all of them equal.
+
+    Returns:
+        (the lower mean; the smallest value above it that belongs to the upper one with this ``certainty``, or None; how low the
+        density falls between the means, as a share of that at the lower one of them).
+    """
+    share, mean, deviation = _two_normals(values)
+    total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
+    line = np.linspace(mean[0], values.max(), 800)
+    density = _densities(line, share, mean, deviation)
+    upper = density[:, 1] >= certainty * density.sum(1)
+    return mean[0], line[upper.argmax()] if upper.any() else None, float(total.min() / min(total[0], total[-1]))
 
 
 def _densities(values, share, mean, deviation):

@@ -46,11 +46,11 @@ def class_bars(labels, flags, classes, target, most=40):
     return png(figure)
 
 
-def contact_sheet(images, labels, fct, classes, target):
-    """The samples of highest FCT of each class, the classes with the highest first (``target``, where there is one, before
-    them). images: as `datasets.Dataset` has them. PNG bytes."""
+def contact_sheet(images, labels, rank, fct, classes, target):
+    """The most suspicious samples of each class, by their ``rank`` (int (N,), from 1), the classes with the highest FCT first
+    (``target``, where there is one, before them). images: as `datasets.Dataset` has them. PNG bytes."""
     tops = {label: np.flatnonzero(labels == label) for label in range(len(classes))}
-    tops = {label: own[np.argsort(-fct[own], kind="stable")][:SHEET_COLUMNS] for label, own in tops.items()}
+    tops = {label: own[np.argsort(rank[own])][:SHEET_COLUMNS] for label, own in tops.items()}
     order = sorted(tops, key=lambda label: (label != target, -fct[tops[label]].mean()))[:SHEET_CLASSES]
     size = (1.0 * SHEET_COLUMNS + 1, 1.15 * len(order))
     figure, axes = plt.subplots(len(order), SHEET_COLUMNS, figsize=size, layout="constrained", squeeze=False)
@@ -59,6 +59,20 @@ def contact_sheet(images, labels, fct, classes, target):
         for axis, row in zip(line, tops[label], strict=False):
             axis.set_title(f"{fct[row]:.3g}", fontsize=7)
         line[0].set_ylabel(short(classes[label], 14), fontsize=8)
+    return png(figure)
+
+
+def likeness_picture(like, suspicious, name):
+    """Histogram of `audit.likeness` of the samples of the class ``name``, those of D_p apart. like: float (n,); suspicious: bool
+    (n,). PNG bytes."""
+    figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+    bins = np.linspace(like.min(), like.max(), 61)
+    for members, label, colour in ((~suspicious, "the others", CLEAN), (suspicious, "D_p", POISONED)):
+        axis.hist(like[members], bins=bins, color=colour, alpha=0.75, label=f"{label} ({members.sum()})")
+    axis.axvline(0, color="#444444", linewidth=0.8)
+    axis.set_xlabel("likeness to the group that gave the class away, in standard deviations")
+    axis.set_ylabel(f"images of {short(name)}")
+    axis.legend(fontsize=8)
     return png(figure)
 
 
