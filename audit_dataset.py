@@ -7,7 +7,6 @@ pictures as PNG, suspects.csv and verdict.json to --out. Exit code 0 whatever th
 """
 
 import io
-import math
 import os
 import shlex
 import shutil
@@ -29,14 +28,24 @@ from utils.audit import (
     Common,
     PutBack,
     most_change,
+    order_of,
     orders,
     predict,
 )
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
-from utils.fct import fct_path, load_fct, sd_network
+from utils.fct import fct_path, load_fct, ratio_of, sd_network
 from utils.figures import fct_histogram
-from utils.files import csv_writer, hold_lock, json_writer, make_folder, new_folder, text_writer, write_together
+from utils.files import (
+    array_writer,
+    csv_writer,
+    hold_lock,
+    json_writer,
+    make_folder,
+    new_folder,
+    text_writer,
+    write_together,
+)
 from utils.manifest import plain_options
 from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
@@ -158,16 +167,6 @@ def decide(scores, dataset, labels, train_acc):
     return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
 
 
-def suspects_of(found, put_back, count):
-    """How like a trigger's group each sample of the poisoned classes is (`audit.likeness`), float32 (``count``,), those of other
-    classes below all of these; 0 and more is suspicious. ``found``: the rows of `audit.PutBack.of_class` of these classes."""
-    parts = [put_back.likeness(row) for row in found]
-    like = np.full(count, min(part.min() for _, part in parts) - 1, dtype=np.float32)
-    for own, part in parts:
-        like[own] = part
-    return like
-
-
 def tau_that_sees(suspicious, values, own):
     """The name of the tau of `TAUS` under whose FCT the suspicious samples of a class stand out most. suspicious: bool (N,);
     values: what `audit.orders` gave; own: bool (N,), the samples of the class."""
@@ -285,11 +284,14 @@ def main(argv=None):
     if verdict == "poisoned":
         found = [row for row in sorted(scores, key=lambda row: -row["score"]) if row["score"] >= POISONED]
         targets = [row["label"] for row in found]
-        like = suspects_of(found, put_back, len(labels))
+        groups = [(row["label"], np.isin(np.arange(len(labels)), put_back.group_of(row))) for row in found]
+        like = order_of(groups, model, poisoned.images, labels, dataset.spec, runtime)
         tau = tau_that_sees(like >= 0, values, labels == targets[0])
-        poison_ratio = math.ceil(1e5 * (like >= 0).sum() / len(labels)) / 1e5  # so that the folder's name stays short
-        if not order.is_file() or order.read_bytes() != npy(like):
-            write_together({order: lambda file: file.write(npy(like))})
+        poison_ratio = ratio_of((like >= 0).sum(), len(labels))
+        buffer = io.BytesIO()
+        array_writer(like)(buffer)
+        if not order.is_file() or order.read_bytes() != buffer.getvalue():
+            write_together({order: array_writer(like)})
     fct = values[tau]
     steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio, order)}
     run(steps, opt, out / "seconds.json")
@@ -310,13 +312,6 @@ def main(argv=None):
             print("Note: D_p is then the most sensitive 5 % of the images, most likely clean ones")
         write_clean(opt, dataset, flags)
     print(f"The report is {shown(out / 'report.html')} ({(time.perf_counter() - started) / 60:.1f} min)")
-
-
-def npy(values):
-    """An array as the bytes of an .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands):

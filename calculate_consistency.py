@@ -2,7 +2,8 @@
 
 Writes, beside the checkpoint <epoch>.tar, in sample order and one value a line: <epoch>_all.txt, and for plots, where
 the ground truth is known, <epoch>_clean.txt and <epoch>_poison.txt; the table <epoch>_fct.csv (index, label, FCT);
-<epoch>_fct.json, the settings. Says whether the network shows a backdoor at all (not in the paper; no ground truth).
+<epoch>_fct.json, the settings. Says whether the network shows a backdoor at all (not in the paper; no ground truth), and where
+it does, writes <epoch>_order.npy, how like the samples that show it each other one of their class is, for step 5.
 """
 
 from utils import args
@@ -10,7 +11,7 @@ from utils.audit import sign_of_backdoor
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
-from utils.fct import fct_of_network, fct_path, save_fct, sd_checkpoint, sd_network
+from utils.fct import fct_of_network, fct_path, ratio_of, save_fct, sd_checkpoint, sd_network
 from utils.metrics import auroc
 from utils.paths import shown
 
@@ -38,9 +39,17 @@ def main(argv=None):
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
     fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
-    sign, words = sign_of_backdoor(model, poisoned.images, poisoned.labels, fct, dataset.spec, runtime, opt.seed)
-    save_fct(path, fct, dataset, poisoned, opt, sign)
+    sign, words, order = sign_of_backdoor(model, poisoned.images, poisoned.labels, fct, dataset.spec, runtime, opt.seed)
+    save_fct(path, fct, dataset, poisoned, opt, sign, order)
     print(words)
+    if order is not None:
+        count = int((order >= 0).sum())
+        print(
+            f"{count} samples of the class are like those that show it. To take these as D_p, in place of FCT (not in the paper):"
+        )
+        print(f"  python separate_samples.py {args.attack_arguments(opt)}{args.tau_arguments(vars(opt))} "
+              f"--poison_classes {sign['label']} --poison_ratio {ratio_of(count, len(order))} "
+              f"--poison_order {shown(fct_path(path, 'order.npy'))} --checkpoint_load {shown(path)}")  # fmt: skip
     if poisoned.is_clean is not None:
         print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")

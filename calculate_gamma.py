@@ -59,8 +59,9 @@ def main(argv=None):
     print(
         f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
     )
-    print(f"Next: python separate_samples.py {args.attack_arguments(opt)} --clean_ratio {clean_ratio} "
-          f"--poison_ratio {poison_ratio} --gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
+    options = f"{args.attack_arguments(opt)}{args.tau_arguments(record.get('options', {}))}"
+    print(f"Next: python separate_samples.py {options} --clean_ratio {clean_ratio} --poison_ratio {poison_ratio} "
+          f"--gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -232,6 +232,9 @@ class Colours(torch.nn.Module):
         super().__init__()
         self.colours, self.backdoor = colours / 255, backdoor
 
+    def features(self, x):
+        return self.forward(x).clamp(-100, 100)
+
     def forward(self, x):
         logits = -(x.mean((2, 3))[:, None] - self.colours).square().sum(2) * 100
         if self.backdoor:
@@ -253,14 +256,17 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
     fct[chosen] += 1
     spec = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
     model = Colours(torch.from_numpy(colours).float(), backdoor)
-    best, words = audit.sign_of_backdoor(model, images, labels, fct, spec, CPU, 0)
+    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, spec, CPU, 0)
     if backdoor and of_class == 0:
         assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0" in words
+        assert set(np.flatnonzero(order >= 0)) == set(chosen) and order[labels != 0].max() < order[labels == 0].min()
     else:  # FCT points at a trigger that does nothing, or turns images into another class
-        assert best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor")
+        assert (
+            best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None
+        )
     few = np.arange(0, 600, 20)
-    best, words = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], spec, CPU, 0)
-    assert best is None and words.startswith("Too few samples")
+    best, words, order = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], spec, CPU, 0)
+    assert best is None and order is None and words.startswith("Too few samples")
 
 
 # The whole, on a folder
@@ -320,6 +326,14 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     found = read_json(tmp_path / "re port/verdict.json")
     assert found["verdict"] == "poisoned" and found["target_class"] == NAMES[2] and found["statistic"] >= audit.POISONED
     assert f"The network has a backdoor whose target is class {found['target_label']} " in result.out
+    line = next(
+        line for line in result.out.splitlines() if line.startswith("  python separate_samples.py")
+    )  # of step 3
+    assert run_cli(*shlex.split(line)[1:], "--output_root", tmp_path / "proposed") == 0
+    taken = np.load(next((tmp_path / "proposed").rglob("poison_samples.npy")))
+    assert f"{len(taken)} samples of the class are like those that show it" in result.out
+    like = np.load(tmp_path / "re port/order.npy")  # of the audit itself, held against the poisoned files below
+    assert len(taken) >= 180 and (like[taken["index"]] >= 0).mean() >= 0.95
     region = found["strongest_region"]
     assert region["top"] >= 26 and region["left"] >= 26
     counts = found["counts"]
@@ -334,7 +348,6 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     suspects = table[table["set"] == "D_p"]
     assert set(suspects["class"]) == {NAMES[2]} and suspects["file"].isin(poisoned).mean() >= 0.95
     assert len(set(suspects["file"]) & poisoned) >= 0.95 * len(poisoned)
-    like = np.load(tmp_path / "re port/order.npy")
     assert like.shape == (2000,) and (like >= 0).sum() == len(suspects)
     assert table[table["set"] == "D_c"]["file"].isin(poisoned).mean() <= 0.01
 

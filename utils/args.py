@@ -245,6 +245,14 @@ def add_tau_options(parser):
     parser.add_argument("--draws", type=positive_int, default=1, help="draws of the transform whose FCT is averaged")
 
 
+def tau_arguments(options):
+    """The options of tau as the user would type them, for commands: those in ``options`` (dict) that are not the default."""
+    defaults = {"trans1": "rotate", "trans2": "affine", "draws": 1}
+    return "".join(
+        f" --{name} {options[name]}" for name, value in defaults.items() if options.get(name, value) != value
+    )
+
+
 def check(opt):
     """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
     streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds

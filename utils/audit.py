@@ -211,13 +211,9 @@ class PutBack:
         labels = [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
         return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
 
-    def likeness(self, row):
-        """The samples of a class, int64 (n,), and how like each is to the group of ``row``, what `of_class` gave: float32 (n,),
-        see `likeness`."""
-        own = np.flatnonzero(self.labels == row["label"])
-        group = self.groups(row["label"], row["order"])[row["group"]]
-        features = features_of(self.model, rows_of(self.images, own), self.spec, self.runtime)
-        return own, likeness(features, np.isin(own, group))
+    def group_of(self, row):
+        """The samples, int64, that a row of `of_class` is about."""
+        return self.groups(row["label"], row["order"])[row["group"]]
 
 
 @torch.inference_mode()
@@ -253,6 +249,25 @@ def likeness(features, group):
     return (place - (last if upper is None else min(last, upper))).astype(np.float32)
 
 
+def order_of(found, model, images, labels, spec, runtime):
+    """What puts the samples of poisoned classes in order, for ``separate_samples.py --poison_order``.
+
+    Args:
+        found: pairs of a class and its group, bool (N,); the others as of `orders`.
+
+    Returns:
+        float32 (N,): `likeness` of each sample of these classes, of the others less than any of these.
+    """
+    parts = []
+    for label, group in found:
+        own = np.flatnonzero(labels == label)
+        parts.append((own, likeness(features_of(model, rows_of(images, own), spec, runtime), group[own])))
+    order = np.full(len(labels), min(part.min() for _, part in parts) - 1, dtype=np.float32)
+    for own, part in parts:
+        order[own] = part
+    return order
+
+
 def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
     """The put-back test on the classes in which the samples of highest FCT pile up, as a check that SD's network has a
     backdoor at all, without which FCT tells nothing. It sees backdoors with a target class of their own, not all2all.
@@ -261,9 +276,10 @@ def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
         fct: float32 (N,), under any tau; the others as of `PutBack`. `DRAWN` samples are looked at, drawn by ``seed``.
 
     Returns:
-        (the row of `PutBack.of_class` with the highest score, what that says); (None, the same) where no class has enough
-        samples.
+        (the row of `PutBack.of_class` with the highest score, or None where no class has enough samples; what that says; where
+        there is a backdoor how like its group each sample of the class is, see `order_of`, else None).
     """
+    whole = images, labels
     rows = np.sort(generator(seed, "audit", "sign of a backdoor").permutation(len(labels))[:DRAWN])
     images, labels, fct = rows_of(images, rows), labels[rows], fct[rows]
     highest = labels[np.argsort(-fct, kind="stable")[: max(1, len(fct) // 20)]]
@@ -271,7 +287,7 @@ def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
     likely = np.argsort(-counts, kind="stable")[:LIKELY]
     likely = [int(label) for label in likely if (labels == label).sum() >= LEAST]
     if not likely:
-        return None, f"Too few samples of a class to tell whether the network has a backdoor ({LEAST} are needed)"
+        return None, f"Too few samples of a class to tell whether the network has a backdoor ({LEAST} are needed)", None
     own = np.flatnonzero(np.isin(labels, likely))
     sure = np.zeros(len(labels), dtype=np.float32)
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
@@ -279,11 +295,17 @@ def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
     score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
     if best["score"] >= POISONED:
-        return best, f"The network has a backdoor whose target is class {best['label']} {score}"
+        group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
+        order = order_of([(best["label"], group)], model, *whole, spec, runtime)
+        return best, f"The network has a backdoor whose target is class {best['label']} {score}", order
     words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
-    return best, (
-        f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
-        "plant it; all2all is not seen by this check"
+    return (
+        best,
+        (
+            f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
+            "plant it; all2all is not seen by this check"
+        ),
+        None,
     )
 
 

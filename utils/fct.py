@@ -3,6 +3,7 @@
 FCT(x) = mean over feature dimensions of (e(x) - e(tau(x)))^2.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from utils.device import Runtime
 from utils.distributed import gather, part
 from utils.engine import progress
 from utils.errors import UserError, require_file
-from utils.files import csv_writer, read_record, sha256, text_writer, write_together
+from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
 from utils.manifest import is_other, write_options
 from utils.paths import backdoored_folder, shown
 from utils.seeding import generator
@@ -167,8 +168,9 @@ def fct_path(path, kind):
     return path.with_name(f"{path.stem}_{kind}")
 
 
-def save_fct(path, fct, dataset, poisoned, opt, sign=None):
-    """Write the values beside the checkpoint, in sample order, one a line. ``sign``: of a backdoor, for the record.
+def save_fct(path, fct, dataset, poisoned, opt, sign=None, order=None):
+    """Write the values beside the checkpoint, in sample order, one a line. ``sign``: of a backdoor, for the record; ``order``:
+    what `audit.order_of` gave, for ``<epoch>_order.npy``, or None.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
@@ -185,6 +187,10 @@ def save_fct(path, fct, dataset, poisoned, opt, sign=None):
         for index, label, value in zip(poisoned.index, poisoned.labels, fct, strict=True)
     ]
     writers[fct_path(path, "fct.csv")] = csv_writer(rows)
+    if order is None:  # what an earlier run left there
+        fct_path(path, "order.npy").unlink(missing_ok=True)
+    else:
+        writers[fct_path(path, "order.npy")] = array_writer(order)
     digests = write_together(writers)
     outputs = {path.with_name(name): digest for name, digest in digests.items()}
     record, inputs = fct_path(path, "fct.json"), {path: sha256(path)}
@@ -231,6 +237,12 @@ def set_sizes(count, clean_ratio, poison_ratio):
         if size == 0:
             raise UserError(f"--{name}_ratio {ratio} of {count} samples is less than one sample; give a larger ratio")
     return sizes
+
+
+def ratio_of(count, whole):
+    """A ratio of at most five decimals (folders are named by it) whose share of ``whole`` samples is ``count``, or a few more of
+    more than 100 000."""
+    return math.ceil(1e5 * count / whole) / 1e5
 
 
 def gammas_of_ratios(fct, clean_ratio, poison_ratio):

@@ -233,6 +233,11 @@ def csv_writer(rows):
     return text_writer(pd.DataFrame(rows, columns=list(max(rows, key=len))).to_csv(index=False))
 
 
+def array_writer(values):
+    """A function that writes ``values`` (a NumPy array) as .npy to an open binary file, for `write_together`."""
+    return lambda file: np.save(file, values, allow_pickle=False)
+
+
 def tensor_writer(content):
     """A function that writes ``content`` (tensors and plain values) to an open binary file, for `write_together`."""
 

@@ -8,7 +8,7 @@ from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file
-from utils.files import read_record
+from utils.files import array_writer, read_record
 from utils.manifest import is_other
 from utils.paths import separated_folder, shown
 
@@ -35,7 +35,7 @@ def sample_writers(folder, poisoned, flags):
             samples["image"] = poisoned.images[rows]
         samples["label"] = poisoned.labels[rows]
         samples["flag"], samples["index"] = flag, poisoned.index[rows]
-        np.save(file, samples, allow_pickle=False)
+        array_writer(samples)(file)
 
     return {folder / name: partial(write, flag=flag) for flag, name in FILES.items()}
 
