@@ -19,7 +19,6 @@ import numpy as np
 from models import MODELS
 from utils import args, report
 from utils.audit import (
-    AMONG,
     LEAST,
     NOTHING_BELOW,
     OTHERS,
@@ -27,6 +26,7 @@ from utils.audit import (
     TAUS,
     Common,
     PutBack,
+    among,
     most_change,
     order_of,
     orders,
@@ -413,10 +413,10 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     write_together(writers)
 
 
-def words_of(row):
-    """Which samples a row of `PutBack.of_class` is about."""
+def words_of(row, labels):
+    """Which samples a row of `PutBack.of_class` is about, in words. labels: int64 (N,)."""
     if row["group"] == "alike":
-        return f"of the {AMONG} {ORDERS[row['order']]} the {row['size']} most alike"
+        return f"of the {among((labels == row['label']).sum())} {ORDERS[row['order']]} the {row['size']} most alike"
     return f"the {row['size']} {ORDERS[row['order']]}"
 
 
@@ -427,7 +427,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
         means = (
-            f"What some images of the class {classes[content['target_label']]} share ({words_of(best)}) turns "
+            f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into it, though it changes them by no more than "
             f"{most_change(best['order']):g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
             "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
@@ -461,7 +461,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     for row in content["classes"][:40]:
         by_class.append(
             [text(row["class"]), str((labels == row["label"]).sum()), str(inside[row["label"]]), f"{row['score']:.2f}",
-             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), words_of(row)]
+             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), words_of(row, labels)]
         )  # fmt: skip
     top = [row for row in order if flags[row] == POISON][:100]
     suspects = []

@@ -39,7 +39,9 @@ def main(argv=None):
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
     fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
-    sign, words, order = sign_of_backdoor(model, poisoned.images, poisoned.labels, fct, dataset.spec, runtime, opt.seed)
+    sign, words, order = sign_of_backdoor(
+        model, poisoned.images, poisoned.labels, fct, dataset.classes, dataset.spec, runtime, opt.seed
+    )
     save_fct(path, fct, dataset, poisoned, opt, sign, order)
     print(words)
     if order is not None:

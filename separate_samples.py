@@ -12,13 +12,13 @@ import numpy as np
 from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
-from utils.errors import UserError, require_file, run_script
+from utils.errors import UserError, run_script
 from utils.fct import confine, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
 from utils.files import json_writer, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, sample_writers
+from utils.samples import CLEAN, POISON, UNCERTAIN, load_order, sample_writers
 
 
 def get_parser():
@@ -61,20 +61,6 @@ def get_parser():
     return parser
 
 
-def load_order(path, count):
-    """What --poison_order names: float (count,), finite."""
-    try:
-        order = np.load(require_file(path, "python audit_dataset.py --data_root DIR"), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"--poison_order {shown(path)} is no .npy file of numbers ({error})") from None
-    if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
-        held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"
-        raise UserError(f"--poison_order {shown(path)} must hold one number a training sample, ({count},), not {held}")
-    if not np.isfinite(order).all():
-        raise UserError(f"--poison_order {shown(path)} holds values that are not finite")
-    return order
-
-
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.clean_per_class and opt.gamma_low is not None:
@@ -97,7 +83,11 @@ def main(argv=None):
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
     by = "FCT"
     if opt.poison_classes or opt.poison_order:
-        order = load_order(opt.poison_order, len(fct)) if opt.poison_order else fct
+        order = (
+            load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
+            if opt.poison_order
+            else fct
+        )
         by = shown(opt.poison_order) if opt.poison_order else "FCT"
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)

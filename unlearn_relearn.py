@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from models import MODELS, build_model
 from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
 from utils import args
-from utils.checkpoints import Run, latest_checkpoint, load_checkpoint, load_optimizer, load_weights
+from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
 from utils.distributed import total_of
 from utils.engine import prepare, train_epoch
@@ -96,7 +96,7 @@ def main(argv=None):
         checkpoint = {"step": "", "model": content, "poisoned_digest": None}
         opt.foreign = precision_of(content)
     else:
-        checkpoint = load_checkpoint(path, opt, command, [*BEFORE, STEP])
+        checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
         opt.foreign = checkpoint["options"].get("foreign")
         plain = opt.foreign in ("float16", "bfloat16", "float32", "float64")
     resumed = checkpoint["step"] == STEP

@@ -256,16 +256,16 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
     fct[chosen] += 1
     spec = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
     model = Colours(torch.from_numpy(colours).float(), backdoor)
-    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, spec, CPU, 0)
+    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", spec, CPU, 0)
     if backdoor and of_class == 0:
-        assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0" in words
+        assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0 (a) " in words
         assert set(np.flatnonzero(order >= 0)) == set(chosen) and order[labels != 0].max() < order[labels == 0].min()
     else:  # FCT points at a trigger that does nothing, or turns images into another class
         assert (
             best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None
         )
     few = np.arange(0, 600, 20)
-    best, words, order = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], spec, CPU, 0)
+    best, words, order = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], "abcd", spec, CPU, 0)
     assert best is None and order is None and words.startswith("Too few samples")
 
 

@@ -54,6 +54,24 @@ def test_drawn_samples_have_the_sizes_of_the_ratios_and_are_what_their_name_says
     assert other.code == 2 and "--overwrite" in other.err
 
 
+def test_d_p_by_what_step_3_proposes_is_taken_out_of_d_c(copy, words, cli):
+    run = lambda: cli("tools/ablation_samples.py", *words(copy), "--kind", "likeness", "--out", copy / "like")  # noqa: E731
+    said = run()
+    assert said.code == 2 and "calculate_consistency.py" in said.err and len(said.err.splitlines()) == 1
+    separated = sets_of(copy / SAMPLES)
+    order = np.full(400, -3.0, dtype=np.float32)
+    chosen = [*separated["clean"]["index"][:5], *separated["suspicious"]["index"][:30]]
+    order[chosen] = np.linspace(0, 2, 35)
+    record = json.loads((copy / SAMPLES / "options.json").read_text())
+    checkpoint = copy / SAMPLES / record["checkpoint_load"]
+    np.save(checkpoint.with_name(f"{checkpoint.stem}_order.npy"), order)
+    said = run()
+    assert said.code == 0, said.err
+    found = sets_of(copy / "like")
+    assert set(found["poison"]["index"]) == set(chosen)
+    assert set(found["clean"]["index"]) == set(separated["clean"]["index"]) - set(chosen)
+
+
 def test_the_defences_take_drawn_samples(copy, words, tmp_path):
     do(("tools/ablation_samples.py", *words(copy), "--kind", "random", "--out", copy / "drawn"))
     before = (copy / WITH_TRANS / "1_unlearn_purify.tar").read_bytes()

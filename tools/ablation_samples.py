@@ -1,9 +1,10 @@
-"""Samples that SD did not choose, for comparison: what do the defences owe to the separation? For --samples of
+"""Samples that were chosen otherwise, for comparison: what do the defences owe to the separation? For --samples of
 unlearn_relearn.py, ST/train_extractor.py and ST/train_classifier.py.
 
 random: D_c and D_p are drawn at random; random_clean: D_c is, and D_p stays as separate_samples.py made it; oracle: D_c is
-drawn from the samples that are clean and D_p from those that are poisoned, by the ground truth, which no defence has.
-Sizes are those of the ratios, of the oracle's D_p at most all that is poisoned.
+drawn from the samples that are clean and D_p from those that are poisoned, by the ground truth, which no defence has. Sizes are
+those of the ratios, of the oracle's D_p at most all that is poisoned. likeness: D_p is what <epoch>_order.npy of step 3 puts
+beside the samples that show the backdoor, as many as that gives, and D_c as separate_samples.py made it, less these.
 """
 
 import sys
@@ -16,16 +17,17 @@ import numpy as np
 from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
-from utils.errors import UserError, run_script
-from utils.fct import set_sizes
-from utils.files import json_writer, write_together
+from utils.errors import UserError, require_file, run_script
+from utils.fct import fct_path, set_sizes
+from utils.files import json_writer, read_record, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
-from utils.paths import shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, load_samples, sample_files, sample_writers
+from utils.paths import separated_folder, shown
+from utils.samples import CLEAN, POISON, UNCERTAIN, load_order, load_samples, sample_files, sample_writers
 from utils.seeding import generator
 
-KINDS = ("random", "random_clean", "oracle")
+BY_STEP_3 = "python calculate_consistency.py, which writes it where it sees a backdoor"
+KINDS = ("random", "random_clean", "oracle", "likeness")
 
 
 def get_parser():
@@ -43,7 +45,7 @@ def draw_flags(kind, is_clean, kept, sizes, seed):
     """The set of every sample.
 
     Args:
-        kind: one of `KINDS`; is_clean: bool (N,), the ground truth, which ``oracle`` alone reads; kept: int64, the indices
+        kind: one of `KINDS` that draws; is_clean: bool (N,), the ground truth, which ``oracle`` alone reads; kept: int64, the indices
         that D_p keeps with ``random_clean``; sizes: of D_c and D_p; seed: of the draw.
 
     Returns:
@@ -61,18 +63,33 @@ def draw_flags(kind, is_clean, kept, sizes, seed):
     return flags
 
 
+def order_path(opt):
+    """What step 3 wrote beside the checkpoint by which the samples of these options were separated."""
+    folder = separated_folder(opt)
+    command = f"python separate_samples.py {args.attack_arguments(opt)}"
+    record = read_record(require_file(folder / "options.json", command))
+    return fct_path((folder / str(record.get("checkpoint_load"))).resolve(), "order.npy")
+
+
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     if poisoned.is_clean is None:
         raise UserError("this compares with the ground truth, which nobody has of your own data")
-    kept, inputs = None, []
+    kept, inputs, count = None, [], len(poisoned.labels)
     if opt.kind == "random_clean":
         kept = load_samples(opt, dataset.spec, [POISON])["index"]
         inputs = sample_files(opt, [POISON])
-    sizes = set_sizes(len(poisoned.labels), opt.clean_ratio, opt.poison_ratio)
-    flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
+    if opt.kind == "likeness":
+        path = order_path(opt)
+        order, inputs = load_order(path, count, BY_STEP_3), [path, *sample_files(opt, [CLEAN])]
+        flags = np.full(count, UNCERTAIN)
+        flags[load_samples(opt, dataset.spec, [CLEAN])["index"]] = CLEAN
+        flags[order >= 0] = POISON
+    else:
+        sizes = set_sizes(count, opt.clean_ratio, opt.poison_ratio)
+        flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
 
     folder = opt.out.absolute()
     claim(folder / "options.json", opt)
@@ -83,7 +100,7 @@ def main(argv=None):
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings = {"step": "ablation_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
-    print(f"D_c {quality['Dc_size']}, D_p {quality['Dp_size']}, drawn: {opt.kind}. The samples are in {shown(folder)}")
+    print(f"D_c {quality['Dc_size']}, D_p {quality['Dp_size']}: {opt.kind}. The samples are in {shown(folder)}")
 
 
 if __name__ == "__main__":

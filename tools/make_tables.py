@@ -152,15 +152,11 @@ def replace_between(text, marker, content, where):
     return f"{head}{first}\n{content}\n{last}{rest.split(last)[1]}"
 
 
-def tables(results):
-    """The Markdown of each table by its name, from the records in ``results``, without writing anything."""
-    paper = pd.read_csv(results / "paper.csv")
-    return {table: markdown(table, body(table, paper, lines_of(results, table))) for table in TITLES}
-
-
-def lines_of(results, table):
-    """The records of a table as a DataFrame, see `records.cell_line`."""
-    return pd.DataFrame([cell_line(cell) for cell in read_cells(results / table)])
+def tables(results, paper):
+    """Of each table its name, its records in ``results`` as a DataFrame (see `records.cell_line`), and its `body`."""
+    for table in TITLES:
+        lines = pd.DataFrame([cell_line(cell) for cell in read_cells(results / table)])
+        yield table, lines, body(table, paper, lines)
 
 
 def main(argv=None):
@@ -172,14 +168,11 @@ def main(argv=None):
         )
     paper = pd.read_csv(source)
     texts, tex = {}, []
-    for table in TITLES:
-        if any((opt.results / table).glob("*.json")):
-            collect(opt.results / table, opt.results / f"{table}.csv")
-        lines = lines_of(opt.results, table)
-        rows = body(table, paper, lines)
+    for table, lines, rows in tables(opt.results, paper):
         texts[table] = markdown(table, rows)
         tex.append(latex(table, rows))
         if len(lines):
+            collect(opt.results / table, opt.results / f"{table}.csv")
             picture(opt.results / f"{table}.png", table, paper, lines)
         print(f"{texts[table]}\n")
     writers = {

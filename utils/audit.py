@@ -142,7 +142,7 @@ class PutBack:
         order = self.order(label, name)
         found = {f"first {count}": order[:count] for count in _counts(order)}
         if len(order) >= LEAST:
-            found["alike"] = self.most_alike(order[: min(AMONG, len(order) // 2)], label)
+            found["alike"] = self.most_alike(order[: among(len(order))], label)
         return found
 
     def most_alike(self, rows, label):
@@ -268,12 +268,12 @@ def order_of(found, model, images, labels, spec, runtime):
     return order
 
 
-def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
+def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     """The put-back test on the classes in which the samples of highest FCT pile up, as a check that SD's network has a
     backdoor at all, without which FCT tells nothing. It sees backdoors with a target class of their own, not all2all.
 
     Args:
-        fct: float32 (N,), under any tau; the others as of `PutBack`. `DRAWN` samples are looked at, drawn by ``seed``.
+        fct: float32 (N,), under any tau; classes: their names; the others as of `PutBack`. `DRAWN` samples are drawn by ``seed``.
 
     Returns:
         (the row of `PutBack.of_class` with the highest score, or None where no class has enough samples; what that says; where
@@ -295,9 +295,10 @@ def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
     score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
     if best["score"] >= POISONED:
+        target = f"class {best['label']} ({classes[best['label']]})"
         group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
         order = order_of([(best["label"], group)], model, *whole, spec, runtime)
-        return best, f"The network has a backdoor whose target is class {best['label']} {score}", order
+        return best, f"The network has a backdoor whose target is {target} {score}", order
     words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
     return (
         best,
@@ -307,6 +308,11 @@ def sign_of_backdoor(model, images, labels, fct, spec, runtime, seed):
         ),
         None,
     )
+
+
+def among(size):
+    """Of how many of a class's first samples the most alike are looked for, in a class of ``size``."""
+    return min(AMONG, size // 2)
 
 
 def most_change(name):

@@ -74,7 +74,11 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
     Raises:
         UserError: for a file that is missing, damaged, from elsewhere, or of other options.
     """
-    checkpoint = load_tensors(path, command, "checkpoint of this project")
+    return fitting(load_tensors(path, command, "checkpoint of this project"), path, opt, command, steps, names)
+
+
+def fitting(checkpoint, path, opt, command, steps, names=IDENTITY):
+    """``checkpoint``, what the file ``path`` holds, if it is as `load_checkpoint` says; its arguments and errors."""
     wrong = _not_a_checkpoint(checkpoint)
     if wrong:
         raise UserError(f"{path} is no checkpoint of this project ({wrong}). Make it with: {command}")

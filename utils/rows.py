@@ -104,12 +104,14 @@ VARIANTS = {
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
+        "likeness": {"samples": "likeness"},
     },
     "D-ST": {
         "no_ascent": {"train_classifier": "--poison_weight 0"},
         "authors_mask": {"train_extractor": "--positives authors"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
+        "likeness": {"samples": "likeness"},
     },
 }
 

@@ -87,6 +87,25 @@ def load_samples(opt, spec, flags, folder=None):
     return np.concatenate(parts)
 
 
+def load_order(path, count, command):
+    """Numbers (``count``,) of an .npy file that puts the training samples in order, for D_p; ``command`` makes it where it is
+    missing.
+
+    Raises:
+        UserError: for a file that is missing, or holds something else, or numbers that are not finite.
+    """
+    try:
+        order = np.load(require_file(path, command), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{shown(path)} is no .npy file of numbers ({error})") from None
+    if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
+        held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"
+        raise UserError(f"{shown(path)} must hold one number a training sample, ({count},), not {held}")
+    if not np.isfinite(order).all():
+        raise UserError(f"{shown(path)} holds values that are not finite")
+    return order
+
+
 def images_of(samples, dataset, opt, folder=None):
     """The images of samples that `load_samples` gave: theirs, or where they hold none, for the data set is streamed, those
     of the training set, poisoned as the options say, which are read when they are needed.
