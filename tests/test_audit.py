@@ -177,6 +177,20 @@ def test_auto_gammas_through_the_command_line(cli, words, copy):
             assert "--poison_ratio 0.1 " in result.out and record["of_ratios"][1] != record["gamma_high"]
 
 
+def test_the_command_that_step_4_prints_separates_by_the_values_of_step_3(cli, words, copy):
+    tau = ["--trans1", "shrink", "--trans2", "none"]
+    place = copy / "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
+    assert cli("calculate_consistency.py", *words(copy), *tau, "--overwrite").code == 0
+    said = cli("calculate_gamma.py", *words(copy))
+    line = next(line for line in said.out.splitlines() if line.startswith("Next: "))
+    assert shlex.join(tau) in line
+    done = cli(*shlex.split(line)[2:], "--overwrite", *words(copy)[-4:])
+    assert done.code == 0 and "computing them" not in done.out, done.err
+    fct = np.loadtxt(place / "1_all.txt")
+    taken = np.load(next((copy / "saved/separated_samples").rglob("poison_samples.npy")))["index"]
+    assert fct[taken].min() >= np.delete(fct, taken).max()
+
+
 def test_d_p_of_some_classes_alone():
     rng = np.random.default_rng(0)
     fct, labels = rng.random(200).astype(np.float32), np.arange(200) % 4
