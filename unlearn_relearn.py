@@ -59,6 +59,10 @@ def get_parser():
         help="which of the two passes an epoch has; fewer than both are for comparison",
     )  # fmt: skip
     parser.add_argument(
+        "--unlearn_batch_size", type=args.positive_int,
+        help="samples of D_p a step; default: --batch_size, as in the paper. The few steps of a small D_p are undone by those of D_c",
+    )  # fmt: skip
+    parser.add_argument(
         "--ascent_bound", type=args.positive, default=ASCENT_BOUND, metavar="NATS",
         help="a sample of D_p whose cross-entropy is above this pushes no further; the default stops none in the paper's setting",
     )  # fmt: skip
@@ -131,20 +135,23 @@ def main(argv=None):
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
     tests = make_test_sets(dataset, opt, runtime)
+    unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
 
     def batches_of(flag):
         samples = load_samples(opt, spec, [flag], opt.samples)
-        settings = (spec, runtime, opt.batch_size, opt.seed, f"{STEP} {flag}")
+        size = unlearn_batch_size if flag == POISON else opt.batch_size
+        settings = (spec, runtime, size, opt.seed, f"{STEP} {flag}")
         images = images_of(samples, dataset, opt, opt.samples)
         held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, settings[-1])
         kept = held_out.rest(images), held_out.rest(samples["label"])
         return Batches(*kept, *settings, augmentation=augmentation), held_out, images
 
     (to_unlearn, *held_out_of_Dp), (to_relearn, *held_out_of_Dc) = batches_of(POISON), batches_of(CLEAN)
-    if opt.batch_size > len(to_unlearn.labels):
+    if unlearn_batch_size > len(to_unlearn.labels):
+        name = "unlearn_batch_size" if opt.unlearn_batch_size else "batch_size"
         raise UserError(
-            f"--batch_size {opt.batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
+            f"--{name} {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
         )
 
     if plain:

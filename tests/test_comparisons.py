@@ -106,6 +106,24 @@ def test_one_pass_alone_leaves_the_other_out(alone, copy, words):
     assert rises or alone == "relearn"
 
 
+def test_d_p_has_a_batch_size_of_its_own(copy, words, cli):
+    def unlearnt(name, *more):
+        do(("unlearn_relearn.py", *words(copy), "--epochs", 1, "--lr", 0.01, *more,
+                 "--checkpoint_save", copy / f"{name}.tar", "--log", copy / f"{name}.csv"))  # fmt: skip
+        return weights(copy / f"{name}.tar")
+
+    alone = unlearnt("alone", "--passes", "unlearn", "--batch_size", 7)
+    apart = unlearnt("apart", "--passes", "unlearn", "--batch_size", 16, "--unlearn_batch_size", 7)
+    assert all(torch.equal(value, apart[name]) for name, value in alone.items())
+    only = [
+        unlearnt(f"only{size}", "--passes", "relearn", "--batch_size", 16, "--unlearn_batch_size", size)
+        for size in (7, 9)
+    ]
+    assert all(torch.equal(value, only[1][name]) for name, value in only[0].items())  # D_c has --batch_size
+    said = cli("unlearn_relearn.py", *words(copy), "--unlearn_batch_size", 21, "--batch_size", 16, "--overwrite")
+    assert said.code == 2 and "--unlearn_batch_size 21 is larger than D_p, 20 samples" in said.err
+
+
 # Held-out samples
 
 
