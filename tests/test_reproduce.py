@@ -148,7 +148,15 @@ def steps_of(root, out, common):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["train_attack_withTrans", "unlearn_relearn", "train_extractor", "train_classifier"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_attack_withTrans",
+        "unlearn_relearn",
+        pytest.param("train_extractor", marks=pytest.mark.slow),
+        "train_classifier",
+    ],
+)
 def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     name, pipeline, words, tmp_path, monkeypatch, in_process, capfd
 ):
