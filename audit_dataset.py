@@ -291,7 +291,7 @@ def main(argv=None):
         buffer = io.BytesIO()
         array_writer(like)(buffer)
         if not order.is_file() or order.read_bytes() != buffer.getvalue():
-            write_together({order: array_writer(like)})
+            write_together({order: lambda file: file.write(buffer.getvalue())})
     fct = values[tau]
     steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio, order)}
     run(steps, opt, out / "seconds.json")
@@ -404,13 +404,13 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     fct_histogram(histogram, fct, ~in_poison, title, names=("not in D_p", "D_p"))
     pictures["histogram"] = histogram.read_bytes()
 
-    if like is None:  # what an earlier verdict left there
-        (out / "likeness.png").unlink(missing_ok=True)
     writers = {out / "suspects.csv": csv_writer(rows)}
     writers |= {out / f"{name}.png": (lambda file, data=data: file.write(data)) for name, data in pictures.items()}
     writers[out / "verdict.json"] = json_writer(content)
     writers[out / "report.html"] = text_writer(page(dataset, labels, flags, fct, order, content, pictures, best))
     write_together(writers)
+    if like is None:  # what an earlier verdict left there
+        (out / "likeness.png").unlink(missing_ok=True)
 
 
 def words_of(row, labels):

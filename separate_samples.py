@@ -81,14 +81,11 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
-    by = "FCT"
+    by, order = "FCT", fct
+    if opt.poison_order:
+        by = shown(opt.poison_order)
+        order = load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
     if opt.poison_classes or opt.poison_order:
-        order = (
-            load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
-            if opt.poison_order
-            else fct
-        )
-        by = shown(opt.poison_order) if opt.poison_order else "FCT"
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)
         high = float(order[flags == POISON].min())

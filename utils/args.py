@@ -233,23 +233,29 @@ def add_overwrite_option(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace results of other settings in the same folder")
 
 
+TAU_DEFAULTS = {"trans1": "rotate", "trans2": "affine", "draws": 1}
+
+
 def add_tau_options(parser):
     """tau, the transform of FCT."""
     parser.add_argument(
         "--trans1",
         choices=(*TAU_NAMES, "auto"),
-        default="rotate",
+        default=TAU_DEFAULTS["trans1"],
         help="first part of the transform; auto (not in the paper): flip and shrink, whichever moves a sample more",
     )
-    parser.add_argument("--trans2", choices=TAU_NAMES, default="affine", help="second part of the transform")
-    parser.add_argument("--draws", type=positive_int, default=1, help="draws of the transform whose FCT is averaged")
+    parser.add_argument(
+        "--trans2", choices=TAU_NAMES, default=TAU_DEFAULTS["trans2"], help="second part of the transform"
+    )
+    parser.add_argument(
+        "--draws", type=positive_int, default=TAU_DEFAULTS["draws"], help="draws of the transform whose FCT is averaged"
+    )
 
 
 def tau_arguments(options):
     """The options of tau as the user would type them, for commands: those in ``options`` (dict) that are not the default."""
-    defaults = {"trans1": "rotate", "trans2": "affine", "draws": 1}
     return "".join(
-        f" --{name} {options[name]}" for name, value in defaults.items() if options.get(name, value) != value
+        f" --{name} {options[name]}" for name, value in TAU_DEFAULTS.items() if options.get(name, value) != value
     )
 
 

@@ -187,11 +187,11 @@ def save_fct(path, fct, dataset, poisoned, opt, sign=None, order=None):
         for index, label, value in zip(poisoned.index, poisoned.labels, fct, strict=True)
     ]
     writers[fct_path(path, "fct.csv")] = csv_writer(rows)
-    if order is None:  # what an earlier run left there
-        fct_path(path, "order.npy").unlink(missing_ok=True)
-    else:
+    if order is not None:
         writers[fct_path(path, "order.npy")] = array_writer(order)
     digests = write_together(writers)
+    if order is None:  # what an earlier run left there
+        fct_path(path, "order.npy").unlink(missing_ok=True)
     outputs = {path.with_name(name): digest for name, digest in digests.items()}
     record, inputs = fct_path(path, "fct.json"), {path: sha256(path)}
     settings = {"step": "calculate_consistency", "data": dataset.record, "sign_of_backdoor": sign}
