@@ -23,7 +23,7 @@ quickstart: setup
 	$(RUN) reproduce.py --preset quickstart
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(RUN) -m pytest -m ''

@@ -31,6 +31,7 @@ from utils.audit import (
     order_of,
     orders,
     predict,
+    targets_of,
 )
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
@@ -282,7 +283,7 @@ def main(argv=None):
     tau, poison_ratio, order = "flip", 0.05, out / "order.npy"
     targets, like = [], None
     if verdict == "poisoned":
-        found = [row for row in sorted(scores, key=lambda row: -row["score"]) if row["score"] >= POISONED]
+        found = targets_of(scores)
         targets = [row["label"] for row in found]
         groups = [(row["label"], np.isin(np.arange(len(labels)), put_back.group_of(row))) for row in found]
         like = order_of(groups, model, poisoned.images, labels, dataset.spec, runtime)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 from utils.datasets import load_dataset
 from utils.errors import run_script
+
+
+def pytest_configure():
+    """Under ``pytest -n`` the processes share the cores, and so do those that they start."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def load_script(name):

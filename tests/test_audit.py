@@ -74,7 +74,7 @@ def test_the_region_of_a_patch_is_found(fashion):
 @pytest.mark.parametrize("trigger", ["sigTrigger", "signalTrigger", "kittyTrigger"])
 def test_of_samples_half_of_which_are_poisoned_the_most_alike_are(fashion, trigger):
     rng = np.random.default_rng(2)
-    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:300] for label in (8, 1)])
+    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:500] for label in (8, 1)])
     images, labels = fashion.train_images[rows].copy(), np.repeat([0, 1], 300)
     fct = rng.random(600).astype(np.float32)
     poisoned = np.argsort(-fct[:300])[:100][rng.permutation(100)[:50]]
@@ -236,6 +236,14 @@ def test_the_verdict(values, count, train_acc, verdict):
     assert best is None or best["score"] == max(values)
 
 
+@pytest.mark.parametrize(
+    ("values", "targets"),
+    [((0.1, 0.98, 0.26), [1]), ((0.24, 0.1, 0.28), [2, 0]), ((0.3, 0.6, 0.9), [2, 1]), ((0.1, 0.2), []), ((), [])],
+)
+def test_a_further_class_is_a_target_from_half_of_the_highest_score_on(values, targets):
+    assert [row["label"] for row in audit.targets_of(scores(*values))] == targets
+
+
 # Whether there is a backdoor at all
 
 
@@ -383,8 +391,10 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
         assert run_cli(line[1], *short) == 0, line
         assert shlex.join(line) in page.shown
 
-    line = shlex.split(found["write_clean"])
-    assert run_cli(line[1], *line[2:-1], tmp_path / "copied", "--copy") == 0 and shlex.join(line) in page.shown
+    line = shlex.split(found["write_clean"])  # it runs again; what is done already is not done again
+    again = cli(line[1], *line[2:-1], tmp_path / "copied", "--copy")
+    assert again.code == 0 and again.out.count("(already there)") == 3 and shlex.join(line) in page.shown
+    assert read_json(tmp_path / "re port/verdict.json") == found
     assert not any(path.is_symlink() for path in (tmp_path / "copied").rglob("*"))
     assert len(list((tmp_path / "copied").rglob("*"))) == len(list((tmp_path / "clean").rglob("*")))
 
@@ -394,10 +404,6 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     assert left_out | kept == {os.fspath(path.relative_to(root)) for path in root.rglob("*.png")}
     assert (tmp_path / "clean" / next(iter(kept))).is_symlink()
     assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
-
-    again = cli("audit_dataset.py", *words)
-    assert again.code == 0 and again.out.count("(already there)") == 3
-    assert read_json(tmp_path / "re port/verdict.json") == found
 
 
 @pytest.mark.slow

@@ -77,9 +77,9 @@ def test_fine_tuning_goes_on_with_model_optimizer_and_schedule_of_step_1(pipelin
 
 
 def test_fct_is_saved_in_sample_order(pipeline):
-    table = pd.read_csv(pipeline / TUNED / "1_fct.csv", float_precision="round_trip")
+    table = pd.read_csv(pipeline / TUNED / "1_fct.csv", dtype={"FCT": str})
     values = np.loadtxt(pipeline / TUNED / "1_all.txt")
-    assert table["index"].tolist() == list(range(400)) and (table["FCT"].to_numpy() == values).all()
+    assert table["index"].tolist() == list(range(400)) and (table["FCT"].astype(float) == values).all()
     parts = [np.loadtxt(pipeline / TUNED / f"1_{kind}.txt") for kind in ("clean", "poison")]
     assert [len(part) for part in parts] == [364, 36]
     assert sorted(np.concatenate(parts)) == sorted(values)

@@ -36,6 +36,9 @@ DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of ot
 LEAST = 2 * GROUPS[0]  # samples that a class must have to be looked at
 POISONED = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
+FURTHER = (
+    0.5  # share of the highest score from which on a further class is a target: beside a backdoor chance reaches higher
+)
 
 
 class Common:
@@ -266,6 +269,12 @@ def order_of(found, model, images, labels, spec, runtime):
     for own, part in parts:
         order[own] = part
     return order
+
+
+def targets_of(scores):
+    """The rows of the target classes among those of `PutBack.test`, highest score first; empty where no class is poisoned."""
+    ordered = sorted(scores, key=lambda row: -row["score"])
+    return [row for row in ordered if row["score"] >= max(POISONED, FURTHER * ordered[0]["score"])]
 
 
 def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
