@@ -1,4 +1,4 @@
-"""torchvision's ResNet with its stem exchanged, in three shapes(authors' models):
+"""torchvision's ResNet with its stem exchanged, in three shapes (authors' models):
 
 - ``pool``: 3x3 stem with max-pool (CIFAR-10 in SD and BR),
 - ``plain``: 3x3 stem without max-pool (CIFAR-100 in SD and BR, the encoder of ST),
@@ -27,6 +27,27 @@ class PreActBlock(BasicBlock):
         return self.conv2(self.relu(self.bn2(self.conv1(active)))) + identity
 
 
+class WideConv(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1 that on maps of 2x2 pixels trains on a CPU as one matrix product.
+
+    Every output pixel then sees every input pixel. For the gradient of the weights oneDNN, where the processor lacks
+    AVX-512, multiplies image by image, each time over all weights, which takes a third of an epoch of resnet18. The values
+    are those of the convolution but for rounding; evaluation is left alone, so that FCT keeps its bits.
+    """
+
+    LEAST = 512  # channels; narrower ones gain nothing
+
+    def forward(self, x):
+        """float (N, C, H, W) -> float (N, out_channels, H, W)."""
+        small = x.shape[2:] == (2, 2) and x.device.type == "cpu"
+        if not small or not self.training or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        # What the input pixels weigh in the output pixel (row, column): the part of the kernel that lies on the map.
+        parts = [self.weight[:, :, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
+        dense = torch.stack(parts, 1).flatten(2).flatten(0, 1)
+        return F.linear(x.flatten(1), dense).view(len(x), -1, 2, 2)
+
+
 # name: (block, blocks per stage, width of the first stage)
 MODELS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
@@ -43,7 +64,7 @@ LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
 
 
 class ResNet(torchvision.models.ResNet):
-    """A ResNet whose pooled feature e(x) can be asked for(paper section 4.1, the sensitivity metric).
+    """A ResNet whose pooled feature e(x) can be asked for (paper section 4.1, the sensitivity metric).
 
     ``forward`` maps float (N, 3, H, W) to logits (N, num_classes); ``features`` maps it to e(x), float (N, D) with
     D = ``feature_size`` (512 for resnet18).
@@ -65,6 +86,8 @@ class ResNet(torchvision.models.ResNet):
         for module in self.modules():  # torchvision's own initialisation, for the layers exchanged above
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if (module.kernel_size, module.stride) == ((3, 3), (1, 1)) and module.in_channels >= WideConv.LEAST:
+                    module.__class__ = WideConv  # a new module would draw weights of its own
 
     def _narrow(self, block, layers, width):
         """Build the stages again with ``width`` channels in the first; torchvision fixes it at 64."""
@@ -85,7 +108,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 class SupConResNet(nn.Module):
-    """Encoder and two-layer projection head to 128 numbers of length one(Khosla et al. 2020, section 3.1).
+    """Encoder and two-layer projection head to 128 numbers of length one (Khosla et al. 2020, section 3.1).
 
     ``forward`` maps float (N, 3, H, W) to float (N, 128); ``features`` gives what the linear classifier is trained on.
     """

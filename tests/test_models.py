@@ -1,5 +1,7 @@
 """The networks against torchvision's."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torchvision
 from torch import nn
 
 from models import ResNet, SupConResNet, build_model
+from models.resnet import WideConv
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +146,36 @@ def test_equal_seeds_give_equal_weights():
         states.append(build_model("resnet10", "fashion", 10).state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+@pytest.mark.parametrize("size", [2, 4, 3])
+def test_a_wide_convolution_is_the_convolution(size):
+    wide = WideConv(6, 5, 3, padding=1, bias=False).double()
+    x, upstream = (
+        torch.randn(7, 6, size, size, dtype=torch.double, requires_grad=True),
+        torch.randn(7, 5, size, size).double(),
+    )
+    results = []
+    for y in (wide(x), F.conv2d(x, wide.weight, padding=1)):
+        results.append((y, *torch.autograd.grad(y, (x, wide.weight), upstream)))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits():
+    model = build_model("resnet18", "cifar10", 10)
+    plain = copy.deepcopy(model)
+    wide = [module for module in plain.modules() if isinstance(module, WideConv)]
+    assert len(wide) == 3  # layer 4 has four 3x3 convolutions, of which the first has a stride of 2
+    for module in wide:
+        module.__class__ = nn.Conv2d
+    assert not any(isinstance(module, WideConv) for module in build_model("resnet10", "cifar10", 10).modules())
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), plain.eval()(images))
+    losses = [F.cross_entropy(network.train()(images), labels) for network in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for ours, others in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
