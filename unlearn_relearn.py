@@ -10,6 +10,7 @@ then such a file too; a checkpoint to continue from is beside it.
 import os
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,55 @@ def mean_cross_entropy(model, batches, runtime):
     return total_of(total).item() / len(batches.labels)
 
 
+def places_of(opt, path, resumed, plain):
+    """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
+
+    Returns:
+        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose)
+        and result (the state dict, for a plain one).
+
+    Raises:
+        UserError: where two of them are the same file, or one is a folder.
+    """
+    own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
+    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    result = save.with_suffix(".pth") if save.suffix == ".tar" else save
+    save = save.with_suffix(".tar") if plain else save
+    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
+    of_validation = save.with_name(f"{save.stem}_val.tar")
+    files = [
+        save,
+        log,
+        record,
+        *([result] * plain),
+        *([of_validation] * bool(opt.val_ratio)),
+        *([path] * (not resumed)),
+    ]
+    if len({file.absolute() for file in files}) < len(files):
+        raise UserError(
+            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
+        )
+    for file in (save, log, record, result):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
+    return SimpleNamespace(save=save, log=log, record=record, of_validation=of_validation, result=result)
+
+
+def summarise(history):
+    """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
+    measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
+    if "ASR" in history[-1]:
+        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
+        for name, row in (
+            ("Last epoch", history[-1]),
+            ("The paper's selection, by ACC - ASR on the test set", best),
+        ):
+            figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
+            print(f"{name} ({row['epoch'] + 1}): {figures}")
+    elif measured:
+        print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
+
+
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
@@ -110,27 +160,7 @@ def main(argv=None):
         )
     if not plain and opt.model not in MODELS:
         raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
-    own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
-    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
-    result = save.with_suffix(".pth") if save.suffix == ".tar" else save  # of a plain state dict
-    save = save.with_suffix(".tar") if plain else save
-    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    of_validation = save.with_name(f"{save.stem}_val.tar")
-    files = [
-        save,
-        log,
-        record,
-        *([result] * plain),
-        *([of_validation] * bool(opt.val_ratio)),
-        *([path] * (not resumed)),
-    ]
-    if len({file.absolute() for file in files}) < len(files):
-        raise UserError(
-            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
-        )
-    for file in (save, log, record, result):
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
+    places = places_of(opt, path, resumed, plain)
 
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
@@ -163,8 +193,17 @@ def main(argv=None):
     model = prepare(runtime.place(model), opt, runtime, to_relearn)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN], opt.samples)]
-    source = os.path.relpath(path, save.parent)
-    run = Run(opt, STEP, record, checkpoint["poisoned_digest"], inputs, dataset.record, log, checkpoint_load=source)
+    source = os.path.relpath(path, places.save.parent)
+    run = Run(
+        opt,
+        STEP,
+        places.record,
+        checkpoint["poisoned_digest"],
+        inputs,
+        dataset.record,
+        places.log,
+        checkpoint_load=source,
+    )
     model.eval()
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
@@ -204,29 +243,19 @@ def main(argv=None):
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)
-        run.finish_epoch(epoch, row, [save, *([of_validation] * chosen)], model, optimizer)
+        run.finish_epoch(epoch, row, [places.save, *([places.of_validation] * chosen)], model, optimizer)
 
     run.complete()
-    measured = [row for row in run.history if row["epoch"] >= 0 and "ACC" in row]
-    if "ASR" in run.history[-1]:
-        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
-        for name, row in (
-            ("Last epoch", run.history[-1]),
-            ("The paper's selection, by ACC - ASR on the test set", best),
-        ):
-            print(
-                f"{name} ({row['epoch'] + 1}): "
-                + ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
-            )
-    elif measured:
-        print(f"ACC {run.history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
+    summarise(run.history)
     if opt.val_ratio:
         epoch = best_epoch(run.history, "val_score")
-        print(f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(of_validation)}")
+        print(
+            f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(places.of_validation)}"
+        )
     if plain:
-        write_together({result: tensor_writer(plain_state(model, opt.foreign))})
-        print(f"The cleaned state dict is {shown(result)}; to continue, give {shown(save)}")
-    print(f"The model is {shown(save)}, the log {shown(log)}")
+        write_together({places.result: tensor_writer(plain_state(model, opt.foreign))})
+        print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")
+    print(f"The model is {shown(places.save)}, the log {shown(places.log)}")
 
 
 if __name__ == "__main__":
