@@ -74,7 +74,7 @@ def test_the_region_of_a_patch_is_found(fashion):
 @pytest.mark.parametrize("trigger", ["sigTrigger", "signalTrigger", "kittyTrigger"])
 def test_of_samples_half_of_which_are_poisoned_the_most_alike_are(fashion, trigger):
     rng = np.random.default_rng(2)
-    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:500] for label in (8, 1)])
+    rows = np.concatenate([np.flatnonzero(fashion.train_labels == label)[:300] for label in (8, 1)])
     images, labels = fashion.train_images[rows].copy(), np.repeat([0, 1], 300)
     fct = rng.random(600).astype(np.float32)
     poisoned = np.argsort(-fct[:300])[:100][rng.permutation(100)[:50]]

@@ -36,9 +36,7 @@ DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of ot
 LEAST = 2 * GROUPS[0]  # samples that a class must have to be looked at
 POISONED = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
-FURTHER = (
-    0.5  # share of the highest score from which on a further class is a target: beside a backdoor chance reaches higher
-)
+FURTHER = 0.5  # share of the highest score from which on a further class is a target: chance alone can reach POISONED
 
 
 class Common:
