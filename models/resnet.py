@@ -30,9 +30,9 @@ class PreActBlock(BasicBlock):
 class WideConv(nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1 that on maps of 2x2 pixels trains on a CPU as one matrix product.
 
-    Every output pixel then sees every input pixel. For the gradient of the weights oneDNN, where the processor lacks
-    AVX-512, multiplies image by image, each time over all weights, which takes a third of an epoch of resnet18. The values
-    are those of the convolution but for rounding; evaluation is left alone, so that FCT keeps its bits.
+    Every output pixel then sees every input pixel. For the gradient of the weights oneDNN on AVX2 multiplies image by image,
+    each time over all weights, which takes a third of a training step of resnet18. The values are those of the convolution
+    but for rounding; evaluation is left alone, so that FCT keeps its bits.
     """
 
     LEAST = 512  # channels; narrower ones gain nothing
