@@ -30,7 +30,6 @@ from utils.seeding import generator
 from utils.transforms import Tau
 
 SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
-TAU_OPTIONS = ("trans1", "trans2", "draws")
 AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
 
 
@@ -156,7 +155,7 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
 def _fits(record, path, opt):
     """Whether saved FCT values (their ``record``) are those of the checkpoint ``path`` and of these options."""
     found = dict(record.get("options", {}))
-    wanted = {name: getattr(opt, name) for name in (*IDENTITY, *TAU_OPTIONS, "precision")}
+    wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
     for settings in (found, wanted):
         if settings.get("precision") == "auto":
             settings["precision"] = "float32"
