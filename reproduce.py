@@ -21,6 +21,7 @@ from itertools import product
 import pandas as pd
 
 from utils import args
+from utils.device import choose_runtime
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, write_rows, write_together
 from utils.manifest import verify, write_options
@@ -214,6 +215,7 @@ def _record_cell(path, cell, steps, resolved, made):
         after, best = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()]
         last = steps["test"]
     data = read_json(trained.record)["data"]
+    precision = str(choose_runtime(cell.device or "auto", cell.precision or "auto").dtype).removeprefix("torch.")
     content = {
         "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
         "variant": cell.variant_name, "poison_rate": resolved.poison_rate,
@@ -222,7 +224,7 @@ def _record_cell(path, cell, steps, resolved, made):
         "before": measured(before), "after": measured(after),
         "rule": "last epoch", "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
         "detection": read_json(samples_folder(steps) / "detection.json"),
-        "hardware": hardware(cell.device), **made,
+        "hardware": hardware(cell.device), "precision": precision, **made,
     }  # fmt: skip
     inputs = [trained.record, samples_folder(steps) / "options.json", last.record]
     write_cell(path, cell, inputs, **content)

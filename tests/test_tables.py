@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     assert cell["paper_selection"]["epoch"] == best["epoch"] + 1 and cell["paper_selection"]["ASR"] == best["ASR"]
     assert cell["epochs"] == {"train_attack_noTrans": 1, "train_attack_withTrans": 1, "unlearn_relearn": 3}
     assert cell["training_images"] == 400 and cell["data_source"] == "image folder" and cell["hardware"]
+    assert re.search(rf"Running on \S+, {cell['precision']}\n", said.out)
     assert len(cell["commands"]) == len(cell["seconds"]) == 7 and all(s >= 0 for s in cell["seconds"].values())
     assert cell["detection"] == json.loads(next(root.rglob("detection.json")).read_text())
     assert "--checkpoint_load" in cell["commands"][1]  # there is no step 2, whose checkpoint would be the default
@@ -334,3 +336,41 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     figure3.main(list(map(str, words)))
     said = capsys.readouterr().out
     assert said.count("(already there)") == said.count("] python ") == 5
+
+
+# D-ST over the extractor's epochs
+
+
+def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
+    data_root, tmp_path, monkeypatch, in_process, capsys
+):
+    monkeypatch.setitem(PRESETS, "quick", TINY)
+    curve = load_script("tools/secure_curve.py")
+    words = ["--scale", "quick", "--epochs", "2", "--every", "1", "--data_root", data_root,
+             "--output_root", tmp_path / "runs", "--out", tmp_path / "results"]  # fmt: skip
+    curve.main(list(map(str, words)))
+    table = pd.read_csv(tmp_path / "results/secure_curve_BadNets-all2one_quick.csv", index_col="epoch")
+    assert table.index.tolist() == [1, 2]
+    root = tmp_path / "runs/quick_seed0_curve"
+    log = pd.read_csv(next(root.rglob("SupCon_*/log.csv")))
+    assert table["loss"].tolist() == pytest.approx(log["loss"].tolist())
+    assert table["seconds"].tolist() == pytest.approx(log["seconds"].cumsum().tolist())
+    saved = next(root.rglob("SupCon_*/last.pth")).parent
+    for epoch in (1, 2):  # each is tested with the extractor of its epoch
+        record = json.loads(next((root / f"classifier_{epoch}").rglob("*_test.json")).read_text())
+        assert record["ACC"] == pytest.approx(table.loc[epoch, "ACC"]) and record["ASR"] == pytest.approx(
+            table.loc[epoch, "ASR"]
+        )
+        assert Path(record["options"]["model_ckpt"]) == saved / f"ckpt_epoch_{epoch - 1}.pth"
+        assert any(name.endswith(f"{saved.name}/ckpt_epoch_{epoch - 1}.pth") for name in record["inputs"])
+    with Image.open(tmp_path / "results/secure_curve_BadNets-all2one_quick.png") as picture:
+        assert picture.size[1] > 200
+    capsys.readouterr()
+    curve.main(list(map(str, words)))
+    said = capsys.readouterr().out
+    assert said.count("(already there)") == said.count("] python ") == 10
+
+
+def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):
+    said = cli("tools/secure_curve.py", "--epochs", "10", "--every", "4", "--output_root", tmp_path)
+    assert said.code == 2 and "no multiple of --every 4" in said.err and not any(tmp_path.iterdir())

@@ -6,7 +6,6 @@ and figure3_<scale>.csv, a line a row and epoch, to --out. The lines' measures a
 """
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +22,7 @@ from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown, typed
-from utils.rows import ROWS, SCALES, TABLES, plan
+from utils.rows import ROWS, SCALES, TABLES, one_cell, plan
 from utils.steps import Step, list_commands, run
 
 STEP_2 = "--epochs 10 --eval_freq 0"
@@ -55,9 +54,7 @@ def steps_of(opt, row):
     """SD's steps 1 to 3 of a row, by name, its resolved options, and (epoch, checkpoint) of each that FCT is taken of; the
     epoch 0 is step 1's last."""
     root = opt.output_root / f"{opt.scale}_seed{opt.seed}_figure3"
-    cell = {"row": row, "preset": opt.scale, "dataset": opt.table, "seed": opt.seed, "output_root": root}
-    none = dict.fromkeys(("model", "poison_rate", "device", "precision", "variant"))
-    cell = Namespace(**cell, **none, data_root=opt.data_root, defences=["D-BR"])
+    cell = one_cell(opt.table, row, opt.scale, opt.seed, "D-BR", root, opt.data_root)
     planned, resolved = plan(cell, tau="", finetune_attack_noTrans=STEP_2)
     names = [
         name for name in ("train_clean_withTrans", "train_attack_noTrans", "finetune_attack_noTrans") if name in planned

@@ -84,6 +84,7 @@ def cell_line(cell):
     line |= {name: cell["detection"].get(name) for name in DETECTION}
     line |= {"model": cell.get("model"), "training_images": cell.get("training_images")}
     line |= {"seconds": round(sum((cell.get("seconds") or {}).values())), "hardware": cell.get("hardware")}
+    line |= {"precision": cell.get("precision")}
     return line | {"torch": cell["versions"]["torch"], "commit": cell.get("commit")}
 
 

@@ -164,6 +164,13 @@ def resolve(opt):
     return resolved, words, where, ratios
 
 
+def one_cell(table, row, scale, seed, defence, output_root, data_root=None):
+    """The options of one cell as `plan` takes them, all others left to the steps."""
+    given = {"row": row, "preset": scale, "dataset": table, "seed": seed, "defences": [defence]}
+    left = dict.fromkeys(("model", "poison_rate", "device", "precision", "variant"))
+    return Namespace(**given, **left, output_root=output_root, data_root=data_root)
+
+
 def plan(opt, **own):
     """The steps of the row in the order they run, by name, and the options that `resolve` gives. ``opt.variant``: one of
     `VARIANTS`, which changes the steps of the defence, or None; ``own``: options of steps in the place of the preset's."""

@@ -1,0 +1,111 @@
+"""How ACC and ASR of D-ST grow with the extractor's epochs.
+
+Trains one extractor of a row, keeps a checkpoint every so many epochs, and trains and tests a classifier on each of these, as
+commands that are printed, below <output_root>/<scale>_seed<seed>_curve/; what is there already is not run again. All points
+but the last are of a rate that has not come down yet: a shorter training ends higher. Writes secure_curve_<row>_<scale>.png
+and .csv, a line a checkpoint, to --out.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from utils import args
+from utils.errors import UserError, run_script
+from utils.figures import save_figure
+from utils.files import make_folder, read_json, write_rows
+from utils.paths import ROOT, separated_folder, shown, typed
+from utils.records import MEASURES
+from utils.rows import PRESETS, ROWS, SCALES, changed, one_cell, plan
+from utils.steps import Step, list_commands, run
+
+
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--table", choices=("cifar10", "cifar100"), default="cifar10", help="the row's data set")
+    parser.add_argument(
+        "--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper"
+    )
+    parser.add_argument("--scale", choices=SCALES, default="paper", help="all but the epochs is of this preset")
+    parser.add_argument("--epochs", type=args.positive_int, default=200, help="of the extractor")
+    parser.add_argument("--every", type=args.positive_int, default=20, help="epochs between two points of the curve")
+    parser.add_argument("--seed", type=args.natural, default=0)
+    parser.add_argument("--data_root", type=args.path, help="given to every step")
+    parser.add_argument("--output_root", type=args.path, default=ROOT / "runs", help="folder of the steps' results")
+    parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the picture and the table")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    args.add_overwrite_option(parser)
+    return parser
+
+
+def steps_of(opt):
+    """The steps by name, and of every epoch on the curve (counted from 1) the JSON that its test writes."""
+    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
+    cell = one_cell(opt.table, opt.row, opt.scale, opt.seed, "D-ST", root, opt.data_root)
+    epochs = f"--epochs {opt.epochs} --save_freq {opt.every}"
+    preset = shlex.split(PRESETS[opt.scale]["train_extractor"])
+    planned, resolved = plan(cell, train_extractor=shlex.join(changed(preset, epochs)))
+    apart = ("train_attack_withTrans", "train_classifier", "test")
+    steps = {name: step for name, step in planned.items() if name not in apart}
+    extractor, results = steps["train_extractor"], {}
+    for epoch in range(opt.every, opt.epochs + 1, opt.every):
+        own = root / f"classifier_{epoch}"  # the document's folder of a classifier does not name its extractor's epoch
+        checkpoint = typed(extractor.output.with_name(f"ckpt_epoch_{epoch - 1}.pth"))
+        paths = ["--output_root", typed(own), "--ckpt", checkpoint, "--samples", typed(separated_folder(resolved))]
+        classifier = planned["train_classifier"]
+        output, record = (own / path.relative_to(root) for path in (classifier.output, classifier.record))
+        words = changed(classifier.words, shlex.join(paths))
+        steps[f"classifier of epoch {epoch}"] = trained = Step(classifier.script, words, output, record, [extractor])
+        result = output.with_name(f"{output.stem}_test.json")
+        paths = ["--output_root", typed(own), "--model_ckpt", checkpoint, "--classifier_ckpt", typed(output)]
+        words = changed(planned["test"].words, shlex.join(paths))
+        steps[f"test of epoch {epoch}"] = Step(planned["test"].script, words, result, result, [trained])
+        results[epoch] = result
+    return steps, results
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    if opt.epochs % opt.every:
+        raise UserError(f"--epochs {opt.epochs} is no multiple of --every {opt.every}, so its end would not be shown")
+    steps, results = steps_of(opt)
+    if opt.dry_run:
+        list_commands(steps, {})
+        return
+    name = f"secure_curve_{opt.row}_{opt.scale}"
+    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
+    make_folder(root)
+    run(steps, opt, root / f"{opt.row}_seconds.json")
+    log = pd.read_csv(steps["train_extractor"].output.with_name("log.csv")).set_index("epoch")
+    lines = []
+    for epoch, path in results.items():
+        result = read_json(path)
+        part = log.loc[: epoch - 1]
+        measures = {measure: result[measure] for measure in MEASURES}
+        lines.append({"epoch": epoch, "loss": part["loss"].iloc[-1], "seconds": part["seconds"].sum(), **measures})
+
+    table = pd.DataFrame(lines)
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for measure, color in (("ACC", "#3b6fb6"), ("ASR", "#c4453c")):
+        axis.plot(table["epoch"], table[measure], "o-", color=color, label=measure)
+        for epoch, value in zip(table["epoch"], table[measure], strict=True):
+            axis.annotate(f"{value:.1f}", (epoch, value), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    axis.set(
+        xlabel="epochs of the extractor", ylabel="%", ylim=(-3, 105), title=f"D-ST on {opt.row}, scale {opt.scale}"
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()
+    make_folder(opt.out)
+    save_figure(figure, opt.out / f"{name}.png")
+    write_rows(opt.out / f"{name}.csv", lines)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"The curve is {shown(opt.out / name)}.png, the table {shown(opt.out / name)}.csv")
+
+
+if __name__ == "__main__":
+    run_script(main)
