@@ -30,22 +30,25 @@ class PreActBlock(BasicBlock):
 class WideConv(nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1 that on maps of 2x2 pixels trains on a CPU as one matrix product.
 
-    Every output pixel then sees every input pixel. For the gradient of the weights oneDNN on AVX2 multiplies image by image,
-    each time over all weights, which takes a third of a training step of resnet18. The values are those of the convolution
-    but for rounding; evaluation is left alone, so that FCT keeps its bits.
+    Every output pixel then sees every input pixel, so nothing of the product is wasted; oneDNN computes with the padding too,
+    and on AVX2 multiplies for the gradient of the weights image by image. The values are those of the convolution but for
+    rounding; evaluation is left alone, so that FCT keeps its bits.
     """
 
-    LEAST = 512  # channels; narrower ones gain nothing
+    LEAST = 256  # channels; what narrower ones gain is too little to see
 
     def forward(self, x):
         """float (N, C, H, W) -> float (N, out_channels, H, W)."""
-        small = x.shape[2:] == (2, 2) and x.device.type == "cpu"
-        if not small or not self.training or torch.is_autocast_enabled("cpu"):
+        if x.shape[2:] != (2, 2) or x.device.type != "cpu" or not self.training:
             return super().forward(x)
+        # Pixels before channels, as channels_last has them in memory; cast first, so that less is copied.
+        weight = self.weight.permute(0, 2, 3, 1)
+        if torch.is_autocast_enabled("cpu"):
+            weight = weight.to(torch.get_autocast_dtype("cpu"))
         # What the input pixels weigh in the output pixel (row, column): the part of the kernel that lies on the map.
-        parts = [self.weight[:, :, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
-        dense = torch.stack(parts, 1).flatten(2).flatten(0, 1)
-        return F.linear(x.flatten(1), dense).view(len(x), -1, 2, 2)
+        parts = [weight[:, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
+        dense = torch.stack(parts).flatten(0, 1).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), dense).view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
 
 
 # name: (block, blocks per stage, width of the first stage)

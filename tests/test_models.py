@@ -162,14 +162,16 @@ def test_a_wide_convolution_is_the_convolution(size):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits():
-    model = build_model("resnet18", "cifar10", 10)
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 6), ("resnet10", 1)])
+def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(name, count):
+    model = build_model(name, "cifar10", 10)
     plain = copy.deepcopy(model)
     wide = [module for module in plain.modules() if isinstance(module, WideConv)]
-    assert len(wide) == 3  # layer 4 has four 3x3 convolutions, of which the first has a stride of 2
+    assert (
+        len(wide) == count
+    )  # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first with a stride of 2
     for module in wide:
         module.__class__ = nn.Conv2d
-    assert not any(isinstance(module, WideConv) for module in build_model("resnet10", "cifar10", 10).modules())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), plain.eval()(images))
@@ -179,3 +181,23 @@ def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits():
     torch.testing.assert_close(*losses)
     for ours, others in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain():
+    torch.manual_seed(0)
+    wide = WideConv(256, 256, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(wide)
+    plain.__class__ = nn.Conv2d
+    x = torch.randn(32, 256, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(32, 256, 2, 2)
+
+    def results(layer, dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = layer(x)
+        return y, *torch.autograd.grad(y, (x, layer.weight), upstream.to(y.dtype))
+
+    exact = results(plain, torch.float32)
+    for ours, others, wanted in zip(results(wide, torch.bfloat16), results(plain, torch.bfloat16), exact, strict=True):
+        assert ours.dtype == others.dtype and ours.stride() == others.stride()
+        errors = [(found.float() - wanted).norm() / wanted.norm() for found in (ours, others)]
+        assert errors[0] < 0.01 and errors[0] < 1.5 * errors[1]
