@@ -59,7 +59,9 @@ def main(argv=None):
     print(
         f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
     )
-    options = f"{args.attack_arguments(opt)}{args.tau_arguments(record.get('options', {}))}"
+    # The document gives step 4 the checkpoint alone; step 5 needs the options too.
+    made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt
+    options = f"{args.attack_arguments(made_with)}{args.tau_arguments(record.get('options', {}))}"
     print(f"Next: python separate_samples.py {options} --clean_ratio {clean_ratio} --poison_ratio {poison_ratio} "
           f"--gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
 

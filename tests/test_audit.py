@@ -1,5 +1,6 @@
 """The audit: what samples share, thresholds found in the values, the verdict, the report, and the way out."""
 
+import json
 import os
 import shlex
 import urllib.parse
@@ -14,11 +15,12 @@ import torch
 from conftest import ROOT, load_script, run_cli
 from PIL import Image
 
-from utils import audit, report
+from utils import args, audit, report
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import confine, gammas_of_distribution, separate
 from utils.files import read_json
+from utils.manifest import plain_options
 from utils.triggers import apply_trigger
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -189,6 +191,43 @@ def test_the_command_that_step_4_prints_separates_by_the_values_of_step_3(cli, w
     fct = np.loadtxt(place / "1_all.txt")
     taken = np.load(next((copy / "saved/separated_samples").rglob("poison_samples.npy")))["index"]
     assert fct[taken].min() >= np.delete(fct, taken).max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trigger_type": "signalTrigger", "target_label": 3, "seed": 7, "poison_rate": 0.2},
+        {"trigger_type": "kittyTrigger", "target_type": "cleanLabel", "model": "resnet10", "train_images": 2000},
+        {"trigger_type": "SSBA", "ssba_images": ["/a b/train.npy", "/a b/test.npy"], "data_root": "somewhere"},
+    ],
+)
+def test_the_command_that_step_4_prints_is_of_the_checkpoint_it_was_given(options, cli, tmp_path):
+    np.savetxt(tmp_path / "9_all.txt", np.arange(100.0))
+    record = {**plain_options(args.of_record({})), **options}
+    (tmp_path / "9_fct.json").write_text(json.dumps({"options": {**record, "trans1": "flip; true"}}))
+    said = cli("calculate_gamma.py", "--checkpoint_load", tmp_path / "9.tar")
+    assert said.code == 0, said.err
+    command = shlex.split(next(line for line in said.out.splitlines() if line.startswith("Next: ")))
+    for name, value in options.items():
+        if name != "data_root":
+            first = command.index(f"--{name}") + 1
+            values = value if isinstance(value, list) else [str(value)]
+            assert command[first : first + len(values)] == values
+    assert command[command.index("--trans1") + 1] == "flip; true"
+    (tmp_path / "9_fct.json").write_text(json.dumps({"options": {**record, "trigger_type": "$(reboot)"}}))
+    refused = cli("calculate_gamma.py", "--checkpoint_load", tmp_path / "9.tar")
+    assert refused.code == 2 and len(refused.err.strip().splitlines()) == 1 and "invalid choice" in refused.err
+
+
+def test_the_command_that_step_4_prints_of_own_data_has_its_folder(cli, tmp_path):
+    np.savetxt(tmp_path / "9_all.txt", np.arange(100.0))
+    own = {"dataset": "folder", "data_root": str(tmp_path / "my photos"), "image_size": 64, **args.UNKNOWN}
+    (tmp_path / "9_fct.json").write_text(json.dumps({"options": {**plain_options(args.of_record({})), **own}}))
+    said = cli("calculate_gamma.py", "--checkpoint_load", tmp_path / "9.tar")
+    assert said.code == 0, said.err
+    command = shlex.split(next(line for line in said.out.splitlines() if line.startswith("Next: ")))
+    for name in ("dataset", "data_root", "image_size"):
+        assert command[command.index(f"--{name}") + 1] == str(own[name])
 
 
 def test_d_p_of_some_classes_alone():

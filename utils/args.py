@@ -255,7 +255,9 @@ def add_tau_options(parser):
 def tau_arguments(options):
     """The options of tau as the user would type them, for commands: those in ``options`` (dict) that are not the default."""
     return "".join(
-        f" --{name} {options[name]}" for name, value in TAU_DEFAULTS.items() if options.get(name, value) != value
+        f" --{name} {shlex.quote(str(options[name]))}"
+        for name, value in TAU_DEFAULTS.items()
+        if options.get(name, value) != value
     )
 
 
@@ -356,8 +358,33 @@ def attack_arguments(opt):
     for name in TRIGGER_OPTIONS:
         value = getattr(opt, name)
         if value not in (None, ENCODER):
-            words += [f"--{name}", *map(shown, value if isinstance(value, list) else [value])]
+            words += [
+                f"--{name}",
+                *(shlex.quote(shown(one)) for one in (value if isinstance(value, list) else [value])),
+            ]
     return " ".join(words)
+
+
+def of_record(options):
+    """The options of data set and attack that a record tells of, parsed, so that a strange value is refused.
+
+    Args:
+        options: dict, as `manifest.plain_options` makes it; a name that it has not gets the default.
+    """
+    parser, words = Parser(""), []
+    add_data_options(parser)
+    add_attack_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        value = options.get(name)
+        if value is None or value == default or (name in UNKNOWN and value == UNKNOWN[name]):
+            continue
+        if name in ("data_root", "output_root", *TRIGGER_OPTIONS):  # paths of the repository are kept relative to it
+            value = [str(ROOT / str(one)) for one in (value if isinstance(value, list) else [value])]
+        if isinstance(value, bool):
+            words += [f"--{name}"] * value
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return parser.parse_args(words)
 
 
 def add_step_schedule_options(parser):
