@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import load_script
 from test_bad_input import refused, snapshot
 from test_pipeline import NO_TRANS, TUNED, WITH_TRANS, same_weights
 from torch import nn
@@ -143,6 +145,38 @@ def test_the_guard_bounds_an_ascent_that_would_blow_up(cli, words, pipeline, tmp
     monkeypatch.setattr(losses, "ASCENT_BOUND", float("inf"))
     free = unlearn(cli, words, pipeline, tmp_path / "free.tar", *rate)
     assert free["loss_Dp"].max() > 3 * 100
+
+
+def test_a_bound_grows_once_for_each_epoch_that_leaves_the_backdoor_in_place():
+    bound_of, history = load_script("unlearn_relearn.py").bound_of, []
+    found = []
+    for after in (0.0, 0.1, 2.29, 2.31, 9.0, 2.0, 0.0, 0.0, 0.0):  # ln 10 is 2.303
+        history.append({"epoch": len(history) - 1, "loss_Dp_after": after})
+        found.append(bound_of(SimpleNamespace(ascent_bound=10.0, bound_growth=2.0), history, 10))
+    assert found == [10, 20, 40, 40, 40, 80, 100, 100, 100]  # the first row is of the model before
+    assert bound_of(SimpleNamespace(ascent_bound=7.0, bound_growth=None), history, 10) == 7
+
+
+def test_a_growing_bound_grows_only_while_the_backdoor_is_there(cli, words, pipeline, tmp_path):
+    more = ["--ascent_bound", 3, "--bound_growth", 2]
+    log = unlearn(cli, words, pipeline, tmp_path / "six.tar", "--epochs", 6, "--lr", 0.0003, *more)
+    assert np.isnan(log["bound"][0])
+    wanted, bound = [], 3.0
+    for row in log[log["epoch"] >= 0].to_dict("records"):
+        wanted.append(bound)
+        bound = min(100, bound * 2) if row["loss_Dp_after"] < np.log(10) else bound
+    assert log["bound"][1:].tolist() == wanted and len(set(wanted)) > 1, log
+    # What is in the log decides, so an interrupted run goes on with the same bound.
+    unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 3, "--lr", 0.0003, *more)
+    on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
+    rest = unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 6, "--lr", 0.0003, *more, *on)
+    assert rest["bound"][1:].tolist() == wanted and same_weights(tmp_path / "six.tar", tmp_path / "part.tar")
+
+
+def test_a_bound_that_cannot_grow_is_refused(cli, words, pipeline, tmp_path):
+    said = cli("unlearn_relearn.py", *words(pipeline), "--bound_growth", 2, "--checkpoint_save", tmp_path / "x.tar")
+    refused(said, "--bound_growth has no use without an --ascent_bound below 100")
+    assert not list(tmp_path.iterdir())
 
 
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):

@@ -100,6 +100,7 @@ VARIANTS = {
         "unlearn_only": {"unlearn_relearn": "--passes unlearn"},
         "relearn_only": {"unlearn_relearn": "--passes relearn"},
         "no_bound": {"unlearn_relearn": "--ascent_bound 100"},
+        "growing_bound": {"unlearn_relearn": "--ascent_bound 10 --bound_growth 1.5"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
