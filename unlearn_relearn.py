@@ -34,6 +34,7 @@ from utils.transforms import CropFlip
 from utils.validation import HeldOut, best_epoch
 
 STEP = "unlearn_relearn"
+HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
 BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
 
 
@@ -70,7 +71,7 @@ def get_parser():
     )  # fmt: skip
     parser.add_argument(
         "--bound_growth", type=args.number(float, 1), metavar="FACTOR",
-        help="the ascent_bound grows by this after each epoch that leaves D_p better known than a guess; default: it stays",
+        help="the ascent_bound grows so after an epoch in which it held a tenth of D_p back and D_p stayed known; default: it stays",
     )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
@@ -98,13 +99,18 @@ def mean_cross_entropy(model, batches, runtime):
 def bound_of(opt, history, classes):
     """The ascent's bound in the epoch after ``history`` (the rows of the log), in nats.
 
-    One bound does not suit every trigger: where the descent on D_c brings the backdoor back, the ascent has to go further. Not in
-    the paper. It reads D_p's cross-entropy alone, which is below ln(``classes``) where a guess would do worse.
+    One bound does not suit every trigger: where the descent on D_c brings the backdoor back, the ascent has to go further. It grows
+    after an epoch in which it held `HELD` of D_p and which left D_p's cross-entropy below ln(``classes``), where a guess would do worse.
+    Not in the paper.
     """
     if opt.bound_growth is None:
         return opt.ascent_bound
-    known = sum(row["loss_Dp_after"] < math.log(classes) for row in history if row["epoch"] >= 0)
-    return min(opt.ascent_bound * opt.bound_growth**known, ASCENT_BOUND)
+    grown = sum(
+        row.get("at_bound", 0) >= HELD and row["loss_Dp_after"] < math.log(classes)
+        for row in history
+        if row["epoch"] >= 0
+    )
+    return min(opt.ascent_bound * opt.bound_growth**grown, ASCENT_BOUND)
 
 
 def places_of(opt, path, resumed, plain):

@@ -147,29 +147,29 @@ def test_the_guard_bounds_an_ascent_that_would_blow_up(cli, words, pipeline, tmp
     assert free["loss_Dp"].max() > 3 * 100
 
 
-def test_a_bound_grows_once_for_each_epoch_that_leaves_the_backdoor_in_place():
-    bound_of, history = load_script("unlearn_relearn.py").bound_of, []
+def test_a_bound_grows_after_each_epoch_that_it_held_back_and_that_left_the_backdoor():
+    bound_of, history = load_script("unlearn_relearn.py").bound_of, [{"epoch": -1, "loss_Dp_after": 0.0}]
     found = []
-    for after in (0.0, 0.1, 2.29, 2.31, 9.0, 2.0, 0.0, 0.0, 0.0):  # ln 10 is 2.303
-        history.append({"epoch": len(history) - 1, "loss_Dp_after": after})
+    for held, after in ((0.0, 0.1), (0.1, 2.29), (0.5, 2.31), (0.9, 9.0), (0.2, 2.0), (0.09, 0.0), (1, 0.0), (1, 0.0)):
+        history.append({"epoch": len(history) - 1, "at_bound": held, "loss_Dp_after": after})
         found.append(bound_of(SimpleNamespace(ascent_bound=10.0, bound_growth=2.0), history, 10))
-    assert found == [10, 20, 40, 40, 40, 80, 100, 100, 100]  # the first row is of the model before
+    assert found == [10, 20, 20, 20, 40, 40, 80, 100]  # ln 10 is 2.303
     assert bound_of(SimpleNamespace(ascent_bound=7.0, bound_growth=None), history, 10) == 7
 
 
-def test_a_growing_bound_grows_only_while_the_backdoor_is_there(cli, words, pipeline, tmp_path):
-    more = ["--ascent_bound", 3, "--bound_growth", 2]
-    log = unlearn(cli, words, pipeline, tmp_path / "six.tar", "--epochs", 6, "--lr", 0.0003, *more)
+def test_the_log_tells_the_bound_and_an_interrupted_run_goes_on_with_it(cli, words, pipeline, tmp_path):
+    more = ["--ascent_bound", 2, "--bound_growth", 2, "--lr", 0.0003]
+    log = unlearn(cli, words, pipeline, tmp_path / "six.tar", "--epochs", 6, *more)
     assert np.isnan(log["bound"][0])
-    wanted, bound = [], 3.0
+    wanted, bound = [], 2.0
     for row in log[log["epoch"] >= 0].to_dict("records"):
         wanted.append(bound)
-        bound = min(100, bound * 2) if row["loss_Dp_after"] < np.log(10) else bound
+        grows = row["at_bound"] >= 0.1 and row["loss_Dp_after"] < np.log(10)
+        bound = min(100, bound * 2) if grows else bound
     assert log["bound"][1:].tolist() == wanted and len(set(wanted)) > 1, log
-    # What is in the log decides, so an interrupted run goes on with the same bound.
-    unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 3, "--lr", 0.0003, *more)
+    unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 3, *more)
     on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
-    rest = unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 6, "--lr", 0.0003, *more, *on)
+    rest = unlearn(cli, words, pipeline, tmp_path / "part.tar", "--epochs", 6, *more, *on)
     assert rest["bound"][1:].tolist() == wanted and same_weights(tmp_path / "six.tar", tmp_path / "part.tar")
 
 
