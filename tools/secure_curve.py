@@ -2,8 +2,8 @@
 
 Trains one extractor of a row, keeps a checkpoint every so many epochs, and trains and tests a classifier on each of these, as
 commands that are printed, below <output_root>/<scale>_seed<seed>_curve/; what is there already is not run again. All points
-but the last are of a rate that has not come down yet: a shorter training ends higher. Writes secure_curve_<row>_<scale>.png
-and .csv, a line a checkpoint, to --out.
+but the last are taken before the learning rate has come down, which a training of so few epochs would have done by then. Writes
+secure_curve_<row>_<scale>.png and .csv, a line a checkpoint, to --out.
 """
 
 import shlex

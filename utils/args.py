@@ -366,10 +366,13 @@ def attack_arguments(opt):
 
 
 def of_record(options):
-    """The options of data set and attack that a record tells of, parsed, so that a strange value is refused.
+    """The options of data set and attack that a record tells of, as a namespace.
 
     Args:
         options: dict, as `manifest.plain_options` makes it; a name that it has not gets the default.
+
+    Raises:
+        SystemExit: with code 2 and one line, for a value that the option would not take.
     """
     parser, words = Parser(""), []
     add_data_options(parser)
