@@ -21,7 +21,7 @@ from utils.fct import fct_path, gammas_of_ratios, load_fct, separate
 from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
-from utils.paths import ROOT, shown, typed
+from utils.paths import shown, typed
 from utils.rows import ROWS, SCALES, TABLES, one_cell, plan
 from utils.steps import Step, list_commands, run
 
@@ -34,7 +34,6 @@ def get_parser():
     parser.add_argument("--table", choices=("cifar10", "cifar100"), default="cifar10", help="whose rows")
     parser.add_argument("--rows", choices=tuple(ROWS), nargs="+", help="these rows; default: the paper's")
     parser.add_argument("--scale", choices=SCALES, default="paper", help="images, network and step 1 of this preset")
-    parser.add_argument("--seed", type=args.natural, default=0)
     parser.add_argument(
         "--every_epoch",
         choices=tuple(ROWS),
@@ -42,11 +41,7 @@ def get_parser():
         default=[],
         help="rows whose FCT is taken after every epoch of step 2",
     )
-    parser.add_argument("--data_root", type=args.path, help="given to every step")
-    parser.add_argument("--output_root", type=args.path, default=ROOT / "runs", help="folder of the steps' results")
-    parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the picture and the table")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    args.add_overwrite_option(parser)
+    args.add_runner_options(parser)
     return parser
 
 

@@ -19,7 +19,7 @@ from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
 from utils.files import make_folder, read_json, write_rows
-from utils.paths import ROOT, separated_folder, shown, typed
+from utils.paths import separated_folder, shown, typed
 from utils.records import MEASURES
 from utils.rows import PRESETS, ROWS, SCALES, changed, one_cell, plan
 from utils.steps import Step, list_commands, run
@@ -34,12 +34,7 @@ def get_parser():
     parser.add_argument("--scale", choices=SCALES, default="paper", help="all but the epochs is of this preset")
     parser.add_argument("--epochs", type=args.positive_int, default=200, help="of the extractor")
     parser.add_argument("--every", type=args.positive_int, default=20, help="epochs between two points of the curve")
-    parser.add_argument("--seed", type=args.natural, default=0)
-    parser.add_argument("--data_root", type=args.path, help="given to every step")
-    parser.add_argument("--output_root", type=args.path, default=ROOT / "runs", help="folder of the steps' results")
-    parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the picture and the table")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    args.add_overwrite_option(parser)
+    args.add_runner_options(parser)
     return parser
 
 

@@ -236,6 +236,16 @@ def add_overwrite_option(parser):
 TAU_DEFAULTS = {"trans1": "rotate", "trans2": "affine", "draws": 1}
 
 
+def add_runner_options(parser):
+    """Of a tool that runs numbered steps and draws what they give."""
+    parser.add_argument("--seed", type=natural, default=0, help="given to every step")
+    parser.add_argument("--data_root", type=path, help="given to every step")
+    parser.add_argument("--output_root", type=path, default=ROOT / "runs", help="folder of the steps' results")
+    parser.add_argument("--out", type=path, default=ROOT / "results", help="folder of the picture and the table")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    add_overwrite_option(parser)
+
+
 def add_tau_options(parser):
     """tau, the transform of FCT."""
     parser.add_argument(
