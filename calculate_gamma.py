@@ -40,6 +40,8 @@ def main(argv=None):
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
     if not opt.checkpoint_load:  # a path that is given says which values are meant; the document gives it alone
         refuse_other(record.get("options", {}), opt, shown(values))
+    # The document gives step 4 the checkpoint alone; step 5 needs the options too.
+    made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt
     fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     found, clean_ratio, poison_ratio = {"gamma_low": low, "gamma_high": high}, opt.clean_ratio, opt.poison_ratio
@@ -59,8 +61,6 @@ def main(argv=None):
     print(
         f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
     )
-    # The document gives step 4 the checkpoint alone; step 5 needs the options too.
-    made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt
     options = f"{args.attack_arguments(made_with)}{args.tau_arguments(record.get('options', {}))}"
     print(f"Next: python separate_samples.py {options} --clean_ratio {clean_ratio} --poison_ratio {poison_ratio} "
           f"--gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip

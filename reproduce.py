@@ -215,7 +215,7 @@ def _record_cell(path, cell, steps, resolved, made):
         after, best = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()]
         last = steps["test"]
     data = read_json(trained.record)["data"]
-    precision = str(choose_runtime(cell.device or "auto", cell.precision or "auto").dtype).removeprefix("torch.")
+    precision = choose_runtime(cell.device or "auto", cell.precision or "auto").precision
     content = {
         "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
         "variant": cell.variant_name, "poison_rate": resolved.poison_rate,

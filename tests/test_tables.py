@@ -306,6 +306,14 @@ def test_a_plan_of_every_cell_resolves(tmp_path):
 # Figure 3
 
 
+def runs_nothing_again(tool, words, count, capsys):
+    """A second run finds all ``count`` steps there."""
+    capsys.readouterr()
+    tool.main(list(map(str, words)))
+    said = capsys.readouterr().out
+    assert said.count("(already there)") == said.count("] python ") == count
+
+
 def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, monkeypatch, in_process, capsys):
     monkeypatch.setitem(PRESETS, "quick", TINY)
     figure3 = load_script("tools/figure3.py")
@@ -332,10 +340,7 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     assert line["Dc_smallest_class"] <= 10 <= line["Dc_largest_class"]  # 100 samples of ten classes
     with Image.open(tmp_path / "results/figure3_quick.png") as picture:
         assert picture.size[1] > 200
-    capsys.readouterr()
-    figure3.main(list(map(str, words)))
-    said = capsys.readouterr().out
-    assert said.count("(already there)") == said.count("] python ") == 5
+    runs_nothing_again(figure3, words, 5, capsys)
 
 
 # D-ST over the extractor's epochs
@@ -365,10 +370,7 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
         assert any(name.endswith(f"{saved.name}/ckpt_epoch_{epoch - 1}.pth") for name in record["inputs"])
     with Image.open(tmp_path / "results/secure_curve_BadNets-all2one_quick.png") as picture:
         assert picture.size[1] > 200
-    capsys.readouterr()
-    curve.main(list(map(str, words)))
-    said = capsys.readouterr().out
-    assert said.count("(already there)") == said.count("] python ") == 10
+    runs_nothing_again(curve, words, 10, capsys)
 
 
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):

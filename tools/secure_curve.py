@@ -38,9 +38,8 @@ def get_parser():
     return parser
 
 
-def steps_of(opt):
-    """The steps by name, and of every epoch on the curve (counted from 1) the JSON that its test writes."""
-    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
+def steps_of(opt, root):
+    """The steps below ``root`` by name, and of every epoch on the curve (counted from 1) the JSON that its test writes."""
     cell = one_cell(opt.table, opt.row, opt.scale, opt.seed, "D-ST", root, opt.data_root)
     epochs = f"--epochs {opt.epochs} --save_freq {opt.every}"
     preset = shlex.split(PRESETS[opt.scale]["train_extractor"])
@@ -68,12 +67,12 @@ def main(argv=None):
     opt = get_parser().parse_args(argv)
     if opt.epochs % opt.every:
         raise UserError(f"--epochs {opt.epochs} is no multiple of --every {opt.every}, so its end would not be shown")
-    steps, results = steps_of(opt)
+    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
+    steps, results = steps_of(opt, root)
     if opt.dry_run:
         list_commands(steps, {})
         return
     name = f"secure_curve_{opt.row}_{opt.scale}"
-    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
     log = pd.read_csv(steps["train_extractor"].output.with_name("log.csv")).set_index("epoch")

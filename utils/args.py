@@ -233,9 +233,6 @@ def add_overwrite_option(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace results of other settings in the same folder")
 
 
-TAU_DEFAULTS = {"trans1": "rotate", "trans2": "affine", "draws": 1}
-
-
 def add_runner_options(parser):
     """Of a tool that runs numbered steps and draws what they give."""
     parser.add_argument("--seed", type=natural, default=0, help="given to every step")
@@ -244,6 +241,9 @@ def add_runner_options(parser):
     parser.add_argument("--out", type=path, default=ROOT / "results", help="folder of the picture and the table")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     add_overwrite_option(parser)
+
+
+TAU_DEFAULTS = {"trans1": "rotate", "trans2": "affine", "draws": 1}
 
 
 def add_tau_options(parser):
@@ -391,12 +391,10 @@ def of_record(options):
         value = options.get(name)
         if value is None or value == default or (name in UNKNOWN and value == UNKNOWN[name]):
             continue
+        values = value if isinstance(value, list) else [value]
         if name in ("data_root", "output_root", *TRIGGER_OPTIONS):  # paths of the repository are kept relative to it
-            value = [str(ROOT / str(one)) for one in (value if isinstance(value, list) else [value])]
-        if isinstance(value, bool):
-            words += [f"--{name}"] * value
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = [ROOT / str(one) for one in values]
+        words += [f"--{name}", *map(str, [] if value is True else values)]
     return parser.parse_args(words)
 
 

@@ -35,8 +35,13 @@ class Runtime:
         """Context manager for the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    @property
+    def precision(self):
+        """The dtype as ``--precision`` names it."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self):
-        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.device}, {self.precision}"
 
 
 def choose_runtime(device="auto", precision="auto", workers=0, deterministic=False):
