@@ -43,6 +43,12 @@ def get_parser():
         help="not in the paper: D_c takes clean_ratio of every label, so that no class is left out",
     )
     parser.add_argument(
+        "--clean_even",
+        action="store_true",
+        help="not in the paper: with --clean_per_class, no label gives more than the median label does; an all2one attack "
+        "swells its target's, and what of it is clean runs out first",
+    )
+    parser.add_argument(
         "--poison_classes",
         type=args.natural,
         nargs="+",
@@ -65,6 +71,8 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.clean_per_class and opt.gamma_low is not None:
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
+    if opt.clean_even and not opt.clean_per_class:
+        raise UserError("--clean_even says how many of each label --clean_per_class takes; give both")
     for name in ("poison_classes", "poison_order"):
         if getattr(opt, name) and opt.gamma_high is not None:
             raise UserError(
@@ -80,7 +88,7 @@ def main(argv=None):
     low = low if opt.gamma_low is None else opt.gamma_low
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
-    flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels)
+    flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
     by, order = "FCT", fct
     if opt.poison_order:
         by = shown(opt.poison_order)

@@ -70,8 +70,8 @@ def get_parser():
         help="a sample of D_p whose cross-entropy is above this pushes no further; the default stops none in the paper's setting",
     )  # fmt: skip
     parser.add_argument(
-        "--bound_growth", type=args.number(float, 1), metavar="FACTOR",
-        help="the ascent_bound grows so after an epoch in which it held a tenth of D_p back and D_p stayed known; default: it stays",
+        "--bound_growth", type=args.number(float, 1), default=1.0, metavar="FACTOR",
+        help="the ascent_bound grows so after an epoch in which it held a tenth of D_p back and D_p stayed known; 1: it stays",
     )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
@@ -103,14 +103,11 @@ def bound_of(opt, history, classes):
     after an epoch in which it held `HELD` of D_p and which left D_p's cross-entropy below ln(``classes``), where a guess would do worse.
     Not in the paper.
     """
-    if opt.bound_growth is None:
-        return opt.ascent_bound
-    grown = sum(
-        row.get("at_bound", 0) >= HELD and row["loss_Dp_after"] < math.log(classes)
-        for row in history
-        if row["epoch"] >= 0
-    )
-    return min(opt.ascent_bound * opt.bound_growth**grown, ASCENT_BOUND)
+    bound, end = opt.ascent_bound, max(opt.ascent_bound, ASCENT_BOUND)
+    for row in history:
+        if row["epoch"] >= 0 and row.get("at_bound", 0) >= HELD and row["loss_Dp_after"] < math.log(classes):
+            bound = min(bound * opt.bound_growth, end)
+    return bound
 
 
 def places_of(opt, path, resumed, plain):
@@ -164,7 +161,7 @@ def summarise(history):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    if opt.bound_growth and opt.ascent_bound >= ASCENT_BOUND:
+    if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
     before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
     command = f"python {before}.py {args.attack_arguments(opt)} --epochs {epochs}"
@@ -253,7 +250,7 @@ def main(argv=None):
             up = train_epoch(model, to_unlearn, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
-            row |= {"bound": bound} if opt.bound_growth else {}
+            row |= {"bound": bound} if opt.bound_growth > 1 else {}
             row["seconds"] += up["seconds"]
         if "relearn" in opt.passes:
             down = train_epoch(

@@ -154,7 +154,9 @@ def test_a_bound_grows_after_each_epoch_that_it_held_back_and_that_left_the_back
         history.append({"epoch": len(history) - 1, "at_bound": held, "loss_Dp_after": after})
         found.append(bound_of(SimpleNamespace(ascent_bound=10.0, bound_growth=2.0), history, 10))
     assert found == [10, 20, 20, 20, 40, 40, 80, 100]  # ln 10 is 2.303
-    assert bound_of(SimpleNamespace(ascent_bound=7.0, bound_growth=None), history, 10) == 7
+    assert bound_of(SimpleNamespace(ascent_bound=7.0, bound_growth=1.0), history, 10) == 7
+    assert bound_of(SimpleNamespace(ascent_bound=700.0, bound_growth=1.0), history, 10) == 700
+    assert bound_of(SimpleNamespace(ascent_bound=9.0, bound_growth=1e300), history, 10) == 100
 
 
 def test_the_log_tells_the_bound_and_an_interrupted_run_goes_on_with_it(cli, words, pipeline, tmp_path):

@@ -312,6 +312,17 @@ def test_with_labels_every_label_gives_its_share_of_lowest_values_to_the_clean_s
         assert set(np.flatnonzero((flags == 0) & (labels == label))) == lowest - set(poison)
 
 
+def test_even_takes_no_more_of_a_label_than_of_the_median_one():
+    fct, labels = distinct(), np.repeat(np.arange(4), (10, 20, 30, 40))
+    low, high = gammas_of_ratios(fct, 0.29, 0.05)
+    share, even = (separate(fct, low, high, 0.29, 0.05, 0, labels=labels, even=even) for even in (False, True))
+    np.testing.assert_array_equal(np.flatnonzero(share == 2), np.flatnonzero(even == 2))
+    for label, size in enumerate((2, 5, 7, 7)):  # the median of the sizes is 25
+        rows = np.flatnonzero(labels == label)
+        lowest = set(rows[np.argsort(fct[rows])][:size])
+        assert set(np.flatnonzero((even == 0) & (labels == label))) == lowest - set(np.flatnonzero(even == 2))
+
+
 def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
     fct, labels = (
         np.arange(100, dtype=np.float32),

@@ -252,7 +252,7 @@ def gammas_of_ratios(fct, clean_ratio, poison_ratio):
     return float(ordered[n_clean - 1]), float(ordered[len(fct) - n_poison])
 
 
-def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels=None):
+def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels=None, even=False):
     """Split the samples: FCT <= gamma_low -> D_c, FCT >= gamma_high -> D_p, the rest -> D_u.
 
     Ties: where values equal to a gamma would make a set larger than its ratio gives, it keeps the ratio's size, and a
@@ -264,7 +264,8 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
         fct: float (N,); gamma_low, gamma_high: thresholds; clean_ratio, poison_ratio: alpha_c and alpha_p; seed: of
         the draw among equal values; labels: int64 (N,), the labels as the victim has them, to take into D_c
         floor(alpha_c N_k) samples of every label k, those of lowest FCT, in place of those up to gamma_low (not in
-        the paper), less those that are in D_p. None: the paper's rule.
+        the paper), less those that are in D_p. None: the paper's rule. even: with labels, of no label more than of the
+        median one (alpha_c times the median of N_k), as an attack swells its target's label.
 
     Returns:
         int64 (N,): flag 0 for D_c, 1 for D_u, 2 for D_p.
@@ -291,9 +292,11 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
             raise UserError(f"D_c is empty: no FCT lies below --gamma_low {gamma_low} {span}")
         flags[order[:n_clean]] = 0
         return flags
-    for label in np.unique(labels):
+    present, sizes = np.unique(labels, return_counts=True)
+    most = np.median(sizes) if even else sizes.max()
+    for label, size in zip(present, sizes, strict=True):
         own = order[labels[order] == label]
-        lowest = own[: int(clean_ratio * len(own) + 1e-9)]
+        lowest = own[: int(clean_ratio * min(size, most) + 1e-9)]
         flags[lowest[flags[lowest] != 2]] = 0
     if not (flags == 0).any():
         raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
