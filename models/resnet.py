@@ -51,6 +51,14 @@ class WideConv(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1).flatten(1), dense).view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
 
 
+def with_plain_convolutions(model):
+    """The same network, changed in place, with torch's own convolution where it has `WideConv`: what that is compared with."""
+    for module in model.modules():
+        if isinstance(module, WideConv):
+            module.__class__ = nn.Conv2d
+    return model
+
+
 # name: (block, blocks per stage, width of the first stage)
 MODELS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),

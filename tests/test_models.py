@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from models import ResNet, SupConResNet, build_model
-from models.resnet import WideConv
+from models.resnet import WideConv, with_plain_convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -165,13 +165,10 @@ def test_a_wide_convolution_is_the_convolution(size):
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 6), ("resnet10", 1)])
 def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(name, count):
     model = build_model(name, "cifar10", 10)
-    plain = copy.deepcopy(model)
-    wide = [module for module in plain.modules() if isinstance(module, WideConv)]
-    assert (
-        len(wide) == count
-    )  # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first with a stride of 2
-    for module in wide:
-        module.__class__ = nn.Conv2d
+    # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first with a stride of 2
+    assert sum(isinstance(module, WideConv) for module in model.modules()) == count
+    plain = with_plain_convolutions(copy.deepcopy(model))
+    assert not any(isinstance(module, WideConv) for module in plain.modules())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), plain.eval()(images))
@@ -186,8 +183,7 @@ def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(nam
 def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain():
     torch.manual_seed(0)
     wide = WideConv(256, 256, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(wide)
-    plain.__class__ = nn.Conv2d
+    plain = with_plain_convolutions(copy.deepcopy(wide))
     x = torch.randn(32, 256, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     upstream = torch.randn(32, 256, 2, 2)
 

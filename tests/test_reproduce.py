@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, load_script, run_cli
+from test_bad_input import refused
 
 from utils.checkpoints import Run
 from utils.errors import UserError
@@ -208,6 +209,26 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     _, said = again(step)
     assert f"--checkpoint_load {checkpoint}" in said and "is replaced" in said and step.is_done()
     assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
+
+
+def test_a_record_that_is_older_than_an_option_was_made_with_its_default(cli, pipeline, words, tmp_path):
+    root = tmp_path / "own"
+    shutil.copytree(pipeline, root, copy_function=shutil.copy)
+    more = ["--clean_per_class", "--overwrite"]
+    assert cli("separate_samples.py", *words(root), *more).code == 0
+    record = next((root / "saved/separated_samples").rglob("options.json"))
+    content = json.loads(record.read_text())
+    assert content["options"].pop("clean_even") is False
+    record.write_text(json.dumps(content))
+
+    def step(*options):
+        given = [str(word) for word in (*words(root), *options)]
+        return Step("separate_samples.py", given, record.with_name("clean_samples.npy"), record, [])
+
+    assert step("--clean_per_class").is_done() and not step("--clean_per_class", "--clean_even").is_done()
+    said = cli("separate_samples.py", *words(root), "--clean_per_class", "--clean_even")
+    refused(said, "--clean_even False", "--clean_even True")
+    assert cli("separate_samples.py", *words(root), "--clean_per_class").code == 0
 
 
 def test_an_interrupted_training_of_other_options_or_a_damaged_one_begins_anew(

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from models import MODELS, SupConResNet, build_model
-from models.resnet import WideConv
+from models.resnet import with_plain_convolutions
 from ST.losses import SupConLoss, mixed_cross_entropy, trusted_mask
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
@@ -76,12 +76,7 @@ class Work:
     def network(self, plain):
         torch.manual_seed(0)
         network = build_model(self.model, "cifar10", 10)
-        if not plain:
-            return self.runtime.place(network)
-        for module in network.modules():
-            if isinstance(module, WideConv):
-                module.__class__ = nn.Conv2d
-        return network.to(self.runtime.device)
+        return with_plain_convolutions(network).to(self.runtime.device) if plain else self.runtime.place(network)
 
     def batches(self, name, **more):
         return Batches(self.images, self.labels, self.spec, self.runtime, self.batch_size, 0, name, **more)

@@ -28,6 +28,13 @@ ATTACK_DEFAULTS = {"trigger_type": "gridTrigger", "target_type": "all2one", "tar
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
 
 
+class Options(argparse.Namespace):
+    """Options, and beside them the ``defaults`` (dict) of their parser: what a record that lacks one, for it is older than
+    the option, was made with."""
+
+    __slots__ = ("defaults",)  # so that it is no option itself
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and whose help shows the defaults."""
 
@@ -39,7 +46,10 @@ class Parser(argparse.ArgumentParser):
         for word in args:
             if word == "--" or str(word).endswith("=--"):  # argparse takes the value away and checks nothing
                 self.error(f"{word} has no use here")
-        return super().parse_known_args(args, namespace)
+        options, rest = super().parse_known_args(args, Options() if namespace is None else namespace)
+        if isinstance(options, Options):
+            options.defaults = {action.dest: action.default for action in self._actions if action.dest in options}
+        return options, rest
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")

@@ -24,7 +24,7 @@ from utils.files import (
     write_json,
     write_together,
 )
-from utils.manifest import manifest, plain_options
+from utils.manifest import made_with, manifest, plain_options
 from utils.paths import shown
 
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
@@ -239,7 +239,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     wanted = plain_options(opt)
     if DATASETS[opt.dataset].own:
         names = [*names, "data_root"]  # which then says whose data it is
-    found = {**earlier.get("options", {}), **{name: earlier[name] for name in more if name in earlier}}
+    found = made_with(earlier, opt) | {name: earlier[name] for name in more if name in earlier}
     others = sorted(wanted.keys() - NEUTRAL - set(ignored) - set(names))
     compared = names if continues else [*names, *others, *more]
     wanted |= more

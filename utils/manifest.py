@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def plain_options(opt):
         return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
     return {name: plain(value) for name, value in sorted(vars(opt).items())}
+
+
+def made_with(record, opt):
+    """The options that a ``record`` (dict) tells of, as `plain_options` gives them; those it lacks, for it is older than they
+    are, have the default that the parser of ``opt`` gives them."""
+    return plain_options(Namespace(**getattr(opt, "defaults", {}))) | record.get("options", {})
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from utils import args
 from utils.checkpoints import NEUTRAL, unfinished_folder
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, read_record, write_json
-from utils.manifest import plain_options
+from utils.manifest import made_with, plain_options
 from utils.paths import ROOT, shown, typed
 
 
@@ -68,9 +68,9 @@ class Step:
             return False
         if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
             return False
-        made_with, wanted = record.get("options", {}), plain_options(options)
-        compared = (made_with.keys() & wanted.keys()) - NEUTRAL - {"precision"}
-        return bool(compared) and all(made_with[name] == wanted[name] for name in compared)
+        found, wanted = made_with(record, options), plain_options(options)
+        compared = (found.keys() & wanted.keys()) - NEUTRAL - {"precision"}
+        return bool(record.get("options")) and all(found[name] == wanted[name] for name in compared)
 
     def module(self):
         """The script as a module, so that its own parser and names count."""
