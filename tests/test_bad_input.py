@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,16 @@ def test_a_missing_input_names_the_command_that_makes_it_and_the_nearest_path(cl
     command = f"python {maker} --dataset cifar10 --model resnet10 --trigger_type gridTrigger"
     refused(cli(script, *words(tmp_path)), "no such file", command, f"Nearest existing path: {tmp_path}")
     assert not snapshot(tmp_path)
+
+
+def test_the_command_that_a_message_names_makes_what_was_missing(cli, words, tmp_path):
+    own = [*words(tmp_path / "my results"), "--seed", 3, "--target_type", "all2all", "--poison_rate", 0.2]
+    said = cli("finetune_attack_noTrans.py", *own, "--epochs", 1)
+    refused(said, "Make it with: ")
+    _, script, *pasted = shlex.split(said.err.split("Make it with: ")[1].split(". Nearest")[0])
+    made = cli(script, *pasted, "--epochs", 1, "--batch_size", 64)
+    assert made.code == 0, made
+    assert cli("finetune_attack_noTrans.py", *own, "--epochs", 1, "--batch_size", 64).code == 0
 
 
 def test_a_missing_fct_file_names_the_step_before(cli, words, pipeline):

@@ -26,6 +26,7 @@ UNKNOWN = {"trigger_type": "unknown", "target_type": "unknown", "target_label": 
 # Options that one trigger alone has a use for.
 ATTACK_DEFAULTS = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 0, "poison_rate": 0.1}
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
+TRIGGER_DEFAULTS = {"benign_checkpoint": None, "ssba_encoder": ENCODER, "ssba_images": None}
 
 
 class Options(argparse.Namespace):
@@ -360,28 +361,23 @@ def due(opt, epoch):
 
 
 def attack_arguments(opt):
-    """The options of data set and attack as the user would type them, for messages and commands."""
-    words = ["--dataset", opt.dataset, "--model", opt.model]
-    if DATASETS[opt.dataset].own:
-        words += [
-            "--data_root",
-            shlex.quote(shown(opt.data_root)),
-            *(["--image_size", str(opt.image_size)] * bool(opt.image_size)),
-        ]
-        return " ".join([*words, *(["--seed", str(opt.seed)] * bool(opt.seed))])
-    words += ["--train_images", str(opt.train_images)] * (opt.train_images is not None)
-    words += ["--trigger_type", opt.trigger_type]
-    defaults = {**ATTACK_DEFAULTS, "trigger_type": opt.trigger_type, "seed": 0}
-    for name, default in defaults.items():
-        if getattr(opt, name) != default:
-            words += [f"--{name}", str(getattr(opt, name))]
-    for name in TRIGGER_OPTIONS:
+    """The options of data set, attack and places as the user would type them, for messages and commands: those that are not
+    the default, the first three always."""
+    own, words = DATASETS[opt.dataset].own, ["--dataset", opt.dataset, "--model", opt.model]
+    words += [] if own else ["--trigger_type", opt.trigger_type]
+    left = {
+        "data_root": None if own else ROOT / "dataset",
+        "image_size": None,
+        "train_images": None,
+        "seed": 0,
+        "output_root": ROOT,
+    }
+    left |= {} if own else {**ATTACK_DEFAULTS, "trigger_type": opt.trigger_type, **TRIGGER_DEFAULTS}
+    for name, default in left.items():
         value = getattr(opt, name)
-        if value not in (None, ENCODER):
-            words += [
-                f"--{name}",
-                *(shlex.quote(shown(one)) for one in (value if isinstance(value, list) else [value])),
-            ]
+        if value != default:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(shlex.quote(shown(one) if isinstance(one, Path) else str(one)) for one in values)]
     return " ".join(words)
 
 
