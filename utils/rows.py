@@ -62,7 +62,7 @@ PRESETS = {
         "separate_samples": "--clean_per_class --clean_even",
         "train_clean_withTrans": "--epochs 6 --lr 0.05 --schedule 4 --eval_freq 0",
         "train_attack_withTrans": "--epochs 12 --lr 0.05 --schedule 8 11 --eval_freq 0",
-        "unlearn_relearn": "--epochs 14 --lr 0.0004 --ascent_bound 10 --bound_growth 1.5 --eval_freq 2",
+        "unlearn_relearn": "--epochs 14 --lr 0.0004 --ascent_bound 15 --bound_growth 1.5 --eval_freq 2",
         "train_extractor": "--epochs 10 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
     },
@@ -100,7 +100,7 @@ VARIANTS = {
         "unlearn_only": {"unlearn_relearn": "--passes unlearn"},
         "relearn_only": {"unlearn_relearn": "--passes relearn"},
         "no_bound": {"unlearn_relearn": "--ascent_bound 100 --bound_growth 1"},
-        "fixed_bound": {"unlearn_relearn": "--ascent_bound 10 --bound_growth 1"},
+        "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
