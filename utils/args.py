@@ -26,7 +26,6 @@ UNKNOWN = {"trigger_type": "unknown", "target_type": "unknown", "target_label": 
 # Options that one trigger alone has a use for.
 ATTACK_DEFAULTS = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 0, "poison_rate": 0.1}
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
-TRIGGER_DEFAULTS = {"benign_checkpoint": None, "ssba_encoder": ENCODER, "ssba_images": None}
 
 
 class Options(argparse.Namespace):
@@ -365,17 +364,11 @@ def attack_arguments(opt):
     the default, the first three always."""
     own, words = DATASETS[opt.dataset].own, ["--dataset", opt.dataset, "--model", opt.model]
     words += [] if own else ["--trigger_type", opt.trigger_type]
-    left = {
-        "data_root": None if own else ROOT / "dataset",
-        "image_size": None,
-        "train_images": None,
-        "seed": 0,
-        "output_root": ROOT,
-    }
-    left |= {} if own else {**ATTACK_DEFAULTS, "trigger_type": opt.trigger_type, **TRIGGER_DEFAULTS}
-    for name, default in left.items():
+    names = ["data_root", "image_size", "train_images", "seed", "output_root"]
+    names += [] if own else ["target_type", "target_label", "poison_rate", *TRIGGER_OPTIONS]
+    for name in names:
         value = getattr(opt, name)
-        if value != default:
+        if value != opt.defaults[name]:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(shlex.quote(shown(one) if isinstance(one, Path) else str(one)) for one in values)]
     return " ".join(words)
