@@ -25,7 +25,7 @@ class SupConLoss(nn.Module):
 
         Returns:
             Scalar loss, the mean over all views of all samples. The positives of a view are all other views of its
-            sample and all views of samples of its kind.
+            sample and all views of samples of its kind. Computed in the dtype of ``features``, under autocast too.
 
         Raises:
             ValueError: for features or a mask of another shape, or fewer than two views.
@@ -40,7 +40,8 @@ class SupConLoss(nn.Module):
         flat = features.transpose(0, 1).flatten(0, 1)  # (V * B, D), all first views before all second ones
         itself = torch.eye(views * count, dtype=torch.bool, device=features.device)
         positive = mask.bool().repeat(views, views) & ~itself
-        similarity = (flat @ flat.T / self.temperature).masked_fill(itself, float("-inf"))
+        with torch.autocast(features.device.type, enabled=False):
+            similarity = (flat @ flat.T / self.temperature).masked_fill(itself, float("-inf"))
         log_probability = F.log_softmax(similarity, dim=1).masked_fill(itself, 0)
         each = -(log_probability * positive).sum(1) / positive.sum(1)
         return self.temperature / self.base_temperature * each.mean()

@@ -121,7 +121,7 @@ class ResNet(torchvision.models.ResNet):
 class SupConResNet(nn.Module):
     """Encoder and two-layer projection head to 128 numbers of length one (Khosla et al. 2020, section 3.1).
 
-    ``forward`` maps float (N, 3, H, W) to float (N, 128); ``features`` gives what the linear classifier is trained on.
+    ``forward`` maps float (N, 3, H, W) to float32 (N, 128), under autocast too; ``features`` is for the linear classifier.
     """
 
     def __init__(self, name, projection=128, size=32):
@@ -138,7 +138,7 @@ class SupConResNet(nn.Module):
         return self.encoder.features(x)
 
     def forward(self, x):
-        return F.normalize(self.head(self.features(x)), dim=1)
+        return F.normalize(self.head(self.features(x)).float(), dim=1)  # in bfloat16 their length would be off by 0.4 %
 
 
 def build_model(name, dataset, num_classes, size=32):

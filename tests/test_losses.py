@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.resnet import SupConResNet
 from ST.losses import SupConLoss, authors_mask, mixed_cross_entropy, trusted_mask
+from utils.device import choose_runtime
+from utils.engine import train_epoch
 from utils.errors import UserError
 from utils.losses import ASCENT_BOUND, cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 
@@ -38,6 +41,19 @@ def test_intra_class_loss_equals_a_double_loop(labels):
                 total += float(means[one] @ means[two] / (means[one].norm() * means[two].norm()))
     result = intra_class_loss(features, torch.tensor(labels))
     assert result.item() == pytest.approx(total / len(classes) ** 2, abs=1e-6)
+
+
+def test_intra_class_loss_keeps_its_precision_under_autocast():
+    features, labels = (
+        1 + 0.01 * randn(64, 32),
+        torch.arange(64) % 10,
+    )  # cosines near one, as when the features collapse
+    features.requires_grad_()
+    expected = torch.autograd.grad(intra_class_loss(features, labels), features)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = intra_class_loss(features, labels)
+    assert loss.item() == pytest.approx(intra_class_loss(features, labels).item(), abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
 
 
 def test_intra_class_loss_of_equal_class_means_counts_the_pairs_of_different_classes():
@@ -118,6 +134,21 @@ def test_supcon_loss_equals_the_formula(views, temperatures):
     mask = trusted_mask(labels, torch.tensor([1, 1, 1, 1, 0, 0, 1]).bool())
     result = SupConLoss(*temperatures)(features, mask)
     assert result.item() == pytest.approx(slow_supcon(features, mask.tolist(), *temperatures), rel=1e-5)
+
+
+def test_supcon_loss_keeps_its_precision_under_autocast():
+    features, mask = unit(7, 2, 12), torch.eye(7, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = SupConLoss()(features, mask)
+    assert loss.item() == pytest.approx(slow_supcon(features, mask.tolist(), 0.1, 0.07), rel=1e-5)
+
+
+def test_contrastive_network_gives_float32_vectors_of_length_one_under_autocast():
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = SupConResNet("resnet10")(randn(4, 3, 32, 32))
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
 
 
 def test_supcon_loss_takes_the_documented_temperatures():
@@ -212,3 +243,32 @@ def test_mixed_cross_entropy_equals_a_loop(members, weight):
     assert result.item() == pytest.approx(clean - weight * poison, rel=1e-5)
     if weight == 0.001:
         assert mixed_cross_entropy(logits, labels, torch.tensor(members).bool()).item() == result.item()
+
+
+# What an epoch reports of a loss
+
+
+class ManyBatches:
+    """A thousand batches of one sample, as `Batches` gives them."""
+
+    labels = torch.zeros(1000, dtype=torch.int64)
+
+    def __len__(self):
+        return 1000
+
+    def epoch(self, number):
+        for batch in range(1000):
+            yield torch.full((1, 1), float(batch)), torch.zeros(1, dtype=torch.int64), None
+
+
+def test_an_epoch_sums_in_float32_what_a_network_gives_in_bfloat16():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def objective(model, inputs, labels):
+        loss = model(inputs).mean() * 0 + 5
+        assert loss.dtype == torch.bfloat16
+        return loss, {"feature_norm": loss.detach() * 3}
+
+    found = train_epoch(model, ManyBatches(), 0, objective, optimizer, choose_runtime("cpu", "bfloat16"), "x")
+    assert (found["loss"], found["feature_norm"]) == (5, 15)

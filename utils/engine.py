@@ -44,7 +44,8 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         optimizer.step()
         seen += len(labels)
         for name, value in {"loss": loss.detach() * len(labels), **sums}.items():
-            totals[name] = totals.get(name, 0) + value  # stays on the device: reading it would wait for the device
+            # In float32, for a sum in bfloat16 stops growing; on the device, for reading it would wait for the device.
+            totals[name] = totals.get(name, 0) + value.float()
         watch.look(number, totals)
     if isinstance(model, Parallel):
         model.batch(None, 1)

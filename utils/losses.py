@@ -36,6 +36,8 @@ def intra_class_loss(features, labels):
     Returns:
         Scalar: the cosines of all ordered pairs of different class means, summed, over K'^2 with K' classes present.
 
+    Computed in the dtype of ``features`` under autocast too, which would take its products in bfloat16: the cosines are near one.
+
     Raises:
         UserError: where the batch holds a single class.
     """
@@ -43,8 +45,9 @@ def intra_class_loss(features, labels):
     if len(classes) < 2:
         raise UserError("a batch holds a single class, so L_intra is not defined; use a larger --batch_size")
     members = F.one_hot(place, len(classes)).T.to(features.dtype)
-    means = F.normalize(members @ features / members.sum(1, keepdim=True), dim=1)
-    cosines = means @ means.T
+    with torch.autocast(features.device.type, enabled=False):
+        means = F.normalize(members @ features / members.sum(1, keepdim=True), dim=1)
+        cosines = means @ means.T
     return (cosines.sum() - cosines.diagonal().sum()) / len(classes) ** 2
 
 
