@@ -37,7 +37,7 @@ def test_auroc_of_a_single_kind_is_not_a_number(value):
     assert math.isnan(auroc(np.arange(4.0), np.full(4, value)))
 
 
-def make_tests(triggered=True, clean_count=1203, triggered_count=701):
+def make_tests(triggered=True, clean_count=1203):
     rng = np.random.default_rng(0)
 
     def images(count):
@@ -46,9 +46,10 @@ def make_tests(triggered=True, clean_count=1203, triggered_count=701):
     def labels(count):
         return torch.from_numpy(rng.integers(0, 4, count))
 
-    clean = images(clean_count), labels(clean_count), torch.from_numpy(rng.random(clean_count) < 0.8)
-    more = (images(triggered_count), labels(triggered_count), labels(triggered_count)) if triggered else (None,) * 3
-    return bd.TestSets(*clean, *more)
+    in_paper = torch.from_numpy(rng.random(clean_count) < 0.6)
+    attacked = int(in_paper.sum())  # a triggered image of each that counts
+    more = (images(attacked), labels(attacked), labels(attacked)) if triggered else (None,) * 3
+    return bd.TestSets(images(clean_count), labels(clean_count), in_paper, *more)
 
 
 def classify(inputs):
@@ -74,8 +75,12 @@ def test_evaluate_equals_a_loop_over_single_images():
         "ACC_paper": percent(tests.clean_images, tests.clean_labels, tests.in_paper),
         "ASR": percent(tests.triggered_images, tests.attack_labels),
         "R_ACC": percent(tests.triggered_images, tests.true_labels),
+        "ASR_clean": percent(
+            [image for image, counts in zip(tests.clean_images, tests.in_paper, strict=True) if counts],
+            tests.attack_labels,
+        ),
     }
-    assert len(set(expected.values())) == 4
+    assert len(set(expected.values())) == 5
     assert result == pytest.approx(expected, abs=1e-4)
 
 

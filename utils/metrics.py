@@ -1,4 +1,4 @@
-"""Measures: ACC, ACC_paper, ASR and R-ACC of a classifier; how well FCT and the separation detect."""
+"""Measures: ACC, ACC_paper, ASR, R-ACC and ASR_clean of a classifier; how well FCT and the separation detect."""
 
 import numpy as np
 import torch
@@ -34,19 +34,21 @@ def evaluate(classify, tests, normalize, runtime):
 
     Returns:
         dict of percentages: ACC (whole test set), and where there is an attack ACC_paper (without the target class, as the
-        authors count), ASR (triggered images classified as the attack wants) and R_ACC (as their true label). Empty
-        without test images.
+        authors count), ASR (triggered images classified as the attack wants), R_ACC (as their true label) and ASR_clean
+        (the same images without their trigger, classified as the attack wants all the same). Empty without test images.
     """
     if tests is None:
         return {}
 
-    right = predict(classify, tests.clean_images, normalize, runtime) == tests.clean_labels
+    of_clean = predict(classify, tests.clean_images, normalize, runtime)
+    right = of_clean == tests.clean_labels
     result = {"ACC": percent(right)}
     if tests.triggered_images is not None:
         result["ACC_paper"] = percent(right[tests.in_paper])
         predicted = predict(classify, tests.triggered_images, normalize, runtime)
         result["ASR"] = percent(predicted == tests.attack_labels)
         result["R_ACC"] = percent(predicted == tests.true_labels)
+        result["ASR_clean"] = percent(of_clean[tests.in_paper] == tests.attack_labels)
     return result
 
 
