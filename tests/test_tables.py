@@ -97,6 +97,10 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
 
     rate = cli("reproduce.py", *words, "--poison_rate", "0.2", "--dry_run")
     assert "quick_seed0_rate_0.2" in rate.out and "--poison_rate 0.2" in rate.out
+    # Another network is no cell of the table, and no reason to refuse for the one that is there.
+    network = cli("reproduce.py", *words, "--model", "resnet18", "--dry_run")
+    assert "D-BR_quick_seed0_resnet18" in network.out and "--model resnet18" in network.out
+    assert "seed0_resnet" not in cli("reproduce.py", *words, "--model", "resnet10", "--dry_run").out
 
 
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
@@ -248,6 +252,35 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     assert (results / "cifar10.png").stat().st_size > 10_000 and not (results / "imagenet.png").exists()
 
 
+def test_variants_come_beside_the_defence_as_it_is(results, cli):
+    folder = results / "cifar10_ablations"
+    folder.mkdir()
+    for variant, seed, scale, asr in (
+        ("relearn_only", 0, "cpu", 98.0),
+        ("unlearn_only", 1, "cpu", 3.0),
+        ("unlearn_only", 0, "cpu", 1.0),
+        ("oracle", 0, "quick", 2.0),
+        ("rate_0.01", 0, "cpu", 4.0),
+        ("rate_0.01_oracle", 0, "cpu", 5.0),
+    ):
+        one = {**cell("SIG", "D-BR", seed, scale=scale, ASR=asr), "variant": variant}
+        (folder / f"SIG_{scale}_{seed}_{variant}.json").write_text(json.dumps(one))
+    assert cli("tools/make_tables.py", "--results", results).code == 0
+    text = (results / "tables.md").read_text().split("**CIFAR-10, variants**")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| SIG")]
+    # before, then as in rows.VARIANTS; ASR is the sixth column
+    assert [(row[2], row[5], row[7]) for row in rows] == [
+        ("backdoored", "99.00 ± 0.00", "cpu, 2 seeds"),
+        ("as it is", f"1.00 ± {np.std([0.5, 1.5], ddof=1):.2f}", "cpu, 2 seeds"),
+        ("unlearn_only", f"2.00 ± {np.std([1, 3], ddof=1):.2f}", "cpu, 2 seeds"),
+        ("relearn_only", "98.00", "cpu"),
+        ("rate_0.01, backdoored", "99.00", "cpu"),
+        ("rate_0.01, as it is", "4.00", "cpu"),
+        ("rate_0.01, oracle", "5.00", "cpu"),
+    ]
+    assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 6
+
+
 def test_the_readme_gets_the_tables_between_its_markers_and_nothing_else(results, cli, tmp_path):
     readme = tmp_path / "README.md"
     middle = "".join(f"<!-- table {name} -->\nold\n<!-- /table {name} -->\nkept {name}\n" for name in TABLES)
@@ -286,6 +319,9 @@ def test_the_readme_shows_the_tables_of_the_records():
     for table, _, rows in module.tables(results, pd.read_csv(results / "paper.csv")):
         text = module.markdown(table, rows)
         assert f"<!-- table {table} -->\n{text}\n<!-- /table {table} -->" in readme
+    for table, rows in module.ablations(results):
+        text = module.ablations_markdown(table, rows)
+        assert f"<!-- table {table}_ablations -->\n{text}\n<!-- /table {table}_ablations -->" in readme
     for path in (ROOT / "results").glob("cifar10*/*.json"):  # every record is of a command that this version still has
         record = json.loads(path.read_text())
         assert re.fullmatch(r"python [A-Za-z_/]+\.py( .*)?", record["commands"][-1])

@@ -2,9 +2,11 @@
 
 Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
 <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
-counts, else cpu; quick never does. Several seeds are shown as mean ± standard deviation.
+counts, else cpu; quick never does. Several seeds are shown as mean ± standard deviation. Where there are variants of
+reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from utils.errors import UserError, run_script
 from utils.figures import save_figure
 from utils.files import text_writer, write_together
 from utils.paths import ROOT, shown
-from utils.records import cell_line, collect, read_cells
+from utils.records import MEASURES, cell_line, collect, read_cells
+from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
 SHOWN_SCALES = ("paper", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
+ABLATIONS_HEAD = ["attack", "defence", "variant", "ACC", "ACC_paper", "ASR", "R_ACC", "scale, seeds"]
 
 
 def get_parser():
@@ -68,6 +72,52 @@ def command_of(table, part):
     )
 
 
+def seeds_of(part):
+    """Words on the seeds of ``part``, empty for a single one."""
+    return f", {len(part)} seeds" if len(part) > 1 else ""
+
+
+def split_variant(variant, defence):
+    """A record's variant as its setting (another poison rate, another network; "" for the table's own) and its name in
+    `rows.VARIANTS` ("" for the defence as it is)."""
+    for name in VARIANTS[defence]:
+        if variant == name or variant.endswith(f"_{name}"):
+            return variant.removesuffix(name).removesuffix("_"), name
+    return variant, ""
+
+
+def ablations(results):
+    """Of each table with variants (`rows.VARIANTS`) its name and the lines of theirs, lists of text under `ABLATIONS_HEAD`;
+    so with the cells of another poison rate or network."""
+    for table in TITLES:
+        cells, varied = (
+            pd.DataFrame([cell_line(cell) for cell in read_cells(results / name)])
+            for name in (table, f"{table}_ablations")
+        )
+        if varied.empty:
+            continue
+        lines, rows = pd.concat([cells, varied]), []
+        names = [split_variant(*pair) for pair in zip(lines["variant"], lines["defence"], strict=True)]
+        lines["setting"], lines["part"] = zip(*names, strict=True)
+        for row, defence, scale, setting in itertools.product(
+            ROWS, VARIANTS, SHOWN_SCALES, sorted(set(lines["setting"]))
+        ):
+            cell = {"row": row, "defence": defence, "scale": scale, "setting": setting}
+            of_cell = lines[(lines[list(cell)] == pd.Series(cell)).all(axis=1)]
+            if not of_cell["variant"].any():
+                continue
+            where = f"{setting}, " * bool(setting)
+            before = of_cell.drop_duplicates("seed")  # the same network, whatever is done to it
+            values = [spread(before[f"before_{name}"]) for name in MEASURES]
+            rows.append([row, "", f"{where}backdoored", *values, scale + seeds_of(before)])
+            for part in ("", *VARIANTS[defence]):
+                of_it = of_cell[of_cell["part"] == part]
+                if len(of_it):
+                    values = [spread(of_it[name]) for name in MEASURES]
+                    rows.append([row, defence, where + (part or "as it is"), *values, scale + seeds_of(of_it)])
+        yield table, rows
+
+
 def body(table, paper, lines):
     """The lines of one table as lists of text, one list an attack and model, under `HEAD`."""
     rows = []
@@ -79,20 +129,27 @@ def body(table, paper, lines):
             continue
         differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
         best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
-        seeds = f", {len(part)} seeds" if len(part) > 1 else ""
         rows.append([
             *start, f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]),
-            spread(part["R_ACC"]), best, f"{part['scale'].iloc[0]}{seeds}", command_of(table, part),
+            spread(part["R_ACC"]), best, f"{part['scale'].iloc[0]}{seeds_of(part)}", command_of(table, part),
         ])  # fmt: skip
     return rows
 
 
 def markdown(table, rows):
     """One table in Markdown."""
-    lines = [f"**{TITLES[table]}**", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
-    for row in rows:
-        lines.append("| " + " | ".join([*row[:-1], f"`{row[-1]}`" if row[-1] else ""]) + " |")
-    return "\n".join(lines)
+    return grid(f"**{TITLES[table]}**", HEAD, [[*row[:-1], f"`{row[-1]}`" if row[-1] else ""] for row in rows])
+
+
+def grid(title, head, rows):
+    """Lists of text as a table in Markdown, below its title."""
+    lines = [title, "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def ablations_markdown(table, rows):
+    """The variants of one table in Markdown."""
+    return grid(f"**{TITLES[table]}, variants**", ABLATIONS_HEAD, rows)
 
 
 def latex(table, rows):
@@ -174,7 +231,10 @@ def main(argv=None):
         if len(lines):
             collect(opt.results / table, opt.results / f"{table}.csv")
             picture(opt.results / f"{table}.png", table, paper, lines)
-        print(f"{texts[table]}\n")
+    for table, rows in ablations(opt.results):
+        texts[f"{table}_ablations"] = ablations_markdown(table, rows)
+        collect(opt.results / f"{table}_ablations", opt.results / f"{table}_ablations.csv")
+    print("\n\n".join(texts.values()))
     writers = {
         opt.results / "tables.md": text_writer("\n\n".join(texts.values()) + "\n"),
         opt.results / "tables.tex": text_writer("\n\n".join(tex) + "\n"),

@@ -123,6 +123,11 @@ PRESET_DATA = {
 }
 
 
+def preset_data(preset):
+    """Data set and network of a preset where none is named."""
+    return PRESET_DATA.get(preset, ("cifar10", "resnet18"))
+
+
 def defences_of(opt):
     return opt.defences or DEFENCES
 
@@ -136,7 +141,7 @@ def without_attack(words):
 def resolve(opt):
     """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
     target_type, trigger_type = ROWS[opt.row]
-    dataset, model = PRESET_DATA.get(opt.preset, ("cifar10", "resnet18"))
+    dataset, model = preset_data(opt.preset)
     if (opt.dataset or dataset) in DATASETS and DATASETS[opt.dataset or dataset].own:
         raise UserError("this poisons a data set to show the defences; for data of your own: python audit_dataset.py")
     if (opt.dataset or dataset) == "imagenet":
