@@ -1,12 +1,16 @@
-"""Peak memory of the steps on streamed images, which must not grow with their number."""
+"""Peak memory: of the steps on streamed images, which must not grow with their number, and of the extractor on a GPU."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+
+from models import SupConResNet
 
 MEASURE = """
 import resource, subprocess, sys
@@ -68,3 +72,57 @@ def test_peak_memory_does_not_grow_with_a_streamed_folder(tmp_path):
     print(found)
     for script, peak in found[2000].items():
         assert found[20_000][script] < 1.05 * peak + 20, (script, found)
+
+
+GIB = 2**30
+SMALL_GPU = 8 * GIB
+VIEWS = 2 * 512  # images in a batch of the document's extractor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_extractor_keeps_for_the_backward_pass_leaves_room_on_a_gpu_of_8_gb(dtype):
+    network = SupConResNet("resnet18", size=32).to(memory_format=torch.channels_last).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    count = 16  # every layer keeps as much again for each further image
+    inputs = torch.zeros(count, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        outputs = network(inputs)
+    assert outputs.shape[0] == count
+    activations = sum(kept.values()) / count * VIEWS
+    copies = 3 * sum(weight.nbytes for weight in network.parameters())  # weights, gradients, momentum
+    print(f"{dtype}: {activations / GIB:.2f} GiB for the backward pass, {copies / GIB:.2f} GiB of weights")
+    assert 2 * GIB < activations < 5 * GIB  # the rest is for the context, cuDNN's workspace and fragments
+    assert activations + copies < 0.7 * SMALL_GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("setting", ["off", "auto"])
+def test_the_documents_extractor_trains_within_8_gb(setting, cli, tmp_path):
+    device = torch.cuda.current_device()
+    whole = torch.cuda.get_device_properties(device).total_memory
+    common = ["--dataset", "fashion", "--model", "resnet18", "--train_images", 2048, "--output_root", tmp_path]
+    assert cli("tools/ablation_samples.py", *common, "--kind", "random", "--out", tmp_path / "drawn").code == 0
+    train = ["--samples", tmp_path / "drawn", "--epochs", 1, "--cosine", "--batch_size", 512, "--compile", setting]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (SMALL_GPU - GIB) / whole), device)  # 1 GiB: the context's
+    try:
+        said = cli("ST/train_extractor.py", *common, *train, "--device", "cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert said.code == 0, said.err
+    found = {"compile": setting, "peak_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2)}
+    print(json.dumps(found))
+    assert found["peak_gib"] < 7
