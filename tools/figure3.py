@@ -1,6 +1,6 @@
 """Figure 3 of the paper: FCT of every row of a table after step 1 and after step 2 of SD, and what step 2 does on the way.
 
-Runs steps 1 to 3 of SD with the paper's tau, and with --every_epoch step 3 after each epoch of step 2, as commands that are
+Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
 and figure3_<scale>.csv, a line a row and epoch, to --out. The lines' measures are by the ground truth, for evaluation only.
 """
@@ -22,7 +22,7 @@ from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
-from utils.rows import ROWS, SCALES, TABLES, one_cell, plan
+from utils.rows import PRESETS, ROWS, SCALES, TABLES, one_cell, plan
 from utils.steps import Step, list_commands, run
 
 STEP_2 = "--epochs 10 --eval_freq 0"
@@ -50,7 +50,7 @@ def steps_of(opt, row):
     epoch 0 is step 1's last."""
     root = opt.output_root / f"{opt.scale}_seed{opt.seed}_figure3"
     cell = one_cell(opt.table, row, opt.scale, opt.seed, "D-BR", root, opt.data_root)
-    planned, resolved = plan(cell, tau="", finetune_attack_noTrans=STEP_2)
+    planned, resolved = plan(cell, tau="", ratios=PRESETS["paper"]["ratios"], finetune_attack_noTrans=STEP_2)
     names = [
         name for name in ("train_clean_withTrans", "train_attack_noTrans", "finetune_attack_noTrans") if name in planned
     ]

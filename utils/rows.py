@@ -138,8 +138,8 @@ def without_attack(words):
     return [place + i for place in range(0, len(words), 2) if words[place] in taken for i in (0, 1)]
 
 
-def resolve(opt):
-    """The options as the steps see them: a parsed namespace of data set, attack and ratios, and the common words."""
+def resolve(opt, ratios):
+    """The options as the steps see them: a parsed namespace of data set, attack and ``ratios`` (words), and the common words."""
     target_type, trigger_type = ROWS[opt.row]
     dataset, model = preset_data(opt.preset)
     if (opt.dataset or dataset) in DATASETS and DATASETS[opt.dataset or dataset].own:
@@ -162,12 +162,11 @@ def resolve(opt):
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
-    ratios = shlex.split(PRESETS[opt.preset]["ratios"])
     resolved = args.check(parser.parse_args([*words, *ratios]))
     where = [
         word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))
     ]
-    return resolved, words, where, ratios
+    return resolved, words, where
 
 
 def one_cell(table, row, scale, seed, defence, output_root, data_root=None):
@@ -180,8 +179,9 @@ def one_cell(table, row, scale, seed, defence, output_root, data_root=None):
 def plan(opt, **own):
     """The steps of the row in the order they run, by name, and the options that `resolve` gives. ``opt.variant``: one of
     `VARIANTS`, which changes the steps of the defence, or None; ``own``: options of steps in the place of the preset's."""
-    resolved, words, where, ratios = resolve(opt)
     preset = {name: shlex.split(text) for name, text in {**PRESETS[opt.preset], **own}.items()}
+    ratios = preset["ratios"]
+    resolved, words, where = resolve(opt, ratios)
     changes = VARIANTS[defences_of(opt)[0]][opt.variant] if opt.variant else {}
     steps = {}
 
