@@ -1,12 +1,13 @@
 """Every trigger and target type through the command line; CIFAR-100 through every step; the gallery."""
 
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 from PIL import Image
 
 from utils.triggers import TRIGGERS
@@ -162,3 +163,23 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
     assert said.code == 0, said.err
     expected = pd.read_json(next((tmp_path / "tenth").rglob("detection.json")), typ="series")
     assert abs(of_flip.loc["0.2 0.1", "Dp_recall"] - expected.Dp_recall) < 1e-3
+
+
+def test_fct_within_labels_is_measured_from_each_labels_median(cli, words, tmp_path, pipeline):
+    within = load_script("tools/compare_taus.py").within_labels
+    rng = np.random.default_rng(0)
+    labels, fct = rng.integers(0, 3, 60), rng.random(60).astype(np.float32) + 0.1
+    found = within(fct * 10.0 ** labels.astype(np.float32), labels)
+    for label in range(3):
+        logs = np.log(fct[labels == label].astype(np.float64)) + label * math.log(10)
+        centre = np.median(logs)
+        expected = np.exp((logs - centre) / np.median(np.abs(logs - centre)))
+        np.testing.assert_allclose(found[labels == label], expected, rtol=1e-4)
+
+    checkpoint = pipeline / "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger/1.tar"
+    said = cli(
+        "tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--within_labels", "--out", tmp_path
+    )
+    assert said.code == 0, said.err
+    table = pd.read_csv(next(tmp_path.glob("*.csv"))).set_index("tau")
+    assert len(table) == 18 and table.loc["flip, within labels", "AUROC"] != table.loc["flip", "AUROC"]

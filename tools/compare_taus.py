@@ -2,8 +2,8 @@
 
 Writes, a row a tau and pair of ratios, AUROC, the share of poisoned samples in the highest poison_ratio (Dp_precision) and what part of all
 of them that is (Dp_recall), and the share of poisoned samples in the lowest clean_ratio (Dc_contamination) to
-<out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv. For evaluation only: no defence step
-reads this.
+<out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv. With --within_labels every tau has a second row:
+log FCT measured from the median of the sample's label. For evaluation only: no defence step reads this.
 """
 
 import sys
@@ -49,12 +49,22 @@ def get_parser():
         "--poison_ratios", type=args.share, nargs="+", help="several alpha_p in the place of poison_ratio, a row each"
     )
     parser.add_argument("--auto", action="store_true", help="also the ratios that calculate_gamma.py --auto finds")
+    parser.add_argument("--within_labels", action="store_true", help="also FCT standardised within each label")
     parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
     parser.add_argument("--every", type=args.positive_int, default=1, help="take every so-manieth sample, to save time")
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 1 or 2; default: step 2's last")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/taus", help="folder of the table")
     return parser
+
+
+def within_labels(fct, labels):
+    """FCT, float32 (N,), standardised within each label as `fct.combine` does over all samples; labels: int64 (N,)."""
+    found = np.empty_like(fct)
+    for label in np.unique(labels):
+        own = labels == label
+        found[own] = combine(fct[own][None])
+    return found
 
 
 def separations(fct, opt):
@@ -86,10 +96,12 @@ def main(argv=None):
         options = {"trans1": names[0], "trans2": names[1], "draws": opt.draws, "batch_size": opt.batch_size}
         values[names], _ = compute_fct(model, images, dataset.spec, runtime, seed=opt.seed, **options)
     values["auto", ""] = combine(np.stack([values[names] for names in AUTO]))
+    values = {" + ".join(name for name in names if name not in ("", "none")): fct for names, fct in values.items()}
+    if opt.within_labels:
+        values |= {f"{tau}, within labels": within_labels(fct, labels) for tau, fct in values.items()}
 
     table = []
-    for names, fct in values.items():
-        tau = " + ".join(name for name in names if name not in ("", "none"))
+    for tau, fct in values.items():
         for kind, flags in separations(fct, opt):
             line = {"tau": tau, "ratios": kind}
             if flags is not None:
