@@ -27,6 +27,21 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+class SameBatches:
+    """``count`` batches of ``size`` samples of label 0 each, as `dataloader_bd.Batches` gives them; the only feature of a sample is the
+    number of its batch."""
+
+    def __init__(self, count, size):
+        self.count, self.labels = count, torch.zeros(count * size, dtype=torch.int64)
+
+    def __len__(self):
+        return self.count
+
+    def epoch(self, number):
+        for batch, labels in enumerate(self.labels.chunk(self.count)):
+            yield torch.full((len(labels), 1), float(batch)), labels, None
+
+
 def load_script(name):
     """The module of a script, e.g. "ST/test.py", loaded from its file without running it."""
     spec = importlib.util.spec_from_file_location("script_" + Path(name).stem, ROOT / name)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import load_script
+from conftest import SameBatches, load_script
 from test_bad_input import refused, snapshot
 from test_pipeline import NO_TRANS, TUNED, WITH_TRANS, same_weights
 from torch import nn
@@ -16,19 +16,6 @@ from utils.checkpoints import Run
 from utils.device import choose_runtime
 from utils.engine import train_epoch
 from utils.errors import UserError
-
-
-class FourBatches:
-    """Four batches of two samples, as `Batches` gives them."""
-
-    labels = torch.zeros(8, dtype=torch.int64)
-
-    def __len__(self):
-        return 4
-
-    def epoch(self, number):
-        for batch in range(4):
-            yield torch.full((2, 1), float(batch)), torch.zeros(2, dtype=torch.int64), None
 
 
 @pytest.mark.parametrize("bad", [0, 2, 3])
@@ -47,7 +34,7 @@ def test_the_batch_in_which_a_number_went_bad_is_named(bad, value, where):
     with pytest.raises(
         UserError, match=f"^{where} is not finite in step epoch 7, batch {bad + 1} of 4; .* smaller learning"
     ):
-        train_epoch(model, FourBatches(), 6, objective, optimizer, runtime, "step epoch 7")
+        train_epoch(model, SameBatches(4, 2), 6, objective, optimizer, runtime, "step epoch 7")
 
 
 def test_sums_that_stay_finite_pass():
@@ -57,7 +44,7 @@ def test_sums_that_stay_finite_pass():
     def objective(model, inputs, labels):
         return model(inputs).mean(), {"correct": (labels == 0).sum()}
 
-    found = train_epoch(model, FourBatches(), 0, objective, optimizer, choose_runtime("cpu", "float32"), "x")
+    found = train_epoch(model, SameBatches(4, 2), 0, objective, optimizer, choose_runtime("cpu", "float32"), "x")
     assert found["correct"] == 1
 
 

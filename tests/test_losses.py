@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SameBatches
 from torch import nn
 
 from models.resnet import SupConResNet
@@ -248,19 +249,6 @@ def test_mixed_cross_entropy_equals_a_loop(members, weight):
 # What an epoch reports of a loss
 
 
-class ManyBatches:
-    """A thousand batches of one sample, as `Batches` gives them."""
-
-    labels = torch.zeros(1000, dtype=torch.int64)
-
-    def __len__(self):
-        return 1000
-
-    def epoch(self, number):
-        for batch in range(1000):
-            yield torch.full((1, 1), float(batch)), torch.zeros(1, dtype=torch.int64), None
-
-
 def test_an_epoch_sums_in_float32_what_a_network_gives_in_bfloat16():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -270,5 +258,5 @@ def test_an_epoch_sums_in_float32_what_a_network_gives_in_bfloat16():
         assert loss.dtype == torch.bfloat16
         return loss, {"feature_norm": loss.detach() * 3}
 
-    found = train_epoch(model, ManyBatches(), 0, objective, optimizer, choose_runtime("cpu", "bfloat16"), "x")
+    found = train_epoch(model, SameBatches(1000, 1), 0, objective, optimizer, choose_runtime("cpu", "bfloat16"), "x")
     assert (found["loss"], found["feature_norm"]) == (5, 15)
