@@ -134,7 +134,7 @@ def draw_histogram(axis, fct, is_clean, gammas=None, bins=80, names=("clean", "p
             axis.bar(zero[0], zeros, zero[1] - zero[0], align="edge", color=colour, alpha=0.65)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=10)
-    axis.set_ylim(0, 4 * axis.get_ylim()[1])  # room for the note on zeros
+    axis.set_ylim(0, (30 if (fct == 0).any() else 4) * axis.get_ylim()[1])  # room for the note on zeros
     if (fct == 0).any():
         axis.set_xlim(left=zero[0] / 10 ** (0.03 * decades))
         axis.axvline(low, color="grey", linewidth=0.8, linestyle=":")
