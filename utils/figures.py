@@ -139,7 +139,7 @@ def draw_histogram(axis, fct, is_clean, gammas=None, bins=80, names=("clean", "p
         axis.set_xlim(left=zero[0] / 10 ** (0.03 * decades))
         axis.axvline(low, color="grey", linewidth=0.8, linestyle=":")
         axis.annotate(
-            f"exactly 0:\n{(fct == 0).sum()} ({100 * np.mean(fct == 0):.2g} %)",
+            f"exactly 0:\n{(fct == 0).sum()} ({100 * np.mean(fct == 0):.3g} %)",
             (zero[0], 0.98),
             xycoords=("data", "axes fraction"),
             va="top",
