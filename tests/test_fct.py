@@ -11,7 +11,7 @@ from models import build_model
 from utils.datasets import DATASETS, load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
-from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, separate, set_sizes
+from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, near_a_gamma, separate, set_sizes
 from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator
@@ -163,6 +163,26 @@ def test_fct_is_taken_in_evaluation_mode_and_leaves_the_network_as_it_was(model,
     fct, _ = compute_fct(model.train(), images, SPEC, CPU)
     np.testing.assert_array_equal(fct, expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_in_bfloat16_the_samples_near_a_threshold_have_their_float32_values(model):
+    images = load_dataset("fashion", ROOT / "dataset").train_images[:400]
+    exact, _ = compute_fct(model, images, SPEC, CPU)
+    rounded, norms = compute_fct(model, images, SPEC, Runtime(CPU.device, torch.bfloat16))
+    ranks = np.argsort(np.argsort(rounded))
+    near = (abs(ranks - 80) <= 2) | (abs(ranks - 380) <= 2)
+    far = (abs(ranks - 80) > 8) & (abs(ranks - 380) > 8)
+    np.testing.assert_allclose(rounded[near], exact[near], rtol=1e-4)
+    assert np.median(abs(rounded / exact - 1)[far]) > 1e-3
+    assert norms.shape == (400,)
+
+
+def test_near_a_gamma_are_the_ranks_beside_both_splits_less_what_is_zero():
+    rng = np.random.default_rng(0)
+    fct = rng.permutation(1000).astype(np.float32)
+    assert sorted(fct[near_a_gamma(fct)]) == [*range(190, 210), *range(940, 960)]
+    collapsed = np.where(fct < 500, 0, fct).astype(np.float32)
+    assert sorted(collapsed[near_a_gamma(collapsed)]) == [*range(940, 960)]
 
 
 def test_fct_of_an_image_that_tau_leaves_alone_is_zero(model, images):

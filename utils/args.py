@@ -173,12 +173,14 @@ def add_attack_options(parser):
     )
 
 
+RATIOS = {"clean_ratio": 0.2, "poison_ratio": 0.05}  # the paper's
+
+
 def add_ratio_options(parser):
     """alpha_c and alpha_p, which also name the folder of the separated samples."""
-    parser.add_argument("--clean_ratio", type=share, default=0.2, help="alpha_c: share of all samples taken as clean")
-    parser.add_argument(
-        "--poison_ratio", type=share, default=0.05, help="alpha_p: share of all samples taken as poisoned"
-    )
+    helps = "alpha_c: share of all samples taken as clean", "alpha_p: share of all samples taken as poisoned"
+    for (name, value), text in zip(RATIOS.items(), helps, strict=True):
+        parser.add_argument(f"--{name}", type=share, default=value, help=text)
 
 
 def add_samples_option(parser):

@@ -33,9 +33,11 @@ SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
 
 
-@torch.inference_mode()
 def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine", seed=0, draws=1, batch_size=256):
     """FCT of every image, with tau a function of the seed, the draw and the sample's index alone.
+
+    A pass in bfloat16 settles all samples but those near the ranks at which the paper's ratios split them; these are computed
+    again in float32 (see `near_a_gamma`), so that almost all samples come into the set that float32 puts them in.
 
     Args:
         model: a network with ``features``; it is put into evaluation mode.
@@ -48,34 +50,68 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     Returns:
         (fct, norms): float32 (N,) each; norms are the lengths of e(x).
     """
-    model.eval()
-    normalize = Normalize(spec, runtime.device)
     taus = [Tau(*names, images.shape[1]) for names in (AUTO if trans1 == "auto" else [(trans1, trans2)])]
     tables = [
         [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws if tau.is_random else 1)]
         for tau in taus
     ]
-    held = hold(images, runtime)
+
+    def one_value(of_taus):
+        return combine(of_taus.T) if trans1 == "auto" else of_taus[:, 0]
+
+    held, common = (
+        hold(images, runtime),
+        (Normalize(spec, runtime.device), list(zip(taus, tables, strict=True)), batch_size),
+    )
+    of_taus, norms = _fct_of_rows(model, held, np.arange(len(images)), runtime, *common)
+    if runtime.dtype != torch.float32:
+        near = near_a_gamma(one_value(of_taus))
+        exact = Runtime(runtime.device, torch.float32, runtime.workers)
+        of_taus[near], norms[near] = _fct_of_rows(model, held, near, exact, *common)
+    return one_value(of_taus), norms
+
+
+@torch.inference_mode()
+def _fct_of_rows(model, held, rows, runtime, normalize, drawn_taus, batch_size):
+    """FCT of the samples ``rows``, int64 (M,), under each of the T taus: float32 (M, T), and the norms of e(x), float32 (M,).
+    ``drawn_taus``: (tau, the tables of its draws) for each of them."""
+    model.eval()
 
     def features(batch):
         with runtime.autocast():
             return model.features(normalize(batch)).float()
 
     fct, norms = [], []
-    splits = list(part(torch.arange(len(images))).split(batch_size))
-    for rows, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
+    splits = list(part(torch.from_numpy(rows)).split(batch_size))
+    for chosen, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
         plain = features(batch)
         of_taus = []
-        for tau, drawn in zip(taus, tables, strict=True):
+        for tau, tables in drawn_taus:
             total = 0
-            for table in drawn:
-                changed = tau.apply(batch, {name: value[rows] for name, value in table.items()})
+            for table in tables:
+                changed = tau.apply(batch, {name: value[chosen] for name, value in table.items()})
                 total = total + (plain - features(changed)).square().mean(1)
-            of_taus.append(total / len(drawn))
+            of_taus.append(total / len(tables))
         fct.append(torch.stack(of_taus, 1))
         norms.append(plain.norm(dim=1))
-    fct, norms = (gather(torch.cat(parts), len(images)).cpu().numpy() for parts in (fct, norms))
-    return combine(fct.T) if trans1 == "auto" else fct[:, 0], norms
+    return tuple(gather(torch.cat(parts), len(rows)).cpu().numpy() for parts in (fct, norms))
+
+
+def near_a_gamma(fct, reach=0.01):
+    """The samples whose rank lies within ``reach`` times N of a rank at which the paper's alpha_c and alpha_p split the
+    samples, int64 (M,), ascending. Not those of FCT zero: these have collapsed, and their order is a draw.
+
+    Args:
+        fct: float32 (N,); reach: of 0.01 what rounding to bfloat16 moves (README: speed) is a fraction.
+    """
+    order = np.argsort(fct, kind="stable")
+    near = np.concatenate(
+        [
+            order[max(0, round((split - reach) * len(fct))) : round((split + reach) * len(fct))]
+            for split in (args.RATIOS["clean_ratio"], 1 - args.RATIOS["poison_ratio"])
+        ]
+    )
+    return np.sort(near[fct[near] > 0])
 
 
 def combine(fct):
