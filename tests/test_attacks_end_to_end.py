@@ -164,6 +164,18 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
     expected = pd.read_json(next((tmp_path / "tenth").rglob("detection.json")), typ="series")
     assert abs(of_flip.loc["0.2 0.1", "Dp_recall"] - expected.Dp_recall) < 1e-3
 
+    by_label = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--per_class",
+                   "--out", tmp_path / "by_label")  # fmt: skip
+    assert by_label.code == 0, by_label.err
+    of_flip = pd.read_csv(next((tmp_path / "by_label").glob("*.csv"))).set_index(["tau", "ratios"]).loc["flip"]
+    for name, options in (("per class", ["--clean_per_class"]), ("even", ["--clean_per_class", "--clean_even"])):
+        said = cli("separate_samples.py", *words(tmp_path / name), "--checkpoint_load", checkpoint, *options,
+                   "--trans1", "flip", "--trans2", "none")  # fmt: skip
+        assert said.code == 0, said.err
+        expected = pd.read_json(next((tmp_path / name).rglob("detection.json")), typ="series")
+        assert of_flip.loc[f"0.2 0.05 {name}", "Dc_size"] == expected.Dc_size
+        assert abs(of_flip.loc[f"0.2 0.05 {name}", "Dc_contamination"] - expected.Dc_contamination) < 1e-3
+
 
 def test_fct_within_labels_is_measured_from_each_labels_median(cli, words, tmp_path, pipeline):
     within = load_script("tools/compare_taus.py").within_labels

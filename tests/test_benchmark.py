@@ -33,7 +33,9 @@ def work(benchmark, images=64):
 
 
 @pytest.mark.parametrize(
-    "stages", [["poisoning", "FCT", "separation"], pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"]
+    "stages",
+    [["poisoning", "FCT", "separation", "evaluation"], pytest.param(None, marks=pytest.mark.slow)],
+    ids=["few", "all"],
 )
 def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchmark, stages):
     out = tmp_path / "results/benchmark.csv"

@@ -309,7 +309,8 @@ def evaluation(work):
     triggered = apply_trigger("gridTrigger", work.images, train=False)
     labels = torch.from_numpy(work.labels).to(work.runtime.device)
     held = [hold(images, work.runtime) for images in (work.images, triggered)]
-    tests = TestSets(held[0], labels, labels != 0, held[1], torch.zeros_like(labels), labels)
+    everything = torch.ones_like(labels, dtype=torch.bool)
+    tests = TestSets(held[0], labels, everything, held[1], torch.zeros_like(labels), labels)
     normalize = Normalize(work.spec, work.runtime.device)
     end = transforms.Compose([transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
     loaders = [

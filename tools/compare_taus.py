@@ -50,6 +50,10 @@ def get_parser():
     )
     parser.add_argument("--auto", action="store_true", help="also the ratios that calculate_gamma.py --auto finds")
     parser.add_argument("--within_labels", action="store_true", help="also FCT standardised within each label")
+    parser.add_argument(
+        "--per_class", action="store_true",
+        help="also D_c as separate_samples.py takes it with --clean_per_class, and with --clean_even",
+    )  # fmt: skip
     parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
     parser.add_argument("--every", type=args.positive_int, default=1, help="take every so-manieth sample, to save time")
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
@@ -67,12 +71,16 @@ def within_labels(fct, labels):
     return found
 
 
-def separations(fct, opt):
+def separations(fct, labels, opt):
     """(kind of ratios, flags int64 (N,) as `fct.separate` gives them) for each pair of ratios asked for; for those found in
-    the values None where there are no two groups."""
+    the values None where there are no two groups. labels: int64 (N,)."""
     for poison_ratio in opt.poison_ratios or [opt.poison_ratio]:
         ratios = opt.clean_ratio, poison_ratio
-        yield f"{opt.clean_ratio} {poison_ratio}", separate(fct, *gammas_of_ratios(fct, *ratios), *ratios, opt.seed)
+        kind, common = f"{opt.clean_ratio} {poison_ratio}", (*gammas_of_ratios(fct, *ratios), *ratios, opt.seed)
+        yield kind, separate(fct, *common)
+        if opt.per_class:
+            yield f"{kind} per class", separate(fct, *common, labels)
+            yield f"{kind} even", separate(fct, *common, labels, even=True)
     if opt.auto:
         found = gammas_of_distribution(fct)
         names = ("gamma_low", "gamma_high", "clean_ratio", "poison_ratio")
@@ -102,7 +110,7 @@ def main(argv=None):
 
     table = []
     for tau, fct in values.items():
-        for kind, flags in separations(fct, opt):
+        for kind, flags in separations(fct, labels, opt):
             line = {"tau": tau, "ratios": kind}
             if flags is not None:
                 quality = detection_quality(fct, flags, is_clean, labels, dataset.spec.num_classes)

@@ -80,8 +80,9 @@ def main(argv=None):
     for epoch, path in results.items():
         result = read_json(path)
         part = log.loc[: epoch - 1]
-        measures = {measure: result[measure] for measure in MEASURES}
-        lines.append({"epoch": epoch, "loss": part["loss"].iloc[-1], "seconds": part["seconds"].sum(), **measures})
+        measures = {measure: round(result[measure], 2) for measure in MEASURES}
+        seconds = round(part["seconds"].sum())
+        lines.append({"epoch": epoch, "loss": round(part["loss"].iloc[-1], 3), "seconds": seconds, **measures})
 
     table = pd.DataFrame(lines)
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")

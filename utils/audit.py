@@ -134,9 +134,13 @@ class PutBack:
         return own[np.argsort(-self.values[name][own], kind="stable")]
 
     def mean_and_deviation(self, rows):
-        """Of the images ``rows``, float32 (H, W, 3) each."""
-        some = self.images[np.sort(rows)].astype(np.float32)
-        return some.mean(0), some.std(0)
+        """Of the images ``rows``, float32 (H, W, 3) each; of uint8 images the sums are exact, and few are in memory at a time."""
+        total = squares = 0.0
+        for start in range(0, len(rows), 100):
+            some = self.images[np.sort(rows[start : start + 100])].astype(np.float64)
+            total, squares = total + some.sum(0), squares + np.square(some).sum(0)
+        mean = total / len(rows)
+        return mean.astype(np.float32), np.sqrt((squares / len(rows) - mean**2).clip(0)).astype(np.float32)
 
     def groups(self, label, name):
         """What is looked at together of a class, by the order ``name``: dict of int64 rows."""

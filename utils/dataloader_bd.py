@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.datasets import StreamedImages
+from utils.device import keep_freed_memory
 from utils.distributed import part
 from utils.errors import UserError
 from utils.poisoning import paint, painter
@@ -178,8 +179,12 @@ def to_device(images, runtime):
 
 
 def hold(images, runtime):
-    """An array goes to the device whole (see `to_device`); streamed images stay where they are."""
-    return to_device(images, runtime) if isinstance(images, np.ndarray) else images
+    """An array goes to the device whole (see `to_device`); streamed images stay where they are. Where images are decoded as they
+    come, that takes the time, and memory is given back instead of kept for the next batch."""
+    array = isinstance(images, np.ndarray)
+    if runtime.device.type == "cpu" and (array or not images.decodes):
+        keep_freed_memory()
+    return to_device(images, runtime) if array else images
 
 
 def fetch(held, splits, runtime, change=None):
