@@ -394,14 +394,13 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
     assert table.index.tolist() == [1, 2]
     root = tmp_path / "runs/quick_seed0_curve"
     log = pd.read_csv(next(root.rglob("SupCon_*/log.csv")))
-    assert table["loss"].tolist() == pytest.approx(log["loss"].tolist())
-    assert table["seconds"].tolist() == pytest.approx(log["seconds"].cumsum().tolist())
+    assert table["loss"].tolist() == pytest.approx(log["loss"].tolist(), abs=6e-4)  # the table is rounded
+    assert table["seconds"].tolist() == pytest.approx(log["seconds"].cumsum().tolist(), abs=0.6)
     saved = next(root.rglob("SupCon_*/last.pth")).parent
     for epoch in (1, 2):  # each is tested with the extractor of its epoch
         record = json.loads(next((root / f"classifier_{epoch}").rglob("*_test.json")).read_text())
-        assert record["ACC"] == pytest.approx(table.loc[epoch, "ACC"]) and record["ASR"] == pytest.approx(
-            table.loc[epoch, "ASR"]
-        )
+        for measure in ("ACC", "ASR"):
+            assert table.loc[epoch, measure] == pytest.approx(record[measure], abs=6e-3)
         assert Path(record["options"]["model_ckpt"]) == saved / f"ckpt_epoch_{epoch - 1}.pth"
         assert any(name.endswith(f"{saved.name}/ckpt_epoch_{epoch - 1}.pth") for name in record["inputs"])
     with Image.open(tmp_path / "results/secure_curve_BadNets-all2one_quick.png") as picture:
