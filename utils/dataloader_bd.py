@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.datasets import StreamedImages
-from utils.device import keep_freed_memory
+from utils.device import give_freed_memory_back, keep_freed_memory
 from utils.distributed import part
 from utils.errors import UserError
 from utils.poisoning import paint, painter
@@ -182,8 +182,8 @@ def hold(images, runtime):
     """An array goes to the device whole (see `to_device`); streamed images stay where they are. Where images are decoded as they
     come, that takes the time, and memory is given back instead of kept for the next batch."""
     array = isinstance(images, np.ndarray)
-    if runtime.device.type == "cpu" and (array or not images.decodes):
-        keep_freed_memory()
+    if runtime.device.type == "cpu":
+        (keep_freed_memory if array or not images.decodes else give_freed_memory_back)()
     return to_device(images, runtime) if array else images
 
 
@@ -211,9 +211,9 @@ def fetch(held, splits, runtime, change=None):
 
 
 def evaluation_splits(held):
-    """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 500 images, of a side above 64 pixels
-    as many as take no more memory. A list of int64 tensors; of several processes each has its part."""
-    return list(part(torch.arange(len(held))).split(max(1, min(500, 500 * 64**2 // held.shape[2] ** 2))))
+    """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 500 images, of a side above 32 pixels
+    as many as take no more memory, but at least 32. A list of int64 tensors; of several processes each has its part."""
+    return list(part(torch.arange(len(held))).split(max(32, min(500, 500 * 32**2 // held.shape[2] ** 2))))
 
 
 class _Stream(Dataset):
