@@ -19,10 +19,13 @@ import numpy as np
 from models import MODELS
 from utils import args, report
 from utils.audit import (
+    APART,
+    INTO_EACH,
     LEAST,
     NOTHING_BELOW,
     OTHERS,
     POISONED,
+    SUREST,
     TAUS,
     Common,
     PutBack,
@@ -60,10 +63,12 @@ BATCH_AND_LR = {True: (64, 0.03), False: (128, 0.05)}  # by whether there are fe
 ENOUGH = 1000  # images; fewer teach the network too little
 SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
 ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the paper's transform",
-          "surest": "of which the network is surest"}  # fmt: skip
+          SUREST: "of which the network is surest",
+          **dict.fromkeys(APART, "at one end of where the network's features put the class")}  # fmt: skip
 PICTURES = ("likeness", "histogram", "classes", "suspects", "pattern", "put_back")
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
+    "poisoned, one class for each": "Poisoned, images of each class are led to one of its own, among them {name}",
     "no evidence": "No evidence of poisoned samples",
     "cannot tell": "Cannot tell: {reason}",
 }
@@ -320,9 +325,11 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
     names = [dataset.classes[label] for label in targets]
     options, scores = plain_options(opt), sorted(scores, key=lambda row: -row["score"])
     batch_size, lr = batch_and_lr(opt, len(flags))
+    into_each = verdict == "poisoned" and scores[0]["into"] == INTO_EACH
+    kind = f"poisoned, {INTO_EACH}" if into_each else verdict
     return {
         "verdict": verdict,
-        "headline": WORDS[verdict].format(name=", ".join(names), reason=reason),
+        "headline": WORDS[kind].format(name=", ".join(names), reason=reason),
         "target_class": names[0] if names else None,
         "target_label": targets[0] if targets else None,
         "target_classes": names,
@@ -427,9 +434,10 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     counts, settings = content["counts"], content["settings"]
     score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
+        into = "one class for each class of theirs" if best["into"] == INTO_EACH else "it"
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
-            f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into it, though it changes them by no more than "
+            f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
             f"{most_change(best['order']):g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
             "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
             "be poisoned, and some that are may be missing."
@@ -456,13 +464,13 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     ]
     if not content["thresholds_calibrated_for_these_settings"]:
         means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
-    head = ["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "group"]
+    head = ["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "into", "group"]
     by_class = []
     inside = Counter(labels[flags == POISON].tolist())
     for row in content["classes"][:40]:
         by_class.append(
             [text(row["class"]), str((labels == row["label"]).sum()), str(inside[row["label"]]), f"{row['score']:.2f}",
-             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), words_of(row, labels)]
+             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), row["into"], words_of(row, labels)]
         )  # fmt: skip
     top = [row for row in order if flags[row] == POISON][:100]
     suspects = []

@@ -9,8 +9,15 @@ Where that is so, the rest of the poisoned samples of the class are those that t
 A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples of which the
 network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
 tried as well, without the comparison, but with a smaller change, with which little that is natural for a class gets through,
-and count only from a higher share on.
+and count only from a higher share on. The same, with a change that is smaller still, of many samples at either end of the
+direction in which the class's features vary most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images of
+all sorts share is next to nothing but the trigger, also where that is another one for each image.
+
+Where the attack moves every label on (all2all), no class draws all images to itself. So it counts too whether those of each
+class are led to one and the same other class, a different one for each.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,18 +32,37 @@ from utils.seeding import generator
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
 SUREST = "surest"
-GROUPS = (20, 60)  # how many of a class's first samples are looked at together,
-AMONG = 100  # and of so many the GROUPS[0] that are most alike, for where not all of the first are poisoned
+APART = ("apart", "apart, the other end")  # both ends of the first principal component of a class's features
+INTO_CLASS, INTO_EACH = INTO = ("the class", "one class for each")  # what a trigger may do with images of other classes
+AMONG = 100  # of how many of the first samples the most alike are taken, for where not all of them are poisoned
 WITHOUT_MIRROR = 0.20  # what a score that is not compared with mirrored images is lowered by
 USUAL = 0.7  # how far down the order there is no poisoned sample, where fewer than this share of a class are poisoned
 OWN = 500  # samples of a class by which its mean and deviation are taken
 OTHERS = 120  # images of other classes on which it is tried
-CHANGE, CHANGE_SUREST = 30.0, 20.0  # grey levels, root mean square, by which it may change an image
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
-LEAST = 2 * GROUPS[0]  # samples that a class must have to be looked at
 POISONED = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
 FURTHER = 0.5  # share of the highest score from which on a further class is a target: chance alone can reach POISONED
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the samples of an order are tried: how many of the first are looked at together, whether the ``groups[0]`` most alike
+    of the first `AMONG` are too, by how many grey levels (root mean square) what they share may change an image, and whether
+    mirrored images are compared."""
+
+    groups: tuple = (20, 60)
+    alike: bool = True
+    change: float = 30.0
+    mirrored: bool = True
+
+
+FIRST = Rule()  # by FCT under any tau
+RULES = {
+    SUREST: Rule(change=20.0, mirrored=False),
+    **dict.fromkeys(APART, Rule(groups=(60, 200), alike=False, change=12.0, mirrored=False)),
+}
+LEAST = 2 * FIRST.groups[0]  # samples that a class must have to be looked at
 
 
 class Common:
@@ -98,13 +124,29 @@ def orders(model, images, labels, spec, runtime, seed, known=None):
         `datasets.Spec`; runtime: a `device.Runtime`; seed: of tau; known: values by name that need not be computed.
 
     Returns:
-        dict name -> float32 (N,): FCT under each of `TAUS`, and `SUREST`, see `sureness`.
+        dict name -> float32 (N,): FCT under each of `TAUS`, `SUREST`, see `sureness`, and both of `APART`, see `apart`.
     """
     found = dict(known or {})
     for name, (first, second) in TAUS.items():
         if name not in found:
             found[name], _ = compute_fct(model, images, spec, runtime, trans1=first, trans2=second, seed=seed)
-    return {**found, SUREST: sureness(model, images, labels, spec, runtime)}
+    found[SUREST] = sureness(model, images, labels, spec, runtime)
+    place = apart(model, images, labels, spec, runtime)
+    return {**found, **dict(zip(APART, (place, -place), strict=True))}
+
+
+def apart(model, images, labels, spec, runtime):
+    """Where a sample lies on the first principal component of its class's features: float32 (N,). Arguments as of `orders`."""
+    place = np.zeros(len(labels), dtype=np.float32)
+    for label in progress(np.unique(labels), "features", spec.num_classes):
+        own = np.flatnonzero(labels == label)
+        if len(own) >= LEAST:
+            features = features_of(model, rows_of(images, own), spec, runtime).astype(np.float64)
+            features -= features.mean(0)
+            _, axes = np.linalg.eigh(features.T @ features)  # ascending; which of the two directions is chance
+            axis = axes[:, -1] * np.sign(axes[np.abs(axes[:, -1]).argmax(), -1])
+            place[own] = features @ axis
+    return place
 
 
 class PutBack:
@@ -112,8 +154,9 @@ class PutBack:
 
     The score of a group of samples is the share of other classes' images that it turns into the class, less the share
     that it does so after they are mirrored; less, where that is positive, the same of samples from `USUAL` of the way down the
-    order. For `SUREST` the mirrored share is not taken off, but `WITHOUT_MIRROR` is, and the change is smaller
-    (`CHANGE_SUREST`). A class's score is the largest over orders and `groups`.
+    order. Images that the network takes for the class anyway do not count. Where mirrored images are not compared (see `RULES`),
+    `WITHOUT_MIRROR` is taken off in their place. Or, of the same, what it turns into one class for each, see `each`. A class's
+    score is the largest over orders and `groups`.
 
     Args:
         model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); values: what `orders`
@@ -126,7 +169,7 @@ class PutBack:
         self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
         drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
         self.mean, self.deviation = self.mean_and_deviation(drawn)
-        self.drawn = self.own = None, None
+        self.drawn, self.own = (None, None, None, None), (None, None)
 
     def order(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
@@ -144,14 +187,14 @@ class PutBack:
 
     def groups(self, label, name):
         """What is looked at together of a class, by the order ``name``: dict of int64 rows."""
-        order = self.order(label, name)
-        found = {f"first {count}": order[:count] for count in _counts(order)}
-        if len(order) >= LEAST:
+        order, rule = self.order(label, name), rule_of(name)
+        found = {f"first {count}": order[:count] for count in rule.groups if len(order) >= 2 * count}
+        if rule.alike and len(order) >= LEAST:
             found["alike"] = self.most_alike(order[: among(len(order))], label)
         return found
 
     def most_alike(self, rows, label):
-        """The `GROUPS`[0] of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
+        """The ``FIRST.groups[0]`` of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
         difference in units of the class's deviation, which a trigger on a quiet background dominates."""
         if self.own[0] != label:  # its images are read once for a class
             drawn = generator(self.seed, "audit", "class", label).permutation(np.flatnonzero(self.labels == label))[
@@ -164,51 +207,58 @@ class PutBack:
         unlike /= np.maximum(np.linalg.norm(unlike, axis=1, keepdims=True), 1e-6)
         common = unlike.mean(0)
         for _ in range(3):
-            keep = np.argsort(-(unlike @ common), kind="stable")[: GROUPS[0]]
+            keep = np.argsort(-(unlike @ common), kind="stable")[: FIRST.groups[0]]
             common = unlike[keep].mean(0)
         return rows[keep]
 
     def others(self, label):
-        """The images of other classes on which it is tried, uint8 (n, H, W, 3); read once for a class."""
+        """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and what the network
+        says of them, as they are and mirrored, int64 (2, n); read once for a class."""
         if self.drawn[0] != label:
             rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
-            self.drawn = label, self.images[np.sort(rows[: self.count])]
-        return self.drawn[1]
+            rows = np.sort(rows[: self.count])
+            images = self.images[rows]
+            self.drawn = label, images, self.labels[rows], self.answers(images)
+        return self.drawn[1:]
+
+    def answers(self, images):
+        """Predicted classes of images, as they are and mirrored: int64 (2, n)."""
+        both = np.concatenate([images, images[:, :, ::-1]])
+        return predict(self.model, both, self.spec, self.runtime).reshape(2, -1)
 
     def shares(self, rows, label, name):
-        """What the samples ``rows`` of the order ``name`` share, put on images of other classes: the shares of these, (2,),
-        that become ``label``, as they are and mirrored."""
-        others = self.others(label)
-        changed = Common(self.images[np.sort(rows)], self.mean, self.deviation).put_on(others, most_change(name))
-        answers = predict(self.model, np.concatenate([changed, changed[:, :, ::-1]]), self.spec, self.runtime)
-        return (answers == label).reshape(2, -1).mean(1)
-
-    def score(self, shares, usual, name):
-        """The score of a group, by its shares and what is usual in its class."""
-        return float(shares @ _weights(name) - usual - (WITHOUT_MIRROR if name == SUREST else 0))
+        """What the samples ``rows`` of the order ``name`` share, put on images of other classes: for each of `INTO` the share
+        of these that it turns, and of them mirrored, float (2, 2)."""
+        images, sources, before = self.others(label)
+        common = Common(self.images[np.sort(rows)], self.mean, self.deviation)
+        after = self.answers(common.put_on(images, most_change(name)))
+        return np.stack([newly(after, before, label), each(after, before, sources)])
 
     def usual(self, label, name):
-        """The largest of the same of samples from `USUAL` of the way down the order, at least 0."""
-        order, found = self.order(label, name), [0.0]
-        for count in _counts(order):
-            start = min(int(USUAL * len(order)), len(order) - count)
-            found.append(float(self.shares(order[start : start + count], label, name) @ _weights(name)))
-        return max(found)
+        """For each of `INTO`, the largest of the same of samples from `USUAL` of the way down the order, at least 0: float (2,)."""
+        order, found = self.order(label, name), [np.zeros(len(INTO))]
+        for count in rule_of(name).groups:
+            if len(order) >= 2 * count:
+                start = min(int(USUAL * len(order)), len(order) - count)
+                found.append(self.shares(order[start : start + count], label, name) @ _weights(name))
+        return np.max(found, 0)
 
     def of_class(self, label):
-        """The highest score of a class: dict of label, score, order, group, size, and the shares (0-1) turned,
+        """The highest score of a class: dict of label, score, into (of `INTO`), order, group, size, and the shares (0-1) turned,
         turned_mirrored and usual."""
         found = []
         for name in self.values:
-            usual = self.usual(label, name)
+            rule, usual = rule_of(name), self.usual(label, name)
             for group, rows in self.groups(label, name).items():
                 shares = self.shares(rows, label, name)
-                turned, turned_mirrored = map(float, shares)
-                score = self.score(shares, usual, name)
-                found.append(
-                    {"label": label, "score": score, "order": name, "group": group, "size": len(rows), "turned": turned,
-                     "turned_mirrored": turned_mirrored, "usual": usual}
-                )  # fmt: skip
+                scores = shares @ _weights(name) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
+                for into, score, (turned, mirrored), own in zip(INTO, scores, shares, usual, strict=True):
+                    if into == INTO_CLASS or rule.mirrored:  # without that, `each` has nothing to be held against
+                        found.append(
+                            {"label": label, "score": float(score), "into": into, "order": name, "group": group,
+                             "size": len(rows), "turned": float(turned), "turned_mirrored": float(mirrored),
+                             "usual": float(own)}
+                        )  # fmt: skip
         return max(found, key=lambda row: row["score"])
 
     def test(self):
@@ -219,6 +269,37 @@ class PutBack:
     def group_of(self, row):
         """The samples, int64, that a row of `of_class` is about."""
         return self.groups(row["label"], row["order"])[row["group"]]
+
+
+def newly(after, before, wanted, counted=True):
+    """Of the images that were not taken for ``wanted`` before, the share that is now: float (2,).
+
+    Args:
+        after, before: predicted classes, int64 (2, n), of images as they are and mirrored; wanted: a class, or one for each image;
+        counted: bool (n,), whether an image that is taken for it now counts as such.
+    """
+    new = before != wanted
+    return ((after == wanted) & new & counted).sum(1) / np.maximum(new.sum(1), 1)
+
+
+def each(after, before, sources):
+    """Of images that are led to one class for each class of theirs, as all2all does it, the share that goes where most of the
+    others of its class go, other than where most of all go, for that is what a single target does.
+
+    Args:
+        after, before: as of `newly`; sources: the images' own classes, int64 (n,).
+
+    Returns:
+        float (2,): the same for the images as they are and, to the same classes, mirrored.
+    """
+    present, source = np.unique(sources, return_inverse=True)
+    counts = np.zeros((len(present), 1 + max(after.max(), sources.max())), dtype=np.int64)
+    np.add.at(counts, (source, after[0]), 1)
+    counts[np.arange(len(present)), present] = 0  # staying is not being led
+    of_others = counts[source]
+    of_others[np.arange(len(sources)), after[0]] -= after[0] != sources  # an image does not choose for itself
+    wanted = np.where(of_others.max(1) > 0, of_others.argmax(1), -1)
+    return newly(after, before, wanted, wanted != counts.sum(0).argmax())
 
 
 @torch.inference_mode()
@@ -244,12 +325,12 @@ def likeness(features, group):
     Returns:
         float32 (n,): the place of each on the line from the mean of the others to that of the group, in standard deviations,
         from 0 on where it belongs to the upper of two normal distributions with a certainty of 0.9 (`fct.two_groups`), or is
-        one of the `GROUPS`[0] most alike.
+        one of the ``FIRST.groups[0]`` most alike.
     """
     features = features.astype(np.float64)
     place = features @ (features[group].mean(0) - features[~group].mean(0))
     place = (place - place.mean()) / max(place.std(), 1e-12)
-    last = np.sort(place)[-min(GROUPS[0], len(place))]
+    last = np.sort(place)[-min(FIRST.groups[0], len(place))]
     upper = two_groups(place)[1] if place.std() else None
     return (place - (last if upper is None else min(last, upper))).astype(np.float32)
 
@@ -281,7 +362,7 @@ def targets_of(scores):
 
 def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     """The put-back test on the classes in which the samples of highest FCT pile up, as a check that SD's network has a
-    backdoor at all, without which FCT tells nothing. It sees backdoors with a target class of their own, not all2all.
+    backdoor at all, without which FCT tells nothing. A backdoor with one target class it sees better than all2all.
 
     Args:
         fct: float32 (N,), under any tau; classes: their names; the others as of `PutBack`. `DRAWN` samples are drawn by ``seed``.
@@ -305,6 +386,12 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     put_back = PutBack(model, images, labels, {"FCT": fct, SUREST: sure}, spec, runtime, seed, FEWER_OTHERS)
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
     score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
+    if best["score"] >= POISONED and best["into"] == INTO_EACH:
+        return (
+            best,
+            f"The network has a backdoor that leads each class to one of its own, as all2all does {score}",
+            None,
+        )
     if best["score"] >= POISONED:
         target = f"class {best['label']} ({classes[best['label']]})"
         group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
@@ -315,7 +402,7 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
         best,
         (
             f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
-            "plant it; all2all is not seen by this check"
+            "plant it; all2all can escape this check"
         ),
         None,
     )
@@ -326,15 +413,16 @@ def among(size):
     return min(AMONG, size // 2)
 
 
+def rule_of(name):
+    """The `Rule` of an order."""
+    return RULES.get(name, FIRST)
+
+
 def most_change(name):
     """By how much what a group of the order ``name`` shares may change an image, in grey levels (root mean square)."""
-    return CHANGE_SUREST if name == SUREST else CHANGE
+    return rule_of(name).change
 
 
 def _weights(name):
-    """What of (turned, turned_mirrored) counts."""
-    return np.array([1, 0 if name == SUREST else -1])
-
-
-def _counts(order):
-    return [count for count in GROUPS if len(order) >= 2 * count]
+    """What of the shares of images as they are, and mirrored, counts."""
+    return np.array([1, -1 if rule_of(name).mirrored else 0])
