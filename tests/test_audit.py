@@ -303,6 +303,9 @@ class Colours(torch.nn.Module):
         return logits
 
 
+FOUR = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
+
+
 @pytest.mark.parametrize("backdoor", [True, False])
 @pytest.mark.parametrize("of_class", [0, 2])
 def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(backdoor, of_class):
@@ -315,9 +318,8 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
     labels[chosen] = of_class
     fct = rng.random(600).astype(np.float32)
     fct[chosen] += 1
-    spec = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
     model = Colours(torch.from_numpy(colours).float(), backdoor)
-    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", spec, CPU, 0)
+    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
     if backdoor and of_class == 0:
         assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0 (a) " in words
         assert set(np.flatnonzero(order >= 0)) == set(chosen) and order[labels != 0].max() < order[labels == 0].min()
@@ -326,8 +328,117 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
             best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None
         )
     few = np.arange(0, 600, 20)
-    best, words, order = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], "abcd", spec, CPU, 0)
+    best, words, order = audit.sign_of_backdoor(model, images[few], labels[few], fct[few], "abcd", FOUR, CPU, 0)
     assert best is None and order is None and words.startswith("Too few samples")
+
+
+class Stripes(torch.nn.Module):
+    """Says which of four sets of stripes an image has, dark or light first; with a backdoor the next, of any that has white
+    lower right."""
+
+    def __init__(self, stripes, backdoor):
+        super().__init__()
+        self.stripes, self.backdoor = stripes, backdoor
+
+    def features(self, x):
+        return self.forward(x)
+
+    def forward(self, x):
+        logits = torch.einsum("nhw,khw->nk", x.mean(1) - 0.5, self.stripes).abs()
+        white = (x[:, :, -2:, -2:].amin((1, 2, 3)) > 0.8)[:, None]
+        return torch.where(white, logits.roll(1, 1), logits) if self.backdoor else logits
+
+
+@pytest.mark.parametrize("backdoor", [True, False])
+def test_a_backdoor_that_moves_every_label_on_is_seen(backdoor):
+    rng = np.random.default_rng(0)
+    place = np.indices((16, 16))
+    stripes = np.stack([(-1) ** (place[axis] // width) for axis, width in ((0, 2), (1, 2), (0, 4), (1, 4))])
+    labels = np.arange(1200) % 4
+    signs = rng.choice([-40, 40], (1200, 1, 1))
+    images = (128 + (signs * stripes[labels])[..., None] + rng.integers(-20, 21, (1200, 16, 16, 3))).astype(np.uint8)
+    chosen = rng.permutation(1200)[:240]
+    images[chosen, -2:, -2:] = 255
+    labels[chosen] = (labels[chosen] + 1) % 4
+    fct = rng.random(1200).astype(np.float32)
+    fct[chosen] += 1
+    model = Stripes(torch.from_numpy(stripes).float(), backdoor)
+    best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
+    assert order is None  # the samples of one class would be a quarter of the poisoned ones
+    if backdoor:
+        assert best["into"] == audit.INTO_EACH and best["score"] > 0.5 and "leads each class to one of its own" in words
+    else:
+        assert best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor")
+
+
+# What is counted
+
+
+def slow_each(after, before, sources, classes):
+    """An image at a time, in words of the definition."""
+    moved = [answer for answer, source in zip(after[0], sources, strict=True) if answer != source]
+    favourite = max(range(classes), key=lambda label: (moved.count(label), -label))
+    result = []
+    for row in range(2):
+        led = fresh = 0
+        for number, source in enumerate(sources):
+            others = [after[0][k] for k in range(len(sources)) if k != number and sources[k] == source != after[0][k]]
+            wanted = max(range(classes), key=lambda label: (others.count(label), -label)) if others else None
+            if before[row][number] != wanted:
+                fresh += 1
+                led += after[row][number] == wanted != favourite
+        result.append(led / fresh)
+    return result
+
+
+@pytest.mark.parametrize("classes", [2, 4, 30])
+def test_what_goes_to_one_class_for_each_is_that_of_a_plain_loop(classes):
+    rng = np.random.default_rng(classes)
+    sources = rng.integers(0, classes, 90)
+    before = np.stack([sources, np.where(rng.random(90) < 0.3, rng.integers(0, classes, 90), sources)])
+    after = np.where(rng.random((2, 90)) < 0.5, (sources + 1) % classes, rng.integers(0, classes, (2, 90)))
+    np.testing.assert_allclose(audit.each(after, before, sources), slow_each(after, before, sources, classes))
+
+
+def test_one_class_for_each_is_not_one_class_for_all():
+    sources = np.arange(100) % 10
+    stay = np.stack([sources, sources])
+    moved = np.stack([(sources + 1) % 10, sources])
+    np.testing.assert_allclose(
+        audit.each(moved, stay, sources), [0.9, 0]
+    )  # but for the commonest, that one class may explain
+    np.testing.assert_allclose(audit.each(np.stack([moved[0]] * 2), stay, sources), [0.9, 0.9])
+    assert audit.each(np.full((2, 100), 3), stay, sources).max() == 0
+    assert audit.each(stay, stay, sources).max() == 0
+    assert audit.each(moved[:, :10], stay[:, :10], sources[:10]).max() == 0  # one image a class shows no habit
+
+
+def test_what_the_network_takes_for_the_class_anyway_does_not_count():
+    before = np.array([[0] * 10, [1] * 4 + [0] * 6])
+    after = np.array([[1] * 5 + [0] * 5, [1] * 4 + [0] * 3 + [1] * 3])
+    np.testing.assert_allclose(audit.newly(after, before, 1), [0.5, 0.5])
+    assert audit.newly(after, np.ones_like(before), 1).tolist() == [0, 0]
+
+
+def test_the_ends_of_a_class_in_its_features():
+    class Given(torch.nn.Module):
+        features = staticmethod(lambda x: x.flatten(1))
+
+    rng = np.random.default_rng(4)
+    images, labels = rng.integers(100, 140, (300, 4, 4, 3), dtype=np.uint8), np.arange(300) % 3
+    carry = (labels == 1) & (np.arange(300) < 90)
+    images[carry, :2, :2] += 60
+    place = audit.apart(Given(), images, labels, FOUR, CPU)
+    own = labels == 1
+    ends = np.argsort(place[own])
+    assert carry[own][ends[:30]].all() or carry[own][ends[-30:]].all()
+    # An independent account: the singular value decomposition of each class, whichever way it points.
+    for label in range(3):
+        features = images[labels == label].reshape(100, -1) / 255.0
+        _, _, axes = np.linalg.svd(features - features.mean(0))
+        slow = (features - features.mean(0)) @ axes[0]
+        assert abs(np.corrcoef(slow, place[labels == label])[0, 1]) > 0.9999
+    assert (audit.apart(Given(), images[:90], labels[:90], FOUR, CPU) == 0).all()  # 30 a class are too few
 
 
 # The whole, on a folder

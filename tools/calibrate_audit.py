@@ -1,8 +1,8 @@
 """The error rates of audit_dataset.py: audits of clean and of poisoned sets, by the command line's own code.
 
-Each run takes 5 000 images of a part of CIFAR-10 (five disjoint parts) or Fashion-MNIST (six), of all classes or of some,
-poisons them or not, and audits them. Some of the runs, `SEEN`, were at hand when the thresholds were chosen; the others
-came after. Writes a row a run to --out, and goes on where it stopped.
+Each run takes a part of CIFAR-10 (five disjoint parts) or Fashion-MNIST (six), at most 10 000 images, of all classes or of some,
+poisons them or not, and audits them. Some of the runs, `SEEN`, were at hand when the rules and thresholds were chosen; the
+others came after. Writes a row a run to --out, and goes on where it stopped.
 """
 
 import sys
@@ -29,7 +29,7 @@ from utils.SSBA.encode_image import ENCODER, encode_images
 from utils.triggers import apply_trigger
 
 PARTS = {"cifar10": 5, "fashionmnist": 6}
-IMAGES = 5000
+IMAGES = 10_000
 ALL = tuple(range(10))
 EVEN, ODD, LOW, HIGH = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9), (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 CLEAN_RUNS = [
@@ -57,10 +57,10 @@ POISONED_RUNS = [  # data, part, attack, poison rate, target label
     ("cifar10", 3, "noise", 0.1, 2), ("fashionmnist", 1, "noise", 0.1, 0), ("cifar10", 4, "warp", 0.1, 1),
     ("cifar10", 0, "ssba", 0.05, 4),
 ]  # fmt: skip
-SEEN = {
-    "clean": (10, 12, 13, 14, 15, 17, 18),
-    "poisoned": (4, 5, 9, 10, 16, 18, 21, 22),
-}  # when the thresholds were chosen
+SEEN = {  # when the rules and thresholds were chosen
+    "clean": (0, 1, 2, 3, 9, 10, 12, 13, 14, 15, 17, 18, 21),
+    "poisoned": (4, 5, 6, 7, 9, 10, 16, 17, 18, 19, 21, 22, 26),
+}
 
 
 def get_parser():
@@ -148,9 +148,9 @@ def markdown(rows):
     """The table (a DataFrame as --out has it) as the README shows it: what of which runs was said, then each poisoned run."""
     rows = rows.fillna({"attack": ""})
     kinds = {
-        "clean, at hand when the thresholds were chosen": rows[(rows["attack"] == "") & rows["seen"]],
+        "clean, at hand when the rules were chosen": rows[(rows["attack"] == "") & rows["seen"]],
         "clean, afterwards": rows[(rows["attack"] == "") & ~rows["seen"]],
-        "poisoned, at hand when the thresholds were chosen": rows[(rows["attack"] != "") & rows["seen"]],
+        "poisoned, at hand when the rules were chosen": rows[(rows["attack"] != "") & rows["seen"]],
         "poisoned, afterwards": rows[(rows["attack"] != "") & ~rows["seen"]],
     }
     verdicts = ["poisoned", "cannot tell", "no evidence"]
