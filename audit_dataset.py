@@ -30,10 +30,10 @@ from utils.audit import (
     Common,
     PutBack,
     among,
-    most_change,
     order_of,
     orders,
     predict,
+    rule_of,
     targets_of,
 )
 from utils.dataloader_bd import poison_training_set
@@ -401,7 +401,7 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
     common = Common(group, put_back.mean, put_back.deviation)
     before = dataset.train_images[drawn]
-    after = common.put_on(before, most_change(best["order"]))
+    after = common.put_on(before, rule_of(best["order"]).change)
     both = np.concatenate([before.astype(np.float32), after])
     answers = predict(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
@@ -438,7 +438,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
-            f"{most_change(best['order']):g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
+            f"{rule_of(best['order']).change:g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
             "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
             "be poisoned, and some that are may be missing."
         )

@@ -231,7 +231,7 @@ class PutBack:
         of these that it turns, and of them mirrored, float (2, 2)."""
         images, sources, before = self.others(label)
         common = Common(self.images[np.sort(rows)], self.mean, self.deviation)
-        after = self.answers(common.put_on(images, most_change(name)))
+        after = self.answers(common.put_on(images, rule_of(name).change))
         return np.stack([newly(after, before, label), each(after, before, sources)])
 
     def usual(self, label, name):
@@ -416,11 +416,6 @@ def among(size):
 def rule_of(name):
     """The `Rule` of an order."""
     return RULES.get(name, FIRST)
-
-
-def most_change(name):
-    """By how much what a group of the order ``name`` shares may change an image, in grey levels (root mean square)."""
-    return rule_of(name).change
 
 
 def _weights(name):
