@@ -59,7 +59,7 @@ POISONED_RUNS = [  # data, part, attack, poison rate, target label
 ]  # fmt: skip
 SEEN = {  # when the rules and thresholds were chosen
     "clean": (0, 1, 2, 3, 9, 10, 12, 13, 14, 15, 17, 18, 21),
-    "poisoned": (4, 5, 6, 7, 9, 10, 16, 17, 18, 19, 21, 22, 26),
+    "poisoned": (*range(14), 16, 17, 18, 19, 21, 22, 26),
 }
 
 

@@ -9,9 +9,9 @@ Where that is so, the rest of the poisoned samples of the class are those that t
 A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples of which the
 network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
 tried as well, without the comparison, but with a smaller change, with which little that is natural for a class gets through,
-and count only from a higher share on. The same, with a change that is smaller still, of many samples at either end of the
-direction in which the class's features vary most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images of
-all sorts share is next to nothing but the trigger, also where that is another one for each image.
+and count only from a higher share on. So are many samples at either end of the direction in which the class's features vary
+most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images of all sorts share is next to nothing but the
+trigger, also where that is another one for each image.
 
 Where the attack moves every label on (all2all), no class draws all images to itself. So it counts too whether those of each
 class are led to one and the same other class, a different one for each.
@@ -60,7 +60,7 @@ class Rule:
 FIRST = Rule()  # by FCT under any tau
 RULES = {
     SUREST: Rule(change=20.0, mirrored=False),
-    **dict.fromkeys(APART, Rule(groups=(60, 200), alike=False, change=12.0, mirrored=False)),
+    **dict.fromkeys(APART, Rule(groups=(60, 200), alike=False, change=20.0, mirrored=False)),
 }
 LEAST = 2 * FIRST.groups[0]  # samples that a class must have to be looked at
 
