@@ -82,6 +82,21 @@ def test_images_of_every_kind_are_read_once_and_the_folder_is_not_written_to(tmp
         load(root, tmp_path, strict=True)
 
 
+def test_the_order_in_which_files_were_written_does_not_matter(tmp_path):
+    root, copy = fill(tmp_path / "one/train", ["b", "a"], count=12), tmp_path / "two/train"
+    for file in sorted(root.rglob("*.png"), reverse=True):
+        place = copy / file.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    first, second = (load(folder.parent, tmp_path / folder.parent.name) for folder in (root, copy))
+    for dataset, folder in ((first, root), (second, copy)):
+        names = [os.path.relpath(file, folder) for file in dataset.train_images.files]
+        assert names == sorted(f"{label}/{number}.png" for label in "ab" for number in range(12))
+    np.testing.assert_array_equal(first.train_images[:], second.train_images[:])
+    assert first.train_labels.tolist() == second.train_labels.tolist() == [0] * 12 + [1] * 12
+    assert first.record["train"]["sha256"] == second.record["train"]["sha256"]
+
+
 @pytest.mark.parametrize(
     ("side", "size", "kind"), [(47, 32, StoredImages), (48, 64, StoredImages), (100, 224, StreamedImages)]
 )
