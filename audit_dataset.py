@@ -68,7 +68,7 @@ ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the
 PICTURES = ("likeness", "histogram", "classes", "suspects", "pattern", "put_back")
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
-    "poisoned, one class for each": "Poisoned, images of each class are led to one of its own, among them {name}",
+    f"poisoned, {INTO_EACH}": "Poisoned, images of each class are led to one of its own, among them {name}",
     "no evidence": "No evidence of poisoned samples",
     "cannot tell": "Cannot tell: {reason}",
 }

@@ -56,6 +56,14 @@ class Rule:
     change: float = 30.0
     mirrored: bool = True
 
+    def sizes(self, count):
+        """Of ``groups``, those that a class of ``count`` samples has."""
+        return [size for size in self.groups if count >= 2 * size]
+
+    def counted(self, shares):
+        """What counts of shares of images as they are, and mirrored: float (2, 2) -> (2,)."""
+        return shares[:, 0] - shares[:, 1] * self.mirrored
+
 
 FIRST = Rule()  # by FCT under any tau
 RULES = {
@@ -138,7 +146,8 @@ def orders(model, images, labels, spec, runtime, seed, known=None):
 def apart(model, images, labels, spec, runtime):
     """Where a sample lies on the first principal component of its class's features: float32 (N,). Arguments as of `orders`."""
     place = np.zeros(len(labels), dtype=np.float32)
-    for label in progress(np.unique(labels), "features", spec.num_classes):
+    present = np.unique(labels)
+    for label in progress(present, "features", len(present)):
         own = np.flatnonzero(labels == label)
         if len(own) >= LEAST:
             features = features_of(model, rows_of(images, own), spec, runtime).astype(np.float64)
@@ -169,7 +178,7 @@ class PutBack:
         self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
         drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
         self.mean, self.deviation = self.mean_and_deviation(drawn)
-        self.drawn, self.own = (None, None, None, None), (None, None)
+        self.drawn = self.own = None, None
 
     def order(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
@@ -188,7 +197,7 @@ class PutBack:
     def groups(self, label, name):
         """What is looked at together of a class, by the order ``name``: dict of int64 rows."""
         order, rule = self.order(label, name), rule_of(name)
-        found = {f"first {count}": order[:count] for count in rule.groups if len(order) >= 2 * count}
+        found = {f"first {size}": order[:size] for size in rule.sizes(len(order))}
         if rule.alike and len(order) >= LEAST:
             found["alike"] = self.most_alike(order[: among(len(order))], label)
         return found
@@ -236,11 +245,10 @@ class PutBack:
 
     def usual(self, label, name):
         """For each of `INTO`, the largest of the same of samples from `USUAL` of the way down the order, at least 0: float (2,)."""
-        order, found = self.order(label, name), [np.zeros(len(INTO))]
-        for count in rule_of(name).groups:
-            if len(order) >= 2 * count:
-                start = min(int(USUAL * len(order)), len(order) - count)
-                found.append(self.shares(order[start : start + count], label, name) @ _weights(name))
+        order, rule, found = self.order(label, name), rule_of(name), [np.zeros(len(INTO))]
+        for size in rule.sizes(len(order)):
+            start = min(int(USUAL * len(order)), len(order) - size)
+            found.append(rule.counted(self.shares(order[start : start + size], label, name)))
         return np.max(found, 0)
 
     def of_class(self, label):
@@ -251,7 +259,7 @@ class PutBack:
             rule, usual = rule_of(name), self.usual(label, name)
             for group, rows in self.groups(label, name).items():
                 shares = self.shares(rows, label, name)
-                scores = shares @ _weights(name) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
+                scores = rule.counted(shares) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
                 for into, score, (turned, mirrored), own in zip(INTO, scores, shares, usual, strict=True):
                     if into == INTO_CLASS or rule.mirrored:  # without that, `each` has nothing to be held against
                         found.append(
@@ -386,13 +394,13 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     put_back = PutBack(model, images, labels, {"FCT": fct, SUREST: sure}, spec, runtime, seed, FEWER_OTHERS)
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
     score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
-    if best["score"] >= POISONED and best["into"] == INTO_EACH:
-        return (
-            best,
-            f"The network has a backdoor that leads each class to one of its own, as all2all does {score}",
-            None,
-        )
     if best["score"] >= POISONED:
+        if best["into"] == INTO_EACH:
+            return (
+                best,
+                f"The network has a backdoor that leads each class to one of its own, as all2all does {score}",
+                None,
+            )
         target = f"class {best['label']} ({classes[best['label']]})"
         group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
         order = order_of([(best["label"], group)], model, *whole, spec, runtime)
@@ -416,8 +424,3 @@ def among(size):
 def rule_of(name):
     """The `Rule` of an order."""
     return RULES.get(name, FIRST)
-
-
-def _weights(name):
-    """What of the shares of images as they are, and mirrored, counts."""
-    return np.array([1, -1 if rule_of(name).mirrored else 0])
