@@ -33,7 +33,7 @@ TABLES = {
     "cifar100": ("BadNets-all2one", "Trojan", "Blend-Strip", "Blend-Kitty"),
     "imagenet": tuple(ON_IMAGENET),
 }
-SCALES = ("paper", "cpu", "quick")
+SCALES = ("paper", "long", "cpu", "quick")
 DEFENCES = ("D-BR", "D-ST")
 
 # Options of each step besides those of data set and attack. "paper": as the user's document gives them.
@@ -64,6 +64,20 @@ PRESETS = {
         "train_attack_withTrans": "--epochs 12 --lr 0.05 --schedule 8 11 --eval_freq 0",
         "unlearn_relearn": "--epochs 14 --lr 0.0004 --ascent_bound 15 --bound_growth 1.5 --eval_freq 2",
         "train_extractor": "--epochs 10 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
+        "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
+    },
+    # The same with a network that is trained for longer, for a faster processor or more time.
+    "long": {
+        "attack": "",
+        "train_attack_noTrans": "--epochs 2 --lr 0.05 --eval_freq 0",
+        "finetune_attack_noTrans": "",
+        "tau": "--trans1 auto",
+        "ratios": "--clean_ratio 0.4 --poison_ratio 0.05",
+        "separate_samples": "--clean_per_class --clean_even",
+        "train_clean_withTrans": "--epochs 6 --lr 0.05 --schedule 4 --eval_freq 0",
+        "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
+        "unlearn_relearn": "--epochs 14 --lr 0.0004 --ascent_bound 15 --bound_growth 1.5 --eval_freq 2",
+        "train_extractor": "--epochs 40 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
     },
     # Whether every command runs; its figures mean nothing.
@@ -118,6 +132,7 @@ VARIANTS = {
 
 PRESET_DATA = {
     "quickstart": ("fashion", "resnet10"),
+    "long": ("cifar10", "resnet10"),
     "cpu": ("cifar10", "resnet10"),
     "quick": ("cifar10", "resnet10"),
 }
