@@ -5,6 +5,7 @@ import os
 import shlex
 import urllib.parse
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -604,6 +605,32 @@ def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
             assert np.asarray(image)[31, 31].tolist() == [255] * 3
     again = cli(*words)
     assert again.code == 2 and "there already" in again.err
+
+
+def test_what_a_lossy_copy_costs_can_be_measured_on_one_that_is_lossy_already(cli, tmp_path):
+    words = ["tools/poison_folder.py", "--images", 60, "--clean", "--output_root", tmp_path]
+    read = {}
+    for name, more in (("plain", []), ("lossy", ["--jpeg", 75])):
+        said = cli(*words, "--out", tmp_path / name, *more)
+        assert said.code == 0, said.err
+        files = sorted((tmp_path / name / "train").glob("*/*.png"))
+        read[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    through_jpeg = load_script("tools/poison_folder.py").through_jpeg
+
+    def change(images, again):
+        return np.mean([np.abs(again(image.astype(np.uint8)).astype(int) - image).mean() for image in images])
+
+    def same_blocks(image):
+        file = BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=75)
+        return np.asarray(Image.open(file))
+
+    lost = np.abs(read["lossy"] - read["plain"]).mean()
+    assert 1 < lost < 10
+    jpeg = np.stack([same_blocks(image.astype(np.uint8)) for image in read["plain"]])
+    assert change(jpeg, same_blocks) < 0.3 * lost < 0.5 * lost < change(jpeg, lambda image: through_jpeg(image, 75))
+    refused = cli(*words, "--out", tmp_path / "other", "--jpeg", 101)
+    assert refused.code == 2 and "at most 95" in refused.err
 
 
 def test_the_readme_shows_the_calibration():

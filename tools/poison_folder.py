@@ -1,7 +1,8 @@
 """Make a folder of images, some of them poisoned, for audit_dataset.py to find: OUT/{train,test}/<class>/*.png from a data set
 with one of this project's attacks.
 
-Which files carry the trigger goes to OUT_poisoned.csv beside the folder, which no step reads.
+Which files carry the trigger goes to OUT_poisoned.csv beside the folder, which no step reads. With --clean and --jpeg it is what a
+lossy copy costs: train on the folder, and on what it was made from.
 """
 
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 from PIL import Image
@@ -30,17 +32,32 @@ def get_parser():
     parser.set_defaults(dataset="fashion", target_label=8)
     parser.add_argument("--images", type=args.positive_int, help="training images, drawn by the seed; default: all")
     parser.add_argument("--clean", action="store_true", help="poison none")
+    parser.add_argument(
+        "--jpeg",
+        type=args.number(int, 1, 95),
+        metavar="QUALITY",
+        help="take every image through a JPEG file of this quality",
+    )
     parser.add_argument("--out", type=args.path, required=True, help="folder to make")
     return parser
 
 
-def write_split(folder, images, labels, classes, title):
-    """Write images uint8 (N, H, W, 3) as <folder>/<class>/<row>.png; return their names below ``folder``."""
+def through_jpeg(image, quality):
+    """uint8 (H, W, 3) -> the same after a JPEG file of ``quality`` (1 to 95, Pillow's). Pixels of edge come first, so that its blocks are
+    not those of an earlier file: through these a second one of the same quality would cost next to nothing."""
+    edge, file = 5, BytesIO()  # odd, for colours are halved too
+    Image.fromarray(np.pad(image, ((edge, edge), (edge, edge), (0, 0)), "edge")).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))[edge:-edge, edge:-edge]
+
+
+def write_split(folder, images, labels, classes, title, quality=None):
+    """Write images uint8 (N, H, W, 3) as <folder>/<class>/<row>.png, `through_jpeg` where a ``quality`` is given; return their names
+    below ``folder``."""
     for name in classes:
         (folder / name).mkdir(parents=True)
     names = [f"{classes[label]}/{row:06d}.png" for row, label in enumerate(labels)]
     for name, image in zip(tqdm(names, title, disable=None), images, strict=True):
-        Image.fromarray(image).save(folder / name)
+        Image.fromarray(image if quality is None else through_jpeg(image, quality)).save(folder / name)
     return names
 
 
@@ -67,8 +84,8 @@ def main(argv=None):
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean
     classes = [name.replace("/", " or ") for name in dataset.classes]
     with new_folder(out) as staging:
-        names = write_split(staging / "train", images, labels, classes, "train")
-        write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test")
+        names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
+        write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
         rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
         write_together({out.with_name(f"{out.name}_poisoned.csv"): csv_writer(rows or [{"file": ""}])})
     print(
