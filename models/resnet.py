@@ -69,7 +69,10 @@ MODELS = {
     # Not in the paper: the network of BackdoorBench's leaderboard. It has no max-pool, no normalisation after its first
     # convolution, and as there none after its last block.
     "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64),
+    # Not in the paper: to resnet10 what that network is to resnet18.
+    "preactresnet10": (PreActBlock, (1, 1, 1, 1), 32),
 }
+LIGHT = ("resnet10", "preactresnet10")
 
 LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
 
@@ -127,7 +130,7 @@ class SupConResNet(nn.Module):
     def __init__(self, name, projection=128, size=32):
         super().__init__()
         # A CPU network keeps its max-pool: without it a contrastive epoch costs about four times as much.
-        stem = "imagenet" if size >= LARGE else "pool" if name == "resnet10" else "plain"
+        stem = "imagenet" if size >= LARGE else "pool" if name in LIGHT else "plain"
         self.encoder = ResNet(name, num_classes=1, stem=stem)
         size = self.encoder.feature_size
         self.encoder.fc = nn.Identity()
@@ -153,6 +156,6 @@ def build_model(name, dataset, num_classes, size=32):
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
     stem = "imagenet" if dataset == "imagenet" or size >= LARGE else "plain" if dataset == "cifar100" else "pool"
-    if size < LARGE and name in ("resnet10", "preactresnet18"):
-        stem = "pool" if name == "resnet10" else "plain"
+    if size < LARGE and name in (*LIGHT, "preactresnet18"):
+        stem = "pool" if name in LIGHT else "plain"
     return ResNet(name, num_classes, stem)

@@ -82,6 +82,7 @@ def test_preactresnet18_is_the_published_network():
         ("resnet18", "cifar100", 4),
         ("resnet10", "fashion", 2),
         ("resnet10", "cifar100", 2),
+        ("preactresnet10", "cifar10", 2),
     ],
 )
 def test_classifier_has_the_stem_of_its_data_set(name, dataset, last):
@@ -89,7 +90,8 @@ def test_classifier_has_the_stem_of_its_data_set(name, dataset, last):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet10", 256)]
+    ("name", "size"),
+    [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet10", 256), ("preactresnet10", 256)],
 )
 def test_forward_is_the_last_layer_on_the_features(name, size):
     model = shake(build_model(name, "cifar10", 7))
@@ -124,7 +126,9 @@ def test_imagenet_stem_equals_torchvision_exactly(name):
         torch.testing.assert_close(own.eval()(inputs), theirs(inputs), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "size", "last"), [("resnet18", 512, 4), ("resnet10", 256, 2)])
+@pytest.mark.parametrize(
+    ("name", "size", "last"), [("resnet18", 512, 4), ("resnet10", 256, 2), ("preactresnet10", 256, 2)]
+)
 def test_contrastive_network_gives_128_numbers_of_length_one(name, size, last):
     model = shake(SupConResNet(name))
     inputs = torch.randn(3, 3, 32, 32)

@@ -2,7 +2,7 @@
 
 Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
 <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
-counts, else cpu; quick never does. Several seeds are shown as mean ± standard deviation. Where there are variants of
+counts, else long, else cpu; quick never does. Several seeds are shown as mean ± standard deviation. Where there are variants of
 reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
 """
 
@@ -25,7 +25,7 @@ from utils.records import MEASURES, cell_line, collect, read_cells
 from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
-SHOWN_SCALES = ("paper", "cpu")  # the first that a cell has
+SHOWN_SCALES = ("paper", "long", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
 ABLATIONS_HEAD = ["attack", "defence", "variant", "ACC", "ACC_paper", "ASR", "R_ACC", "scale, seeds"]
