@@ -382,6 +382,10 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     with Image.open(tmp_path / "results/figure3_quick.png") as picture:
         assert picture.size[1] > 200
     runs_nothing_again(figure3, words, 5, capsys)
+    figure3.main([*map(str, words), "--model", "preactresnet10"])  # beside the other's
+    assert "--model preactresnet10" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "results/figure3_quick_preactresnet10.csv")) == 3
+    assert pd.read_csv(tmp_path / "results/figure3_quick.csv").equals(lines)
 
 
 # D-ST over the extractor's epochs

@@ -2,7 +2,7 @@
 
 Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
-and figure3_<scale>.csv, a line a row and epoch, to --out. The lines' measures are by the ground truth, for evaluation only.
+and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. The lines' measures are by the ground truth, for evaluation only.
 """
 
 import sys
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from models import MODELS
 from utils import args
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
@@ -34,6 +35,7 @@ def get_parser():
     parser.add_argument("--table", choices=("cifar10", "cifar100"), default="cifar10", help="whose rows")
     parser.add_argument("--rows", choices=tuple(ROWS), nargs="+", help="these rows; default: the paper's")
     parser.add_argument("--scale", choices=SCALES, default="paper", help="images, network and step 1 of this preset")
+    parser.add_argument("--model", choices=tuple(MODELS), help="network; default: the preset's")
     parser.add_argument(
         "--every_epoch",
         choices=tuple(ROWS),
@@ -49,7 +51,7 @@ def steps_of(opt, row):
     """SD's steps 1 to 3 of a row, by name, its resolved options, and (epoch, checkpoint) of each that FCT is taken of; the
     epoch 0 is step 1's last."""
     root = opt.output_root / f"{opt.scale}_seed{opt.seed}_figure3"
-    cell = one_cell(opt.table, row, opt.scale, opt.seed, "D-BR", root, opt.data_root)
+    cell = one_cell(opt.table, row, opt.scale, opt.seed, "D-BR", root, opt.data_root, opt.model)
     planned, resolved = plan(cell, tau="", ratios=PRESETS["paper"]["ratios"], finetune_attack_noTrans=STEP_2)
     names = [
         name for name in ("train_clean_withTrans", "train_attack_noTrans", "finetune_attack_noTrans") if name in planned
@@ -129,7 +131,8 @@ def main(argv=None):
         pair[0].set_ylabel("samples", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("FCT (logarithmic)", fontsize=8)
-    picture, table = (opt.out / f"figure3_{opt.scale}.{kind}" for kind in ("png", "csv"))
+    name = "_".join(["figure3", opt.scale, *([opt.model] * bool(opt.model))])
+    picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     make_folder(opt.out)
     save_figure(figure, picture)
     write_rows(table, lines)

@@ -184,11 +184,11 @@ def resolve(opt, ratios):
     return resolved, words, where
 
 
-def one_cell(table, row, scale, seed, defence, output_root, data_root=None):
+def one_cell(table, row, scale, seed, defence, output_root, data_root=None, model=None):
     """The options of one cell as `plan` takes them, all others left to the steps."""
     given = {"row": row, "preset": scale, "dataset": table, "seed": seed, "defences": [defence]}
-    left = dict.fromkeys(("model", "poison_rate", "device", "precision", "variant"))
-    return Namespace(**given, **left, output_root=output_root, data_root=data_root)
+    left = dict.fromkeys(("poison_rate", "device", "precision", "variant"))
+    return Namespace(**given, **left, model=model, output_root=output_root, data_root=data_root)
 
 
 def plan(opt, **own):
