@@ -230,8 +230,8 @@ def results(tmp_path):
     add("SIG", "D-BR", 0, scale="quick", ASR=50.0)
     add("CL", "D-BR", 0, ASR=7.0)
     add("CL", "D-BR", 0, scale="paper", ACC_paper=92.5, ASR=0.0)
-    add("Blend-Kitty", "D-ST", 0, ACC_paper=58.0)
-    add("Blend-Kitty", "D-ST", 0, scale="long", ACC_paper=66.0)
+    add("BadNets-all2all", "D-ST", 0, ACC_paper=58.0)
+    add("BadNets-all2all", "D-ST", 0, scale="long", ACC_paper=66.0)
     return tmp_path
 
 
@@ -247,8 +247,8 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     backdoored = lines["| SIG", "backdoored"].split(" | ")
     assert backdoored[3].startswith("79.50 ± 0.71 / 99.00") and backdoored[4] == "-13.38 / -0.69"
     assert lines["| CL", "D-BR"].split(" | ")[3:5] == ["92.50 / 0.00", "+0.42 / +0.00"]  # of the paper's scale
-    kitty = lines["| Blend-Kitty", "D-ST"].split(" | ")  # longer goes before shorter
-    assert kitty[3] == "66.00 / 0.25" and kitty[8] == "long" and "--scale long --rows Blend-Kitty" in kitty[9]
+    longer = lines["| BadNets-all2all", "D-ST"].split(" | ")  # before cpu
+    assert longer[3] == "66.00 / 0.25" and longer[8] == "long" and "--scale long --rows BadNets-all2all" in longer[9]
     assert "not run" in lines["| CL", "D-ST"] and "not run" in lines["| Trojan", "backdoored"]
     tex = (results / "tables.tex").read_text()
     assert tex.count(r"\begin{tabular}") == 3 == tex.count(r"\end{tabular}") and r"ACC\_paper" in tex
