@@ -12,8 +12,8 @@ import numpy as np
 from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
-from utils.errors import UserError, run_script
-from utils.fct import confine, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate
+from utils.errors import UserError, require_file, run_script
+from utils.fct import confine, fct_path, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate, with_alike
 from utils.files import json_writer, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
@@ -61,10 +61,27 @@ def get_parser():
         "place of FCT; audit_dataset.py writes one",
     )  # fmt: skip
     parser.add_argument(
+        "--poison_alike",
+        action="store_true",
+        help="not in the paper: D_p takes all samples that step 3 found to be like those that show the backdoor, and by FCT what these "
+        "are short of poison_ratio",
+    )
+    parser.add_argument(
         "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
     )
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
     return parser
+
+
+def found_alike(path, opt, count):
+    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none."""
+    command = f"python calculate_consistency.py {args.attack_arguments(opt)} --checkpoint_load {shown(path)}"
+    require_file(fct_path(path, "fct.json"), command)
+    order = fct_path(path, "order.npy")
+    if not order.is_file():
+        print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
+        return None
+    return load_order(order, count, command) >= 0
 
 
 def main(argv=None):
@@ -73,11 +90,15 @@ def main(argv=None):
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
     if opt.clean_even and not opt.clean_per_class:
         raise UserError("--clean_even says how many of each label --clean_per_class takes; give both")
-    for name in ("poison_classes", "poison_order"):
+    for name in ("poison_classes", "poison_order", "poison_alike"):
         if getattr(opt, name) and opt.gamma_high is not None:
             raise UserError(
                 f"--{name} takes poison_ratio of all samples and has no use for --gamma_high; leave one out"
             )
+    if opt.poison_alike and (opt.poison_classes or opt.poison_order):
+        raise UserError(
+            "--poison_alike is another way to choose D_p than --poison_classes and --poison_order; leave one out"
+        )
     path, command = sd_checkpoint(opt)
 
     dataset = args.load_data(opt)
@@ -97,6 +118,11 @@ def main(argv=None):
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)
         high = float(order[flags == POISON].min())
+    found = found_alike(path, opt, len(fct)) if opt.poison_alike else None
+    if found is not None:
+        by = f"{int(found.sum())} alike, and FCT"
+        flags = with_alike(flags, fct, found, opt.poison_ratio, opt.seed)
+        high = float(fct[flags == POISON].min())
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
@@ -114,7 +140,11 @@ def main(argv=None):
         writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
-    inputs = [path, *([opt.poison_order] if opt.poison_order else [])]
+    inputs = [
+        path,
+        *([opt.poison_order] if opt.poison_order else []),
+        *([fct_path(path, "order.npy")] if found is not None else []),
+    ]
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:
         found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))

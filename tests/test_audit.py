@@ -145,6 +145,46 @@ def test_d_p_by_an_order_of_ones_own(cli, words, copy, tmp_path):
     assert (folder / "poison_samples.npy").read_bytes() == before
 
 
+def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
+    place = copy / "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
+    folder = copy / "saved/separated_samples/cifar10/resnet10/gridTrigger_0.2_0.1"
+    fct, order = np.loadtxt(place / "1_all.txt"), place / "1_order.npy"
+
+    def run(*more):
+        ratios = ["--clean_ratio", "0.2", "--poison_ratio", "0.1", "--clean_per_class", "--overwrite"]
+        return cli("separate_samples.py", *words(copy), *ratios, "--poison_alike", *more)
+
+    def sets():
+        return [set(np.load(folder / f"{name}_samples.npy")["index"].tolist()) for name in ("clean", "poison")]
+
+    order.unlink(missing_ok=True)
+    none = run()
+    assert none.code == 0 and "saw no backdoor" in none.out
+    by_fct = set(sorted(range(400), key=lambda i: fct[i])[-40:])
+    assert len(sets()[1] - by_fct) == 0 == len(by_fct) - 40
+    lowest = np.argsort(fct)  # the most harmless of all are alike here
+    for alike in (10, 60):
+        values = np.full(400, -1, dtype=np.float32)
+        values[lowest[:alike]] = 0.5
+        np.save(order, values)
+        result = run()
+        assert result.code == 0 and f"{alike} alike" in result.out, result.err
+        expected, rest = set(lowest[:alike].tolist()), [int(i) for i in lowest[alike:]]
+        while len(expected) < 40:
+            expected.add(rest.pop())
+        clean, poison = sets()
+        assert poison == expected and not clean & poison
+    record = json.loads((folder / "options.json").read_text())
+    assert any(name.endswith("1_order.npy") for name in record["inputs"])
+    before = sets()
+    for more in (["--poison_classes", 1], ["--poison_order", order], ["--gamma_high", 2]):
+        refused = run(*more)
+        assert refused.code == 2 and "--poison_" in refused.err and len(refused.err.splitlines()) == 1
+    (place / "1_fct.json").unlink()
+    missing = run()
+    assert missing.code == 2 and "calculate_consistency.py" in missing.err and sets() == before
+
+
 # Thresholds
 
 

@@ -2,7 +2,8 @@
 
 Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
-and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. The lines' measures are by the ground truth, for evaluation only.
+and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. The lines' measures are by the ground
+truth, for evaluation only.
 """
 
 import sys

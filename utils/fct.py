@@ -367,6 +367,20 @@ def confine(flags, fct, labels, classes, poison_ratio, seed):
     return flags
 
 
+def with_alike(flags, fct, alike, poison_ratio, seed):
+    """D_p from the samples that are like those which show a backdoor, and by FCT what these are short of alpha_p N (not in the
+    paper).
+
+    Args:
+        flags, fct, poison_ratio, seed: as of `confine`; alike: bool (N,), all of which D_p takes.
+
+    Returns, raises: as `confine`.
+    """
+    wanted = max(int(alike.sum()), int(poison_ratio * len(fct) + 1e-9))
+    order = np.where(alike, np.inf, fct)
+    return confine(flags, order, np.zeros(len(fct), dtype=np.int64), [0], ratio_of(wanted, len(fct)), seed)
+
+
 def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
     """gamma_c and gamma_p found in the values (not in the paper): two normal distributions fitted to log FCT.
 
