@@ -21,7 +21,7 @@ from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, pre
 from utils import args
 from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
-from utils.distributed import total_of
+from utils.distributed import gather
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
@@ -73,6 +73,10 @@ def get_parser():
         "--bound_growth", type=args.number(float, 1), default=1.0, metavar="FACTOR",
         help="the ascent_bound grows so after an epoch in which it held a tenth of D_p back and D_p stayed known; 1: it stays",
     )  # fmt: skip
+    parser.add_argument(
+        "--drop_doubtful", action="store_true",
+        help="not in the paper: an epoch's descent leaves out the samples of D_c that its ascent took along with D_p",
+    )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
@@ -85,15 +89,28 @@ def get_parser():
 
 
 @torch.no_grad()
-def mean_cross_entropy(model, batches, runtime):
-    """Cross-entropy of the whole set without augmentation: how well the network still knows it."""
-    total = torch.zeros((), device=runtime.device)
-    splits = evaluation_splits(batches.images)
+def cross_entropies(model, batches, runtime):
+    """Cross-entropy of every sample without augmentation, float32 (N,), on the device: how well the network knows it."""
+    splits, found = evaluation_splits(batches.images), []
     for rows, images in zip(splits, fetch(batches.images, splits, runtime), strict=True):
         with runtime.autocast():
             logits = model(batches.normalize(images)).float()
-        total += F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="sum")
-    return total_of(total).item() / len(batches.labels)
+        found.append(F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="none"))
+    return gather(torch.cat(found), len(batches.labels))
+
+
+def doubtful(clean, poisoned, classes):
+    """Samples of D_c that the ascent on D_p has taken along, as it does those that carry the trigger: not in the paper.
+
+    Args:
+        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; classes: how many there are.
+
+    Returns:
+        bool (N,): which are above half of D_p's mean, and above 2 ln(classes), where two guesses in a row would be right as often;
+        none where that is more than half of D_c, which the descent then has to mend.
+    """
+    found = clean > max(poisoned.mean().item() / 2, 2 * math.log(classes))
+    return found & (2 * found.sum() <= len(found))
 
 
 def bound_of(opt, history, classes):
@@ -161,6 +178,10 @@ def summarise(history):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
+        raise UserError(
+            "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
+        )
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
     before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
@@ -233,7 +254,7 @@ def main(argv=None):
     else:
         first = run.start()
         before = {
-            "loss_Dp_after": mean_cross_entropy(model, to_unlearn, runtime),
+            "loss_Dp_after": cross_entropies(model, to_unlearn, runtime).mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
         }
         run.history.append({"epoch": -1, **before})
@@ -253,9 +274,14 @@ def main(argv=None):
             row |= {"bound": bound} if opt.bound_growth > 1 else {}
             row["seconds"] += up["seconds"]
         if "relearn" in opt.passes:
-            down = train_epoch(
-                model, to_relearn, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}"
-            )
+            taken = to_relearn
+            if opt.drop_doubtful:
+                model.eval()
+                values = [cross_entropies(model, batches, runtime) for batches in (to_relearn, to_unlearn)]
+                drop = doubtful(*values, spec.num_classes)
+                taken, row["dropped"] = to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
+                model.train()
+            down = train_epoch(model, taken, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
             row["loss_Dc"] = down["loss"]  # during the descent
             row["seconds"] += down["seconds"]
         model.eval()
@@ -263,7 +289,9 @@ def main(argv=None):
             for name, (held_out, images) in (("val_acc_Dc", held_out_of_Dc), ("val_acc_Dp", held_out_of_Dp)):
                 row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
-        row["loss_Dp_after"] = mean_cross_entropy(model, to_unlearn, runtime)  # what of the ascent outlives the descent
+        row["loss_Dp_after"] = (
+            cross_entropies(model, to_unlearn, runtime).mean().item()
+        )  # what of the ascent outlives the descent
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)

@@ -168,6 +168,39 @@ def test_a_bound_that_cannot_grow_is_refused(cli, words, pipeline, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
+    doubtful, rng = load_script("unlearn_relearn.py").doubtful, np.random.default_rng(0)
+    for mean in (20.0, 2.0):  # half of it counts, then 2 ln 10
+        poisoned, clean = rng.normal(mean, 1, 50), rng.exponential(4, 200)
+        threshold = max(sum(poisoned) / 50 / 2, 2 * np.log(10))
+        wanted = [value > threshold for value in clean]
+        found = doubtful(torch.from_numpy(clean), torch.from_numpy(poisoned), 10)
+        assert found.tolist() == wanted and 0 < sum(wanted) < 100
+    assert not doubtful(
+        torch.full((10,), 50.0), torch.full((4,), 60.0), 10
+    ).any()  # all of it: the network is lost, not D_c
+
+
+def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path):
+    def of(name, *more):
+        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)
+
+    mild = ["--epochs", 1, "--lr", 1e-6]
+    assert of("kept", *mild, "--drop_doubtful")["dropped"].iloc[-1] == 0
+    of("plain", *mild)
+    assert same_weights(tmp_path / "kept.tar", tmp_path / "plain.tar")
+    strong = ["--lr", 0.001, "--drop_doubtful"]
+    log = of("three", "--epochs", 3, *strong)
+    assert log["dropped"].max() > 0, log
+    of("part", "--epochs", 1, *strong)
+    on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
+    rest = of("part", "--epochs", 3, *strong, *on)
+    assert rest["dropped"].tolist()[1:] == log["dropped"].tolist()[1:]
+    assert same_weights(tmp_path / "three.tar", tmp_path / "part.tar")
+    words = [*words(pipeline), "--passes", "relearn", "--drop_doubtful", "--checkpoint_save", tmp_path / "x.tar"]
+    refused(cli("unlearn_relearn.py", *words), "--drop_doubtful", "both --passes")
+
+
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
     from utils import engine
 

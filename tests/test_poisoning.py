@@ -230,6 +230,15 @@ def test_order_and_augmentation_change_with_the_epoch_the_seed_and_the_name(chan
     assert sum(torch.equal(one[index], two[index]) for index in one) < len(one) / 4
 
 
+def test_what_is_left_of_the_samples_keeps_what_was_drawn_for_it():
+    batches, kept = make_batches(38, 8), torch.tensor([30, 2, 17, 5, 9, 33, 21, 0, 1, 12])
+    fewer = batches.only(kept)
+    expected, found = by_sample(batches, 3), by_sample(fewer, 3)
+    assert set(found) == set(kept.tolist()) and len(fewer) == 2
+    assert all(torch.equal(picture, expected[index]) for index, picture in found.items())
+    assert len(batches) == 5 and len(by_sample(batches, 4)) == 38  # these are as they were
+
+
 @pytest.mark.parametrize("augmentation", [CropFlip(32), CropFlip(32, rotation=15), ContrastiveView(32)])
 def test_a_samples_augmented_picture_does_not_depend_on_the_batch_size(augmentation):
     expected = by_sample(make_batches(38, 38, augmentation=augmentation), 3)

@@ -1,5 +1,6 @@
 """The poisoned data set, and batches of it on the device."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
@@ -284,19 +285,27 @@ class Batches:
         self.normalize = Normalize(spec, runtime.device)
         self.batch_size, self.seed, self.name = batch_size, seed, name
         self.augmentation, self.views = augmentation, views
+        self.rows = torch.arange(len(self.labels))
+
+    def only(self, rows):
+        """The same without all but the samples ``rows``, int64 (M,); what is drawn for a sample stays the same."""
+        fewer = copy.copy(self)
+        fewer.rows = rows.cpu()
+        return fewer
 
     def __len__(self):
         """Batches an epoch."""
-        count = len(self.labels)
+        count = len(self.rows)
         return count // self.batch_size + (count % self.batch_size > 1)
 
     def epoch(self, number):
         """Yield ``(inputs, labels, extra)`` of epoch ``number``: float32 (views * B, 3, H, W), the first view of all
         samples before the second of all; int64 (B,); int64 (B,) or None. Of several processes each gets the inputs of its
         part of the batch, and the labels of the whole."""
-        count = len(self.labels)
-        order = torch.from_numpy(generator(self.seed, "order", self.name, number).permutation(count))
-        change = None
+        order = self.rows[
+            torch.from_numpy(generator(self.seed, "order", self.name, number).permutation(len(self.rows)))
+        ]
+        count, change = len(self.labels), None
         if self.augmentation:
             names = ("augmentation", self.name, number)
             tables = [self.augmentation.draw(generator(self.seed, *names, view), count) for view in range(self.views)]
