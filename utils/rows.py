@@ -76,7 +76,7 @@ PRESETS = {
         "separate_samples": "--clean_per_class --clean_even --poison_alike",
         "train_clean_withTrans": "--epochs 6 --lr 0.05 --schedule 4 --eval_freq 0",
         "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
-        "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5",
+        "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5 --drop_doubtful",
         "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
     },
