@@ -344,6 +344,16 @@ def test_a_plan_of_every_cell_resolves(tmp_path):
                    if steps[other] in step.needs)  # fmt: skip
 
 
+def test_a_pass_left_out_leaves_out_what_needs_both(tmp_path):
+    parser = load_script("reproduce.py").get_parser()
+    for variant in VARIANTS["D-BR"]:
+        opt = parser.parse_args(["--preset", "long", "--defences", "D-BR", "--output_root", str(tmp_path)])
+        opt.variant = variant
+        options = plan(opt)[0]["unlearn_relearn"].options()
+        assert options.drop_doubtful == (len(options.passes) == 2)
+        assert options.ascent_bound == (100 if variant == "no_bound" else 15 if variant == "fixed_bound" else 20)
+
+
 # Figure 3
 
 

@@ -253,7 +253,10 @@ def plan(opt, **own):
     if "D-BR" in defences_of(opt):
         name = "unlearn_purify" + f"_{opt.variant}" * bool(opt.variant)
         saved = model.with_name(f"{model.stem}_{name}.tar")
-        more = [*ratios, *changed(preset["unlearn_relearn"], changes.get("unlearn_relearn", "")), *chosen]
+        own = changed(preset["unlearn_relearn"], changes.get("unlearn_relearn", ""))
+        if "--passes" in own:  # a single pass takes nothing along
+            own = [word for word in own if word != "--drop_doubtful"]
+        more = [*ratios, *own, *chosen]
         if opt.variant:
             more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]
         add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), [attack, samples])
