@@ -99,18 +99,19 @@ def cross_entropies(model, batches, runtime):
     return gather(torch.cat(found), len(batches.labels))
 
 
-def doubtful(clean, poisoned, classes):
+def doubtful(clean, poisoned, labels, poisoned_labels, classes):
     """Samples of D_c that the ascent on D_p has taken along, as it does those that carry the trigger: not in the paper.
 
     Args:
-        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; classes: how many there are.
+        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; labels, poisoned_labels: int64 (N,),
+        (M,), theirs; classes: how many there are.
 
     Returns:
-        bool (N,): which are above half of D_p's mean, and above 2 ln(classes), where two guesses in a row would be right as often;
-        none where that is more than half of D_c, which the descent then has to mend.
+        bool (N,): of the labels that D_p has at least twice as often as it would by chance, which are above half of D_p's mean, and
+        above 2 ln(classes), where two guesses in a row would be right as often.
     """
-    found = clean > max(poisoned.mean().item() / 2, 2 * math.log(classes))
-    return found & (2 * found.sum() <= len(found))
+    often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
+    return often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))
 
 
 def bound_of(opt, history, classes):
@@ -277,8 +278,9 @@ def main(argv=None):
             taken = to_relearn
             if opt.drop_doubtful:
                 model.eval()
-                values = [cross_entropies(model, batches, runtime) for batches in (to_relearn, to_unlearn)]
-                drop = doubtful(*values, spec.num_classes)
+                both = to_relearn, to_unlearn
+                values = [cross_entropies(model, batches, runtime) for batches in both]
+                drop = doubtful(*values, *(batches.labels for batches in both), spec.num_classes)
                 taken, row["dropped"] = to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
                 model.train()
             down = train_epoch(model, taken, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")

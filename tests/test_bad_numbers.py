@@ -170,15 +170,20 @@ def test_a_bound_that_cannot_grow_is_refused(cli, words, pipeline, tmp_path):
 
 def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
     doubtful, rng = load_script("unlearn_relearn.py").doubtful, np.random.default_rng(0)
+    poisoned_labels = np.array(
+        [3] * 11 + [7] * 10 + [0, 1, 2, 4, 5, 6, 8, 9, 9, *range(10), *range(10), 9, *range(9)]
+    )  # 60, a fifth is 12
     for mean in (20.0, 2.0):  # half of it counts, then 2 ln 10
-        poisoned, clean = rng.normal(mean, 1, 50), rng.exponential(4, 200)
-        threshold = max(sum(poisoned) / 50 / 2, 2 * np.log(10))
-        wanted = [value > threshold for value in clean]
-        found = doubtful(torch.from_numpy(clean), torch.from_numpy(poisoned), 10)
+        poisoned, clean = rng.normal(mean, 1, len(poisoned_labels)), rng.exponential(6, 300)
+        labels = rng.integers(0, 10, 300)
+        threshold = max(sum(poisoned) / len(poisoned) / 2, 2 * np.log(10))
+        counts = [sum(label == k for label in poisoned_labels) for k in range(10)]
+        frequent = {k for k in range(10) if counts[k] >= 2 * len(poisoned_labels) / 10}
+        assert frequent == {3, 7}
+        wanted = [value > threshold and label in frequent for value, label in zip(clean, labels, strict=True)]
+        given = map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels))
+        found = doubtful(*given, 10)
         assert found.tolist() == wanted and 0 < sum(wanted) < 100
-    assert not doubtful(
-        torch.full((10,), 50.0), torch.full((4,), 60.0), 10
-    ).any()  # all of it: the network is lost, not D_c
 
 
 def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path):

@@ -72,7 +72,7 @@ PRESETS = {
         "train_attack_noTrans": "--epochs 2 --lr 0.05 --eval_freq 0",
         "finetune_attack_noTrans": "",
         "tau": "--trans1 auto",
-        "ratios": "--clean_ratio 0.5 --poison_ratio 0.05",
+        "ratios": "--clean_ratio 0.6 --poison_ratio 0.05",
         "separate_samples": "--clean_per_class --clean_even --poison_alike",
         "train_clean_withTrans": "--epochs 6 --lr 0.05 --schedule 4 --eval_freq 0",
         "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
