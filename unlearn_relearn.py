@@ -25,7 +25,7 @@ from utils.distributed import gather
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
+from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
@@ -97,21 +97,6 @@ def cross_entropies(model, batches, runtime):
             logits = model(batches.normalize(images)).float()
         found.append(F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="none"))
     return gather(torch.cat(found), len(batches.labels))
-
-
-def doubtful(clean, poisoned, labels, poisoned_labels, classes):
-    """Samples of D_c that the ascent on D_p has taken along, as it does those that carry the trigger: not in the paper.
-
-    Args:
-        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; labels, poisoned_labels: int64 (N,),
-        (M,), theirs; classes: how many there are.
-
-    Returns:
-        bool (N,): of the labels that D_p has at least twice as often as it would by chance, which are above half of D_p's mean, and
-        above 2 ln(classes), where two guesses in a row would be right as often.
-    """
-    often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
-    return often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))
 
 
 def bound_of(opt, history, classes):

@@ -169,24 +169,25 @@ def test_a_bound_that_cannot_grow_is_refused(cli, words, pipeline, tmp_path):
 
 
 def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
-    doubtful, rng = load_script("unlearn_relearn.py").doubtful, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     poisoned_labels = np.array(
-        [3] * 11 + [7] * 10 + [0, 1, 2, 4, 5, 6, 8, 9, 9, *range(10), *range(10), 9, *range(9)]
-    )  # 60, a fifth is 12
+        [3] * 14 + [7] * 13 + [label for label in range(10) if label not in (3, 7)] * 4
+    )  # 59, a fifth is 12
+    labels = np.repeat(np.arange(10), 40)
     for mean in (20.0, 2.0):  # half of it counts, then 2 ln 10
-        poisoned, clean = rng.normal(mean, 1, len(poisoned_labels)), rng.exponential(6, 300)
-        labels = rng.integers(0, 10, 300)
+        poisoned = rng.normal(mean, 1, len(poisoned_labels))
         threshold = max(sum(poisoned) / len(poisoned) / 2, 2 * np.log(10))
-        counts = [sum(label == k for label in poisoned_labels) for k in range(10)]
-        frequent = {k for k in range(10) if counts[k] >= 2 * len(poisoned_labels) / 10}
-        assert frequent == {3, 7}
-        wanted = [value > threshold and label in frequent for value, label in zip(clean, labels, strict=True)]
-        given = map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels))
-        found = doubtful(*given, 10)
-        assert found.tolist() == wanted and 0 < sum(wanted) < 100
+        clean = rng.uniform(0, threshold, len(labels))
+        clean[[0, 41, 120, 121, 159, 285, 399]] = threshold + 0.01  # 120 to 159 are of label 3, 280 to 319 of label 7
+        found = losses.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10)
+        assert torch.where(found)[0].tolist() == [120, 121, 159, 285]
+        clean[122:127] = threshold + 0.01  # 9 of these 80, too many to be poisoned
+        assert not losses.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10).any()
 
 
-def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path):
+def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "DOUBTFUL", 1.0)  # the sets are small
+
     def of(name, *more):
         return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)
 

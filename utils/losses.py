@@ -1,5 +1,7 @@
 """Objectives of the training steps: functions (model, inputs, labels) -> (loss, sums over the batch to be logged)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,7 @@ def cross_entropy(model, inputs, labels):
 
 
 ASCENT_BOUND = 100.0  # nats; a network that has forgotten a sample gives it no less than e^-100
+DOUBTFUL = 0.1  # share of the samples of a label in D_c that can be poisoned
 
 
 def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
@@ -57,3 +60,20 @@ def intra_class(model, inputs, labels):
     with torch.no_grad():
         correct = (model.fc(features).argmax(1) == labels).sum()
     return intra_class_loss(features, labels), {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
+
+
+def doubtful(clean, poisoned, labels, poisoned_labels, classes):
+    """Samples of D_c that the ascent on D_p has taken along, as it does those that carry the trigger: not in the paper.
+
+    Args:
+        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; labels, poisoned_labels: int64 (N,),
+        (M,), theirs; classes: how many there are.
+
+    Returns:
+        bool (N,): of the labels that D_p has at least twice as often as it would by chance, which are above half of D_p's mean, and
+        above 2 ln(classes), where two guesses in a row would be right as often; none where that is more than `DOUBTFUL` of these
+        labels, for then D_p holds clean samples too, and what they have taken along has to be mended.
+    """
+    often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
+    found = often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))
+    return found & (found.sum() <= DOUBTFUL * often[labels].sum())
