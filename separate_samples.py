@@ -13,8 +13,8 @@ from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file, run_script
-from utils.fct import confine, fct_path, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate, with_alike
-from utils.files import json_writer, write_together
+from utils.fct import confine, fct_path, fits, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate, with_alike
+from utils.files import json_writer, read_record, sha256, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
@@ -74,11 +74,21 @@ def get_parser():
 
 
 def found_alike(path, opt, count):
-    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none."""
-    command = f"python calculate_consistency.py {args.attack_arguments(opt)} --checkpoint_load {shown(path)}"
-    require_file(fct_path(path, "fct.json"), command)
-    order = fct_path(path, "order.npy")
-    if not order.is_file():
+    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none.
+
+    Raises:
+        UserError: where step 3 was not run on this checkpoint with these options, or its files were changed.
+    """
+    tau = args.tau_arguments(vars(opt))
+    command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
+    source, order = fct_path(path, "fct.json"), fct_path(path, "order.npy")
+    record = read_record(require_file(source, command)) or {}
+    digest = record.get("outputs", {}).get(order.name)
+    if not fits(record, path, opt) or (digest and digest != sha256(require_file(order, command))):
+        raise UserError(
+            f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
+        )
+    if not digest:
         print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
         return None
     return load_order(order, count, command) >= 0
@@ -118,10 +128,10 @@ def main(argv=None):
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)
         high = float(order[flags == POISON].min())
-    found = found_alike(path, opt, len(fct)) if opt.poison_alike else None
-    if found is not None:
-        by = f"{int(found.sum())} alike, and FCT"
-        flags = with_alike(flags, fct, found, opt.poison_ratio, opt.seed)
+    alike = found_alike(path, opt, len(fct)) if opt.poison_alike else None
+    if alike is not None:
+        by = f"{int(alike.sum())} alike, and FCT"
+        flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)
         high = float(fct[flags == POISON].min())
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
@@ -143,7 +153,7 @@ def main(argv=None):
     inputs = [
         path,
         *([opt.poison_order] if opt.poison_order else []),
-        *([fct_path(path, "order.npy")] if found is not None else []),
+        *([fct_path(path, "order.npy")] if alike is not None else []),
     ]
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:

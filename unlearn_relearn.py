@@ -276,9 +276,8 @@ def main(argv=None):
             for name, (held_out, images) in (("val_acc_Dc", held_out_of_Dc), ("val_acc_Dp", held_out_of_Dp)):
                 row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
-        row["loss_Dp_after"] = (
-            cross_entropies(model, to_unlearn, runtime).mean().item()
-        )  # what of the ascent outlives the descent
+        # What of the ascent outlives the descent.
+        row["loss_Dp_after"] = cross_entropies(model, to_unlearn, runtime).mean().item()
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)

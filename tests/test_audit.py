@@ -20,7 +20,7 @@ from utils import args, audit, report
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import confine, gammas_of_distribution, separate
-from utils.files import read_json
+from utils.files import read_json, sha256
 from utils.manifest import plain_options
 from utils.triggers import apply_trigger
 
@@ -157,7 +157,16 @@ def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
     def sets():
         return [set(np.load(folder / f"{name}_samples.npy")["index"].tolist()) for name in ("clean", "poison")]
 
-    order.unlink(missing_ok=True)
+    def step_3_found(values):
+        record = json.loads((place / "1_fct.json").read_text())
+        order.unlink(missing_ok=True)
+        record["outputs"].pop(order.name, None)
+        if values is not None:
+            np.save(order, values)
+            record["outputs"][order.name] = sha256(order)
+        (place / "1_fct.json").write_text(json.dumps(record))
+
+    step_3_found(None)
     none = run()
     assert none.code == 0 and "saw no backdoor" in none.out
     by_fct = set(sorted(range(400), key=lambda i: fct[i])[-40:])
@@ -166,7 +175,7 @@ def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
     for alike in (10, 60):
         values = np.full(400, -1, dtype=np.float32)
         values[lowest[:alike]] = 0.5
-        np.save(order, values)
+        step_3_found(values)
         result = run()
         assert result.code == 0 and f"{alike} alike" in result.out, result.err
         expected, rest = set(lowest[:alike].tolist()), [int(i) for i in lowest[alike:]]
@@ -180,6 +189,13 @@ def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
     for more in (["--poison_classes", 1], ["--poison_order", order], ["--gamma_high", 2]):
         refused = run(*more)
         assert refused.code == 2 and "--poison_" in refused.err and len(refused.err.splitlines()) == 1
+    other = run("--trans1", "flip")  # step 3 was run with another tau
+    assert other.code == 2 and "--trans1 flip" in other.err and sets() == before
+    np.save(order, np.ones(400, dtype=np.float32))
+    changed = run()
+    assert changed.code == 2 and "Make it anew" in changed.err and sets() == before
+    order.unlink()
+    assert run().code == 2
     (place / "1_fct.json").unlink()
     missing = run()
     assert missing.code == 2 and "calculate_consistency.py" in missing.err and sets() == before

@@ -196,7 +196,7 @@ def picture(path, table, paper, lines):
     scales = sorted(
         {part["scale"].iloc[0] for model in models for name in names if len(part := ours(lines, name, model))}
     )
-    figure.suptitle(f"{TITLES[table]}: ours at scale {', '.join(scales) or '(not run)'}, last epoch", fontsize=11)
+    figure.suptitle(f"{TITLES[table]}: ours at scale {' and '.join(scales) or '(not run)'}, last epoch", fontsize=11)
     save_figure(figure, path)
 
 

@@ -188,7 +188,7 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     return fct
 
 
-def _fits(record, path, opt):
+def fits(record, path, opt):
     """Whether saved FCT values (their ``record``) are those of the checkpoint ``path`` and of these options."""
     found = dict(record.get("options", {}))
     wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
@@ -259,7 +259,7 @@ def load_fct(path, command):
 
 def _saved_fct(path, opt, count):
     record, values = read_record(fct_path(path, "fct.json")) or {}, fct_path(path, "all.txt")
-    if not _fits(record, path, opt) or not values.is_file() or record["outputs"].get(values.name) != sha256(values):
+    if not fits(record, path, opt) or not values.is_file() or record["outputs"].get(values.name) != sha256(values):
         return None
     fct = load_fct(path, "python calculate_consistency.py")
     return fct if len(fct) == count else None
