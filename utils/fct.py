@@ -376,9 +376,8 @@ def with_alike(flags, fct, alike, poison_ratio, seed):
 
     Returns, raises: as `confine`.
     """
-    wanted = max(int(alike.sum()), int(poison_ratio * len(fct) + 1e-9))
-    order = np.where(alike, np.inf, fct)
-    return confine(flags, order, np.zeros(len(fct), dtype=np.int64), [0], ratio_of(wanted, len(fct)), seed)
+    ratio = max(poison_ratio, ratio_of(int(alike.sum()), len(fct)))
+    return confine(flags, np.where(alike, np.inf, fct), np.zeros(len(fct), dtype=np.int64), [0], ratio, seed)
 
 
 def gammas_of_distribution(fct, valley=0.7, certainty=0.9):

@@ -66,20 +66,6 @@ PRESETS = {
         "train_extractor": "--epochs 10 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
     },
-    # The network is trained for longer, and D_p is of what step 3 finds alike: for a faster processor, or more time.
-    "long": {
-        "attack": "",
-        "train_attack_noTrans": "--epochs 2 --lr 0.05 --eval_freq 0",
-        "finetune_attack_noTrans": "",
-        "tau": "--trans1 auto",
-        "ratios": "--clean_ratio 0.6 --poison_ratio 0.05",
-        "separate_samples": "--clean_per_class --clean_even --poison_alike",
-        "train_clean_withTrans": "--epochs 6 --lr 0.05 --schedule 4 --eval_freq 0",
-        "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
-        "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5 --drop_doubtful",
-        "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
-        "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 5",
-    },
     # Whether every command runs; its figures mean nothing.
     "quick": {
         "attack": "--train_images 2000",
@@ -107,6 +93,14 @@ PRESETS = {
         "train_extractor": "--epochs 12 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 0",
     },
+}
+# As cpu, but the network is trained for longer, and D_p is of what step 3 finds alike: for a faster processor, or more time.
+PRESETS["long"] = PRESETS["cpu"] | {
+    "ratios": "--clean_ratio 0.6 --poison_ratio 0.05",
+    "separate_samples": "--clean_per_class --clean_even --poison_alike",
+    "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
+    "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5 --drop_doubtful",
+    "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
 # What removes the backdoor? Defences with a part left out or exchanged; "samples": see tools/ablation_samples.py.
 VARIANTS = {
