@@ -102,6 +102,13 @@ PRESETS["long"] = PRESETS["cpu"] | {
     "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5 --drop_doubtful",
     "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
+# The public board's network, with as many images as it can learn from in an hour of one core.
+PRESETS["board"] = PRESETS["long"] | {
+    "attack": "--train_images 10000",
+    "train_attack_noTrans": "--epochs 5 --lr 0.01 --batch_size 64 --eval_freq 0",
+    "train_attack_withTrans": "--epochs 12 --lr 0.02 --schedule 8 11 --batch_size 64 --eval_freq 0",
+    "unlearn_relearn": PRESETS["long"]["unlearn_relearn"] + " --batch_size 64 --unlearn_batch_size 32 --eval_freq 0",
+}
 # What removes the backdoor? Defences with a part left out or exchanged; "samples": see tools/ablation_samples.py.
 VARIANTS = {
     "D-BR": {
@@ -127,6 +134,7 @@ VARIANTS = {
 PRESET_DATA = {
     "quickstart": ("fashion", "resnet10"),
     "long": ("cifar10", "resnet10"),
+    "board": ("cifar10", "preactresnet18"),
     "cpu": ("cifar10", "resnet10"),
     "quick": ("cifar10", "resnet10"),
 }
