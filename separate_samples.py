@@ -13,8 +13,17 @@ from utils import args
 from utils.checkpoints import claim
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file, run_script
-from utils.fct import confine, fct_path, fits, gammas_of_ratios, saved_or_new_fct, sd_checkpoint, separate, with_alike
-from utils.files import json_writer, read_record, sha256, write_together
+from utils.fct import (
+    confine,
+    fct_path,
+    gammas_of_ratios,
+    saved_or_new_fct,
+    sd_checkpoint,
+    separate,
+    with_alike,
+    written_by_step_3,
+)
+from utils.files import json_writer, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
@@ -81,16 +90,15 @@ def found_alike(path, opt, count):
     """
     tau = args.tau_arguments(vars(opt))
     command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
-    source, order = fct_path(path, "fct.json"), fct_path(path, "order.npy")
-    record = read_record(require_file(source, command)) or {}
-    digest = record.get("outputs", {}).get(order.name)
-    if not fits(record, path, opt) or (digest and digest != sha256(require_file(order, command))):
+    source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
+    written = written_by_step_3(path, opt, "order.npy")
+    if written is None:
+        print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
+        return None
+    if not written:
         raise UserError(
             f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
         )
-    if not digest:
-        print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
-        return None
     return load_order(order, count, command) >= 0
 
 

@@ -188,8 +188,18 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     return fct
 
 
-def fits(record, path, opt):
-    """Whether saved FCT values (their ``record``) are those of the checkpoint ``path`` and of these options."""
+def written_by_step_3(path, opt, kind):
+    """Whether ``<epoch>_<kind>`` beside the checkpoint ``path`` is as step 3 wrote it of this network with these options. None where
+    step 3 ran so, but had no such file to write."""
+    record, file = read_record(fct_path(path, "fct.json")) or {}, fct_path(path, kind)
+    if not _fits(record, path, opt):
+        return False
+    digest = record.get("outputs", {}).get(file.name)
+    return digest and file.is_file() and digest == sha256(file)
+
+
+def _fits(record, path, opt):
+    """Whether the ``record`` of step 3 is of the checkpoint ``path`` and of these options."""
     found = dict(record.get("options", {}))
     wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
     for settings in (found, wanted):
@@ -258,8 +268,7 @@ def load_fct(path, command):
 
 
 def _saved_fct(path, opt, count):
-    record, values = read_record(fct_path(path, "fct.json")) or {}, fct_path(path, "all.txt")
-    if not fits(record, path, opt) or not values.is_file() or record["outputs"].get(values.name) != sha256(values):
+    if not written_by_step_3(path, opt, "all.txt"):
         return None
     fct = load_fct(path, "python calculate_consistency.py")
     return fct if len(fct) == count else None

@@ -96,18 +96,18 @@ PRESETS = {
 }
 # As cpu, but the network is trained for longer, and D_p is of what step 3 finds alike: for a faster processor, or more time.
 PRESETS["long"] = PRESETS["cpu"] | {
-    "ratios": "--clean_ratio 0.6 --poison_ratio 0.05",
+    "ratios": "--clean_ratio 0.55 --poison_ratio 0.05",
     "separate_samples": "--clean_per_class --clean_even --poison_alike",
     "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
-    "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --bound_growth 1.5 --drop_doubtful",
+    "unlearn_relearn": "--epochs 10 --lr 0.0004 --ascent_bound 20 --drop_doubtful --eval_freq 2",
     "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
 # The public board's network, with as many images as it can learn from in an hour of one core.
 PRESETS["board"] = PRESETS["long"] | {
     "attack": "--train_images 10000",
     "train_attack_noTrans": "--epochs 5 --lr 0.01 --batch_size 64 --eval_freq 0",
-    "train_attack_withTrans": "--epochs 12 --lr 0.02 --schedule 8 11 --batch_size 64 --eval_freq 0",
-    "unlearn_relearn": PRESETS["long"]["unlearn_relearn"] + " --batch_size 64 --unlearn_batch_size 32 --eval_freq 0",
+    "train_attack_withTrans": "--epochs 16 --lr 0.01 --schedule 10 14 --batch_size 64 --eval_freq 0",
+    "unlearn_relearn": "--epochs 10 --lr 0.0004 --batch_size 64 --unlearn_batch_size 32 --ascent_bound 20 --drop_doubtful --eval_freq 0",
 }
 # What removes the backdoor? Defences with a part left out or exchanged; "samples": see tools/ablation_samples.py.
 VARIANTS = {
