@@ -71,7 +71,7 @@ def get_parser():
     parser.add_argument("--seeds", type=args.natural, nargs="+", help="with --table: one cell a seed; default: 0")
     parser.add_argument("--defences", choices=DEFENCES, nargs="+", help="what to run; default: both")
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
-    parser.add_argument("--model", help="network; default: that of the preset, resnet18 or resnet10")
+    parser.add_argument("--model", help="network; default: the preset's")
     parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the table and the pictures")
     parser.add_argument("--name", help="name of the table; default: the preset's, or row and data set")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")

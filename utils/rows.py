@@ -99,7 +99,7 @@ PRESETS["long"] = PRESETS["cpu"] | {
     "ratios": "--clean_ratio 0.55 --poison_ratio 0.05",
     "separate_samples": "--clean_per_class --clean_even --poison_alike",
     "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
-    "unlearn_relearn": "--epochs 10 --lr 0.0004 --ascent_bound 20 --drop_doubtful --eval_freq 2",
+    "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --drop_doubtful --eval_freq 2",
     "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
 # The public board's network, with as many images as it can learn from in an hour of one core.
