@@ -37,7 +37,8 @@ def main(argv=None):
     fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 
     gammas = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
-    title = f"{opt.dataset}, {opt.model}, checkpoint {path.name}, tau {opt.trans1} + {opt.trans2}"
+    tau = opt.trans1 if opt.trans1 == "auto" else f"{opt.trans1} + {opt.trans2}"
+    title = f"{opt.dataset}, {opt.model}, checkpoint {path.name}, tau {tau}"
     if poisoned.is_clean is not None:
         title += f", {opt.trigger_type} {opt.target_type}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"
     make_folder(path.parent)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_all, run_cli
 
-from utils import dataloader_bd
+from utils import dataloader_bd, figures
 
 NO_TRANS = "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger"
 TUNED = "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
@@ -240,6 +240,19 @@ def test_the_documents_commands_are_understood():
     assert (
         load_script("ST/train_classifier.py").run_name(parsed["ST/train_classifier.py"]) == classifier.rsplit("/", 1)[1]
     )
+
+
+def test_the_histogram_names_the_transform_that_it_is_of(words, copy, cli, monkeypatch):
+    titles, draw = [], figures.fct_histogram
+
+    def drawn(path, fct, is_clean, title, gammas):
+        titles.append(title)
+        draw(path, fct, is_clean, title, gammas)
+
+    monkeypatch.setattr(figures, "fct_histogram", drawn)
+    for more in ([], ["--trans1", "flip"], ["--trans1", "auto"]):
+        assert cli("visualize_consistency.py", *words(copy), *more).code == 0
+    assert [title.split(", ")[3] for title in titles] == ["tau rotate + affine", "tau flip + affine", "tau auto"]
 
 
 def test_the_same_seed_gives_the_same_files_at_any_batch_size_of_inference(pipeline, words, tmp_path):
