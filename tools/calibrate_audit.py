@@ -145,7 +145,8 @@ def audit(images, labels, is_clean, seed, keep=None):
 
 
 def markdown(rows):
-    """The table (a DataFrame as --out has it) as the README shows it: what of which runs was said, then each poisoned run."""
+    """Two tables of ``rows`` (a DataFrame as --out has it): what was said of which runs, for README.md, and every poisoned
+    run, for results/README.md."""
     rows = rows.fillna({"attack": ""})
     kinds = {
         "clean, at hand when the rules were chosen": rows[(rows["attack"] == "") & rows["seen"]],
@@ -166,7 +167,8 @@ def markdown(rows):
             )
     head = ["data", "attack, target type", "rate", "poisoned images", "verdict", "score", "right", "D_p: size, precision, recall",
             "D_c contamination"]  # fmt: skip
-    lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    summary = "\n".join(lines)
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows[rows["attack"] != ""].sort_values(["attack", "data", "rate"]).to_dict("records"):
         trigger, kind = ATTACKS[row["attack"]]
         found = row["verdict"] == "poisoned"
@@ -184,7 +186,7 @@ def markdown(rows):
             f"| {row['data']} | {trigger}, {kind} | {row['rate']:g} | {row['poisoned']} | {row['verdict']} | {row['score']:.2f} | "
             f"{right} | {kept} | {row['Dc_contamination']:.2f} |"
         )
-    return "\n".join(lines)
+    return summary, "\n".join(lines)
 
 
 def main(argv=None):
@@ -213,7 +215,7 @@ def main(argv=None):
                "poisoned": int((~is_clean).sum())}  # fmt: skip
         done.append({**row, **audit(images, labels, is_clean, seed, opt.keep and opt.keep / name)})
         write_rows(opt.out, done)
-    print(markdown(pd.DataFrame(done)))
+    print(*markdown(pd.DataFrame(done)), sep="\n\n")
     print(f"The table is {shown(opt.out)}")
 
 

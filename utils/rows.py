@@ -101,6 +101,7 @@ PRESETS["long"] = PRESETS["cpu"] | {
     "train_attack_withTrans": "--epochs 30 --lr 0.05 --schedule 18 26 --eval_freq 0",
     "unlearn_relearn": "--epochs 8 --lr 0.0004 --ascent_bound 20 --drop_doubtful --eval_freq 2",
     "train_extractor": "--epochs 30 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
+    "train_classifier": PRESETS["cpu"]["train_classifier"] + " --poison_weight 0.01",
 }
 # The public board's network, with as many images as it can learn from in an hour of one core.
 PRESETS["board"] = PRESETS["long"] | {
