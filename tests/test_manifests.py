@@ -83,4 +83,6 @@ def test_a_continued_run_keeps_the_inputs_it_began_with(words, copy, cli):
 def test_the_committed_results_are_what_their_manifests_tell_of(cli, tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")  # elsewhere: a user's own saved/ may be of another run
     said = cli("reproduce.py", "--verify", tmp_path / "results")
-    assert said.code == 0 and "3 files are" in said.out and "not here" in said.out
+    written = [json.loads(path.read_text())["outputs"] for path in (ROOT / "results").glob("*_manifest.json")]
+    assert len(written) == 3 and all(len(outputs) == 3 for outputs in written)
+    assert said.code == 0 and "9 files are" in said.out and "not here" in said.out
