@@ -94,7 +94,8 @@ PRESETS = {
         "train_classifier": "--epochs 10 --learning_rate 0.05 --lr_decay_epochs 6 8 --batch_size 128 --eval_freq 0",
     },
 }
-# As cpu, but the network is trained for longer, and D_p is of what step 3 finds alike: for a faster processor, or more time.
+# As cpu, but the networks are trained for longer, D_p is of what step 3 finds alike, and the bound stays: for a faster processor,
+# or more time.
 PRESETS["long"] = PRESETS["cpu"] | {
     "ratios": "--clean_ratio 0.55 --poison_ratio 0.05",
     "separate_samples": "--clean_per_class --clean_even --poison_alike",
