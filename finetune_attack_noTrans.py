@@ -12,7 +12,7 @@ from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
 from utils.engine import prepare, train_epoch
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.losses import intra_class
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
@@ -55,6 +55,8 @@ def main(argv=None):
     first = run.resume(checkpoint, path, model, optimizer, schedule)
 
     for epoch in range(first, opt.epochs):
+        if batches.of_one_class(epoch):
+            raise UserError("a batch holds a single class, so L_intra is not defined; use a larger --batch_size")
         model.train()
         row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
         row["train_acc"] = 100 * row.pop("correct")

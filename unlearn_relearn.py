@@ -21,6 +21,7 @@ from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, pre
 from utils import args
 from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
+from utils.device import send
 from utils.distributed import gather
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
@@ -95,7 +96,7 @@ def cross_entropies(model, batches, runtime):
     for rows, images in zip(splits, fetch(batches.images, splits, runtime), strict=True):
         with runtime.autocast():
             logits = model(batches.normalize(images)).float()
-        found.append(F.cross_entropy(logits, batches.labels[rows.to(runtime.device)], reduction="none"))
+        found.append(F.cross_entropy(logits, batches.labels[send(rows, runtime.device)], reduction="none"))
     return gather(torch.cat(found), len(batches.labels))
 
 

@@ -166,9 +166,11 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_precision_follows_the_request():
+def test_precision_follows_the_request(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert choose_runtime("cpu", "bfloat16").dtype == torch.bfloat16
     assert choose_runtime("cpu", "float32").dtype == torch.float32
+    assert not torch.backends.cudnn.allow_tf32
     with choose_runtime("cpu", "bfloat16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
@@ -184,7 +186,6 @@ def test_fct_on_a_gpu_is_that_of_the_cpu(fashion):
     values = []
     for device in ("cpu", "cuda"):
         runtime = choose_runtime(device, "float32")
-        torch.backends.cudnn.allow_tf32 = False
         values.append(compute_fct(runtime.place(model), fashion.train_images[:256], fashion.spec, runtime)[0])
     np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6)
 

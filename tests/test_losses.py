@@ -12,7 +12,6 @@ from models.resnet import SupConResNet
 from ST.losses import SupConLoss, authors_mask, mixed_cross_entropy, trusted_mask
 from utils.device import choose_runtime
 from utils.engine import train_epoch
-from utils.errors import UserError
 from utils.losses import ASCENT_BOUND, cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 
 
@@ -40,7 +39,7 @@ def test_intra_class_loss_equals_a_double_loop(labels):
         for two in classes:
             if one != two:
                 total += float(means[one] @ means[two] / (means[one].norm() * means[two].norm()))
-    result = intra_class_loss(features, torch.tensor(labels))
+    result = intra_class_loss(features, torch.tensor(labels), 10)
     assert result.item() == pytest.approx(total / len(classes) ** 2, abs=1e-6)
 
 
@@ -50,20 +49,22 @@ def test_intra_class_loss_keeps_its_precision_under_autocast():
         torch.arange(64) % 10,
     )  # cosines near one, as when the features collapse
     features.requires_grad_()
-    expected = torch.autograd.grad(intra_class_loss(features, labels), features)[0]
+    expected = torch.autograd.grad(intra_class_loss(features, labels, 10), features)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = intra_class_loss(features, labels)
-    assert loss.item() == pytest.approx(intra_class_loss(features, labels).item(), abs=1e-6)
+        loss = intra_class_loss(features, labels, 10)
+    assert loss.item() == pytest.approx(intra_class_loss(features, labels, 10).item(), abs=1e-6)
     torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
 
 
 def test_intra_class_loss_of_equal_class_means_counts_the_pairs_of_different_classes():
-    assert intra_class_loss(torch.ones(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])).item() == pytest.approx(6 / 9)
+    assert intra_class_loss(torch.ones(6, 4), torch.tensor([0, 0, 1, 1, 2, 2]), 3).item() == pytest.approx(6 / 9)
 
 
-def test_intra_class_loss_refuses_a_single_class():
-    with pytest.raises(UserError, match="single class"):
-        intra_class_loss(randn(4, 8), torch.full((4,), 3))
+def test_intra_class_loss_of_a_single_class_has_no_pair():
+    features = randn(4, 8).requires_grad_()
+    loss = intra_class_loss(features, torch.full((4,), 3), 10)
+    loss.backward()
+    assert loss.item() == 0 and features.grad.abs().max() < 1e-6
 
 
 def test_intra_class_objective_reads_the_features_and_logs_their_norm():
@@ -71,7 +72,7 @@ def test_intra_class_objective_reads_the_features_and_logs_their_norm():
     model.features, model.fc = nn.Flatten(), nn.Linear(12, 3)
     inputs, labels = randn(6, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     loss, sums = intra_class(model, inputs, labels)
-    torch.testing.assert_close(loss, intra_class_loss(inputs.flatten(1), labels))
+    torch.testing.assert_close(loss, intra_class_loss(inputs.flatten(1), labels, 3))
     assert sums["feature_norm"].item() == pytest.approx(sum(image.norm().item() for image in inputs), rel=1e-5)
     assert sums["correct"] == (model.fc(inputs.flatten(1)).argmax(1) == labels).sum()
 

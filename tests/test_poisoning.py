@@ -138,7 +138,7 @@ def test_triggered_test_set_is_the_one_of_the_table(target_type, trigger):
     np.testing.assert_array_equal(tests.clean_images.permute(0, 2, 3, 1), dataset.test_images)
     np.testing.assert_array_equal(tests.clean_labels, dataset.test_labels)
     attacked = [row for row, label in enumerate(dataset.test_labels) if target_type == "all2all" or label != 2]
-    np.testing.assert_array_equal(np.flatnonzero(tests.in_paper), attacked)
+    np.testing.assert_array_equal(tests.in_paper, attacked)
     expected = apply_trigger(trigger, dataset.test_images, train=False)[attacked]
     np.testing.assert_array_equal(tests.triggered_images.permute(0, 2, 3, 1), expected)
     assert tests.triggered_images.dtype == tests.clean_images.dtype == torch.uint8

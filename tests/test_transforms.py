@@ -304,3 +304,29 @@ def test_tau_of_a_sample_does_not_depend_on_how_many_samples_there_are(name):
     for key, value in few.items():
         assert torch.equal(value, many[key][:7])
         assert not torch.equal(many[key][:1000], many[key][1024:2024])  # blocks are not copies of each other
+
+
+# On a GPU
+
+EXACT = [
+    T.CropFlip(32, rotation=15),
+    T.Tau("rotate", "affine", 32),
+    T.Tau("erase", "crop", 32),
+    T.Tau("flip", "vflip", 32),
+]
+ROUNDED = [T.ContrastiveView(32), T.Tau("blur", "none", 32), T.Tau("shrink", "none", 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("view", [*EXACT, *ROUNDED])
+def test_a_gpu_finds_the_same_pixels(view):
+    images = pictures(1000)
+    parameters = view.draw(rng(), len(images))
+    here, there = view.apply(images.clone(), parameters), view.apply(images.to("cuda"), parameters).cpu()
+    assert here.dtype == there.dtype
+    if view in EXACT:
+        assert torch.equal(here, there)
+    else:
+        least = 1 if here.dtype == torch.uint8 else 1e-4  # a step of grey where .5 is rounded, or float32's rounding
+        assert (here.double() - there.double()).abs().max() <= least

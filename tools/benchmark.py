@@ -178,7 +178,7 @@ def intra_class_epoch(work):
     def plain():
         for inputs, labels, _ in loader:
             inputs, labels = work.to_device(inputs, labels)
-            loss = intra_class_loss(theirs.features(inputs), labels)
+            loss = intra_class_loss(theirs.features(inputs), labels, theirs.fc.out_features)
             step(their_optimizer, loss)
             loss.item()
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.datasets import StreamedImages
-from utils.device import give_freed_memory_back, keep_freed_memory
+from utils.device import give_freed_memory_back, keep_freed_memory, send
 from utils.distributed import part
 from utils.errors import UserError
 from utils.poisoning import paint, painter
@@ -138,7 +138,7 @@ class TestSets:
 
     clean_images: "torch.Tensor | StreamedImages"
     clean_labels: torch.Tensor
-    in_paper: torch.Tensor | None  # bool (N,): whether the authors count this clean image (not of the target class)
+    in_paper: torch.Tensor | None  # int64 (M,): the clean images that the authors count, not of the target class
     triggered_images: "torch.Tensor | TriggeredImages | None"
     attack_labels: torch.Tensor | None
     true_labels: torch.Tensor | None
@@ -154,9 +154,8 @@ def make_test_sets(dataset, opt, runtime, attack=True):
     if not attack:
         return TestSets(*clean, None, None, None, None)
     everything = opt.target_type == "all2all"
-    in_paper = np.ones_like(labels, dtype=bool) if everything else labels != opt.target_label
-    clean.append(torch.from_numpy(in_paper).to(runtime.device))
-    rows = np.flatnonzero(in_paper)
+    rows = np.flatnonzero(everything | (labels != opt.target_label))
+    clean.append(torch.from_numpy(rows).to(runtime.device))
     if isinstance(dataset.test_images, StreamedImages):
         everyone = np.ones(len(rows), dtype=bool)
         triggered = TriggeredImages(dataset.test_images.subset(rows), everyone, painter(opt, train=False))
@@ -198,7 +197,7 @@ def fetch(held, splits, runtime, change=None):
     """
     if isinstance(held, torch.Tensor):
         for rows in splits:
-            images = held[rows.to(held.device)].contiguous()  # an array on a CPU has its channels last
+            images = held[send(rows, held.device)].contiguous()  # an array on a CPU has its channels last
             yield change(images, rows) if change else images
         return
     loader = DataLoader(
@@ -278,7 +277,8 @@ class Batches:
 
     def __init__(self, images, labels, spec, runtime, batch_size, seed, name, augmentation=None, views=1, extra=None):
         self.images, self.runtime = hold(images, runtime), runtime
-        self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(runtime.device)
+        self.host_labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self.labels = self.host_labels.to(runtime.device)
         self.extra = (
             None if extra is None else torch.from_numpy(np.ascontiguousarray(extra, dtype=np.int64)).to(runtime.device)
         )
@@ -298,21 +298,28 @@ class Batches:
         count = len(self.rows)
         return count // self.batch_size + (count % self.batch_size > 1)
 
+    def _splits(self, number):
+        """The rows of each batch of epoch ``number``, a list of int64 tensors on the CPU."""
+        order = generator(self.seed, "order", self.name, number).permutation(len(self.rows))
+        return list(self.rows[torch.from_numpy(order)].split(self.batch_size))[: len(self)]
+
+    def of_one_class(self, number):
+        """Whether some batch of epoch ``number`` holds samples of a single class."""
+        labels = self.host_labels
+        return any((labels[rows] == labels[rows[0]]).all() for rows in self._splits(number))
+
     def epoch(self, number):
         """Yield ``(inputs, labels, extra)`` of epoch ``number``: float32 (views * B, 3, H, W), the first view of all
         samples before the second of all; int64 (B,); int64 (B,) or None. Of several processes each gets the inputs of its
         part of the batch, and the labels of the whole."""
-        order = self.rows[
-            torch.from_numpy(generator(self.seed, "order", self.name, number).permutation(len(self.rows)))
-        ]
         count, change = len(self.labels), None
         if self.augmentation:
             names = ("augmentation", self.name, number)
             tables = [self.augmentation.draw(generator(self.seed, *names, view), count) for view in range(self.views)]
             change = Views(self.augmentation, tables)
-        splits = list(order.split(self.batch_size))[: len(self)]
+        splits = self._splits(number)
         own = [part(rows) for rows in splits]
         for rows, images in zip(splits, fetch(self.images, own, self.runtime, change), strict=True):
-            on_device = rows.to(self.labels.device)
+            on_device = send(rows, self.labels.device)
             extra = None if self.extra is None else self.extra[on_device]
             yield self.normalize(images), self.labels[on_device], extra

@@ -66,11 +66,24 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
+    torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device
     if deterministic:
         _be_deterministic(place)
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(place) else "float32"
     return Runtime(place, getattr(torch, precision), workers)
+
+
+def send(values, device):
+    """A tensor in the process's memory, on ``device``. CUDA does not wait for it: a plain ``to`` lets all work that is queued
+    there finish first, in every batch."""
+    pinned = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)
+
+
+def exact_device(device):
+    """Where float64 is computed for what lives on ``device``: there, or on the CPU where it has none (mps)."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _be_deterministic(place):

@@ -5,8 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from utils.errors import UserError
-
 
 def cross_entropy(model, inputs, labels):
     """Cross-entropy, with ``correct``: how many of the batch are classified as their (given) label."""
@@ -30,28 +28,24 @@ def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
     return -each.clamp(max=bound).mean(), sums
 
 
-def intra_class_loss(features, labels):
+def intra_class_loss(features, labels, classes):
     """L_intra (paper section 4.1): how alike the mean features of different classes are.
 
     Args:
-        features: float (B, D); labels: int64 (B,).
+        features: float (B, D); labels: int64 (B,), below ``classes``.
 
     Returns:
-        Scalar: the cosines of all ordered pairs of different class means, summed, over K'^2 with K' classes present.
+        Scalar: the cosines of all ordered pairs of different class means, summed, over K'^2 with K' classes present; of a single
+        class zero.
 
     Computed in the dtype of ``features`` under autocast too, which would take its products in bfloat16: the cosines are near one.
-
-    Raises:
-        UserError: where the batch holds a single class.
     """
-    classes, place = labels.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise UserError("a batch holds a single class, so L_intra is not defined; use a larger --batch_size")
-    members = F.one_hot(place, len(classes)).T.to(features.dtype)
+    members = (torch.arange(classes, device=labels.device)[:, None] == labels).to(features.dtype)
+    counts = members.sum(1, keepdim=True)
     with torch.autocast(features.device.type, enabled=False):
-        means = F.normalize(members @ features / members.sum(1, keepdim=True), dim=1)
+        means = F.normalize(members @ features / counts.clamp(min=1), dim=1)  # of a class that is absent zero
         cosines = means @ means.T
-    return (cosines.sum() - cosines.diagonal().sum()) / len(classes) ** 2
+    return (cosines.sum() - cosines.diagonal().sum()) / (counts > 0).sum() ** 2
 
 
 def intra_class(model, inputs, labels):
@@ -59,7 +53,8 @@ def intra_class(model, inputs, labels):
     features = model.features(inputs).float()
     with torch.no_grad():
         correct = (model.fc(features).argmax(1) == labels).sum()
-    return intra_class_loss(features, labels), {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
+    loss = intra_class_loss(features, labels, model.fc.out_features)
+    return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):

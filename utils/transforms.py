@@ -2,8 +2,9 @@
 
 A transform has two halves: ``draw(rng, count)`` draws the parameters of ``count`` samples on the CPU, row i for sample
 i, and ``apply(images, parameters)`` uses them on a batch. So what happens to a sample depends on the generator and on
-the sample's index alone, not on the batch it falls into or on the device. Parameters are dicts of tensors whose first
-dimension counts samples; images are uint8 tensors (B, C, H, W) on any device.
+the sample's index alone, not on the batch it falls into or on the device. Parameters are dicts of tensors on the CPU whose
+first dimension counts samples; images are uint8 tensors (B, C, H, W) on any device. What is worked out for every pixel is
+worked out there, in whole numbers or float64 and step by step, so that every device finds the same.
 """
 
 import math
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from utils.device import exact_device, send
 
 
 def take_pixels(images, rows, columns):
@@ -39,24 +42,27 @@ def shift(images, down, right, flip=None):
     ``down`` and ``right`` are int64 (B,).
     """
     height, width = images.shape[2:]
-    columns = torch.arange(width).expand(len(images), width)
+    device = images.device
+    columns = torch.arange(width, device=device).expand(len(images), width)
     if flip is not None:
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-    rows = torch.arange(height) - down[:, None]
-    return take_pixels(images, rows[:, :, None], (columns - right[:, None])[:, None, :])
+        columns = torch.where(send(flip, device)[:, None], columns.flip(1), columns)
+    rows = torch.arange(height, device=device) - send(down, device)[:, None]
+    return take_pixels(images, rows[:, :, None], (columns - send(right, device)[:, None])[:, None, :])
 
 
 def rotate(images, degrees):
     """Rotate counter-clockwise about the centre by ``degrees`` (float64 (B,)), nearest pixel, zero fill.
 
-    The source pixel is found in float64 on the CPU, so that the same pixel is taken on every device.
+    The source pixel is found in float64, sine and cosine on the CPU, so that the same pixel is taken on every device.
     """
     height, width = images.shape[2:]
+    device = exact_device(images.device)
     angle = torch.deg2rad(degrees.double())[:, None, None]
-    y = (torch.arange(height, dtype=torch.float64) + 0.5 - height / 2)[:, None]
-    x = torch.arange(width, dtype=torch.float64) + 0.5 - width / 2
-    rows = torch.floor(angle.sin() * x + angle.cos() * y + height / 2).long()
-    columns = torch.floor(angle.cos() * x - angle.sin() * y + width / 2).long()
+    sin, cos = send(angle.sin(), device), send(angle.cos(), device)
+    y = (torch.arange(height, dtype=torch.float64, device=device) + 0.5 - height / 2)[:, None]
+    x = torch.arange(width, dtype=torch.float64, device=device) + 0.5 - width / 2
+    rows = torch.floor(sin * x + cos * y + height / 2).long()
+    columns = torch.floor(cos * x - sin * y + width / 2).long()
     return take_pixels(images, rows, columns)
 
 
@@ -66,7 +72,7 @@ def gaussian_blur(images, sigma, kernel_size=15):
     half = kernel_size // 2
     offsets = torch.arange(-half, half + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None].float()) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.device).repeat_interleave(channels, 0)[:, None]
+    kernel = send(kernel / kernel.sum(1, keepdim=True), images.device).repeat_interleave(channels, 0)[:, None]
     x = F.pad(images.float(), [half] * 4, mode="reflect").view(1, batch * channels, height + 2 * half, width + 2 * half)
     x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
     x = F.conv2d(x, kernel[:, :, :, None], groups=batch * channels)
@@ -87,10 +93,12 @@ def shrink(images):
 
 def erase(images, top, left, height, width):
     """Set one rectangle a sample to 0; the four are int64 (B,), in pixels."""
-    rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
-    top, left, height, width = (value[:, None, None] for value in (top, left, height, width))
+    device = images.device
+    rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
+    rows = rows[:, None]
+    top, left, height, width = (send(value, device)[:, None, None] for value in (top, left, height, width))
     hole = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-    return images * ~hole[:, None].to(images.device)
+    return images * ~hole[:, None]
 
 
 def resized_crop(images, top, left, height, width):
@@ -103,21 +111,24 @@ def resized_crop(images, top, left, height, width):
     Returns:
         float32 (B, C, H, W) in [0, 1]. Both directions are products with an interpolation matrix a sample.
     """
-    down = _interpolation(top, height, images.shape[2]).to(images.device)
-    across = _interpolation(left, width, images.shape[3]).to(images.device)
+    device = exact_device(images.device)
+    down = _interpolation(top, height, images.shape[2], device).to(images.device)
+    across = _interpolation(left, width, images.shape[3], device).to(images.device)
     return down[:, None] @ (images.float() / 255) @ across[:, None].mT
 
 
-def _interpolation(start, length, size):
+def _interpolation(start, length, size, device):
     """Matrices float32 (B, size, size) that stretch pixels start .. start+length-1 of a line to its whole size."""
-    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * (length[:, None] / size) - 0.5
-    centre = torch.minimum(centre.clamp(min=0), length[:, None] - 1.0)
+    scale = send(length / size, device)[:, None]  # a division, which devices round differently
+    start, length = (send(value, device)[:, None] for value in (start, length))
+    centre = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale - 0.5
+    centre = torch.minimum(centre.clamp(min=0), length - 1.0)
     low = centre.floor().long()
-    high = torch.minimum(low + 1, length[:, None] - 1)
+    high = torch.minimum(low + 1, length - 1)
     weight = centre - low
-    matrix = torch.zeros(len(start), size, size, dtype=torch.float64)
-    matrix.scatter_add_(2, (start[:, None] + low)[..., None], (1 - weight)[..., None])
-    matrix.scatter_add_(2, (start[:, None] + high)[..., None], weight[..., None])
+    matrix = torch.zeros(len(start), size, size, dtype=torch.float64, device=device)
+    matrix.scatter_add_(2, (start + low)[..., None], (1 - weight)[..., None])
+    matrix.scatter_add_(2, (start + high)[..., None], weight[..., None])
     return matrix.float()
 
 
@@ -208,17 +219,17 @@ class ContrastiveView:
         device = images.device
         box = (parameters[name] for name in ("top", "left", "height", "width"))
         images = resized_crop(images, *box)
-        images = torch.where(parameters["flip"].to(device)[:, None, None, None], images.flip(3), images)
+        images = torch.where(send(parameters["flip"], device)[:, None, None, None], images.flip(3), images)
         operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
         order = torch.where(parameters["jitter"][:, None], parameters["order"], -1)
         for turn in range(4):
             for number, operation in enumerate(operations):
                 chosen = torch.nonzero(order[:, turn] == number).flatten()
                 if len(chosen):
-                    factor = parameters["factors"][chosen, number].to(device)
-                    chosen = chosen.to(device)
+                    factor = send(parameters["factors"][chosen, number], device)
+                    chosen = send(chosen, device)
                     images[chosen] = operation(images[chosen], factor)
-        grey = torch.nonzero(parameters["grey"]).flatten().to(device)
+        grey = send(torch.nonzero(parameters["grey"]).flatten(), device)
         images[grey] = rgb_to_grayscale(images[grey], num_output_channels=3)
         return images
 
