@@ -4,7 +4,6 @@ There an operation that needs values on the host fails, as `nonzero` and `unique
 others, and what goes to the device and what is read from it can be counted.
 """
 
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_cli
+from pretend import allow_meta
 from test_pipeline import EXTRACTOR, NO_TRANS, SAMPLES, WITH_TRANS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,7 +48,7 @@ def meta(monkeypatch):
     """The meta device in the place of a GPU; a namespace of ``read``, how often a value was read from it, ``uploads``, and
     ``sent``, the sizes that went through `send`. The values read are so large that they pass for finite and as wanted."""
     found = SimpleNamespace(read=0, uploads=_Uploads(), sent=[])
-    item, autocast, known = torch.Tensor.item, torch.autocast, torch.amp.is_autocast_available
+    item = torch.Tensor.item
 
     def read(tensor):
         if tensor.device.type != "meta":
@@ -61,12 +61,8 @@ def meta(monkeypatch):
             found.sent.append(values.numel())
         return send(values, place)
 
-    def cast(kind, *more, **named):
-        return contextlib.nullcontext() if kind == "meta" else autocast(kind, *more, **named)
-
     monkeypatch.setattr(torch.Tensor, "item", read)
-    monkeypatch.setattr(torch, "autocast", cast)
-    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: kind == "meta" or known(kind))
+    allow_meta(monkeypatch)
     for module in (device, transforms, dataloader_bd):
         monkeypatch.setattr(module, "send", told)
     with found.uploads:
