@@ -80,11 +80,6 @@ def _held(leaf):
     return leaf.held if isinstance(leaf, Elsewhere) else leaf
 
 
-def brought_back(content):
-    """``content`` (nested lists and dicts) with the values in the place of what is elsewhere."""
-    return tree_map(_held, content)
-
-
 def allow_meta(monkeypatch):
     """Let ``--device meta`` be a device of the scripts; without autocast, which torch has not for it."""
     autocast, known = torch.autocast, torch.amp.is_autocast_available

@@ -1,15 +1,18 @@
 """The whole pipeline on a pretended device: nothing is left on the CPU that a GPU would miss, and the results are the same."""
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_all
-from pretend import brought_back, pretended
+from conftest import run_all, run_cli
+from pretend import pretended
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, weights
 
 from models.resnet import WideConv
-from utils import checkpoints, files
+from utils import checkpoints, engine
+from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # here it is copied
 
@@ -20,10 +23,6 @@ def roots(words, tmp_path_factory):
     found = {device: tmp_path_factory.mktemp(device) for device in ("cpu", "meta")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WideConv, "LEAST", 10**6)  # on a CPU alone
-        writer = files.tensor_writer
-        patch.setattr(
-            checkpoints, "tensor_writer", lambda content: writer(brought_back(content))
-        )  # torch.save brings them itself
         assert run_all([*words(found["cpu"]), "--device", "cpu", "--precision", "float32"]) == [0] * 11
         with pretended(patch):
             assert run_all([*words(found["meta"]), "--device", "meta", "--precision", "float32"]) == [0] * 11
@@ -52,3 +51,50 @@ def test_fct_and_the_samples_are_the_same(roots):
     for kind in ("clean", "poison", "suspicious"):
         here, there = (np.load(root / SAMPLES / f"{kind}_samples.npy") for root in roots.values())
         np.testing.assert_array_equal(here, there)
+
+
+def train_there(words, root, epochs):
+    common = [*words(root), "--device", "meta", "--precision", "float32", "--batch_size", 64, "--eval_freq", 0]
+    return run_cli("train_attack_noTrans.py", *common, "--epochs", epochs)
+
+
+def test_the_next_epoch_is_trained_while_a_checkpoint_is_written(words, tmp_path, monkeypatch):
+    goes_on, begun = threading.Event(), []
+    train_epoch, writer = engine.train_epoch, checkpoints.tensor_writer
+
+    def begin(*arguments):
+        begun.append(arguments)
+        if len(begun) == 2:
+            goes_on.set()
+        return train_epoch(*arguments)
+
+    def wait(content):
+        assert goes_on.wait(60)
+        return writer(content)
+
+    monkeypatch.setattr(engine, "train_epoch", begin)
+    monkeypatch.setattr(checkpoints, "tensor_writer", wait)
+    with pretended(monkeypatch):
+        assert train_there(words, tmp_path, 2) == 0
+    first, second = (torch.load(tmp_path / NO_TRANS / f"{epoch}.tar", weights_only=True) for epoch in (0, 1))
+    assert [first["epoch"], second["epoch"]] == [0, 1] and len(pd.read_csv(tmp_path / NO_TRANS / "log.csv")) == 2
+    assert not torch.equal(first["model"]["fc.weight"], second["model"]["fc.weight"])
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(epochs, words, tmp_path, monkeypatch, capsys):
+    """The second, which is the last of the run or not."""
+    writer, written = checkpoints.tensor_writer, []
+
+    def fails(content):
+        written.append(content)
+        if len(written) == 2:
+            raise UserError("the disk is full")
+        return writer(content)
+
+    monkeypatch.setattr(checkpoints, "tensor_writer", fails)
+    with pretended(monkeypatch):
+        assert train_there(words, tmp_path, epochs) == 2
+    assert "error: the disk is full" in capsys.readouterr().err and len(written) == 2
+    assert [path.name for path in (tmp_path / NO_TRANS).glob("*.tar")] == ["0.tar"]
+    assert len(pd.read_csv(tmp_path / NO_TRANS / "log.csv")) == 1

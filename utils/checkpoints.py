@@ -5,13 +5,15 @@ import os
 import shutil
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from utils.datasets import DATASETS
 from utils.distributed import leads
-from utils.errors import UserError, require_file
+from utils.errors import UserError, at_exit, require_file
 from utils.files import (
     csv_writer,
     hold_lock,
@@ -307,6 +309,7 @@ class Run:
         self.record, self.log, self.names = record, log or record.with_name("log.csv"), names
         self.history, self.outputs = [], {}
         self.staging = None
+        self._writer = self._writing = None
         self.started, self.finished = time.perf_counter(), 0
 
     def start(self, first=0, path=None):
@@ -371,11 +374,13 @@ class Run:
             self.outputs[path] = sha256(self.at(path))
 
     def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
-        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats).
+        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats). What a
+        device has trained is written while the next epoch is; that waits for it before it writes its own.
 
         Raises:
-            UserError: where the weights are not finite; nothing is written then.
+            UserError: where the weights are not finite, nothing is written then; where writing, or that of the epoch before, failed.
         """
+        self._settle()
         bad = not_finite(model.state_dict())
         if bad:
             raise UserError(
@@ -396,18 +401,37 @@ class Run:
             "poisoned_digest": self.digest,
             "history": self.history,
         }
-        for path in paths:
-            (self.outputs[path],) = write_together({self.at(path): tensor_writer(content)}).values()
-        (self.outputs[self.log],) = write_together({self.at(self.log): csv_writer(self.history)}).values()
-        kept = {"step": self.step, "poisoned_digest": self.digest, "epochs_done": epoch + 1, "data": self.data}
-        content = manifest(self.record, self.opt, self.inputs, self.outputs, **kept, **self.more)
-        write_json(self.at(self.record), content)
+        if all(value.device.type == "cpu" for value in content["model"].values()):
+            self._write(epoch, paths, content)  # now, for the next epoch changes these very tensors
+        else:
+            content["model"].update((name, value.cpu()) for name, value in content["model"].items())
+            content["optimizer"] = tree_map_only(torch.Tensor, torch.Tensor.cpu, content["optimizer"])
+            if not self._writer:
+                self._writer = ThreadPoolExecutor(1)
+                at_exit.callback(self._writer.shutdown)  # before the lock is given back
+            self._writing = self._writer.submit(self._write, epoch, paths, content)
         self.finished += 1
         left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
         numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")
         print(f"epoch {epoch + 1}/{self.opt.epochs}  {numbers}  about {left / 60:.1f} min left", flush=True)
 
+    def _write(self, epoch, paths, content):
+        """The files of an epoch; ``content``: of the checkpoint."""
+        for path in paths:
+            (self.outputs[path],) = write_together({self.at(path): tensor_writer(content)}).values()
+        (self.outputs[self.log],) = write_together({self.at(self.log): csv_writer(self.history)}).values()
+        kept = {"step": self.step, "poisoned_digest": self.digest, "epochs_done": epoch + 1, "data": self.data}
+        record = manifest(self.record, self.opt, self.inputs, self.outputs, **kept, **self.more)
+        write_json(self.at(self.record), record)
+
+    def _settle(self):
+        """Wait until the files of the epoch before are written; raise what went wrong with them."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
     def complete(self):
         """All epochs are done: replace the earlier result where there is one."""
+        self._settle()
         if leads() and self.staging and _complete(self.staging / self.record.name):
             _replace(self.record, self.log)
