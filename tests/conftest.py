@@ -123,15 +123,9 @@ def words(data_root):
     return common
 
 
-def _known(name, common):
-    """``common`` without what this script has no use for: calculate_gamma computes nothing, so it has no device."""
-    if name != "calculate_gamma.py" or "--device" not in common:
-        return common
-    return common[: common.index("--device")]
-
-
-def run_all(common, epochs=2):
-    """All numbered steps with small settings; returns the exit codes."""
+def run_all(common, epochs=2, device=()):
+    """All numbered steps with small settings; returns the exit codes. ``device``: options of those that compute, which
+    calculate_gamma does not."""
     ratios = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
     steps = [
         ("train_attack_noTrans.py", "--epochs", epochs, "--batch_size", 64),
@@ -146,7 +140,7 @@ def run_all(common, epochs=2):
         ("ST/train_classifier.py", *ratios, "--epochs", epochs, "--batch_size", 32, "--learning_rate", 0.5),
         ("ST/test.py", *ratios),
     ]
-    return [run_cli(name, *_known(name, common), *more) for name, *more in steps]
+    return [run_cli(name, *common, *(device if name != "calculate_gamma.py" else ()), *more) for name, *more in steps]
 
 
 @pytest.fixture(scope="session")

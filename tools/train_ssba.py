@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils import args
 from utils.dataloader_bd import to_device
 from utils.datasets import DATASETS, load_dataset
-from utils.device import choose_runtime
+from utils.device import choose_runtime, send
 from utils.errors import UserError, run_script
 from utils.files import atomic_write, make_folder, write_json
 from utils.paths import ROOT, shown
@@ -86,8 +86,10 @@ def main(argv=None):
 
     started, grown, shown_loss = time.perf_counter(), 0, None
     for step in tqdm(range(opt.steps), "train_ssba", disable=None):
-        batch = images[torch.from_numpy(rng.integers(0, len(images), opt.batch_size)).to(runtime.device)].float() / 255
-        bits = torch.from_numpy(rng.integers(0, 2, (opt.batch_size, BITS))).float().to(runtime.device)
+        batch = (
+            images[send(torch.from_numpy(rng.integers(0, len(images), opt.batch_size)), runtime.device)].float() / 255
+        )
+        bits = send(torch.from_numpy(rng.integers(0, 2, (opt.batch_size, BITS))).float(), runtime.device)
         with runtime.autocast():
             residual = encoder(batch, bits).float()
             encoded = (batch + residual).clamp(0, 1)

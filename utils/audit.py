@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
 from utils.datasets import rows_of
+from utils.device import send
 from utils.distributed import gather
 from utils.engine import progress
 from utils.fct import compute_fct, two_groups
@@ -119,7 +120,7 @@ def sureness(model, images, labels, spec, runtime):
         with runtime.autocast():
             logits = model(normalize(batch)).float()
         parts.append(
-            -F.cross_entropy(logits, torch.from_numpy(labels[rows.numpy()]).to(runtime.device), reduction="none")
+            -F.cross_entropy(logits, send(torch.from_numpy(labels[rows.numpy()]), runtime.device), reduction="none")
         )
     return gather(torch.cat(parts), len(labels)).cpu().numpy()
 
