@@ -86,9 +86,8 @@ def main(argv=None):
 
     started, grown, shown_loss = time.perf_counter(), 0, None
     for step in tqdm(range(opt.steps), "train_ssba", disable=None):
-        batch = (
-            images[send(torch.from_numpy(rng.integers(0, len(images), opt.batch_size)), runtime.device)].float() / 255
-        )
+        rows = torch.from_numpy(rng.integers(0, len(images), opt.batch_size))
+        batch = images[send(rows, runtime.device)].float() / 255
         bits = send(torch.from_numpy(rng.integers(0, 2, (opt.batch_size, BITS))).float(), runtime.device)
         with runtime.autocast():
             residual = encoder(batch, bits).float()
