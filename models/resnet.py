@@ -71,8 +71,11 @@ MODELS = {
     "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64),
     # Not in the paper: to resnet10 what that network is to resnet18.
     "preactresnet10": (PreActBlock, (1, 1, 1, 1), 32),
+    # Not in the paper: resnet10 without its max-pool, three times as dear, for ACC near the paper's on a CPU.
+    "resnet10_nopool": (BasicBlock, (1, 1, 1, 1), 32),
 }
 LIGHT = ("resnet10", "preactresnet10")
+UNPOOLED = ("preactresnet18", "resnet10_nopool")
 
 LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
 
@@ -156,6 +159,6 @@ def build_model(name, dataset, num_classes, size=32):
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
     stem = "imagenet" if dataset == "imagenet" or size >= LARGE else "plain" if dataset == "cifar100" else "pool"
-    if size < LARGE and name in (*LIGHT, "preactresnet18"):
+    if size < LARGE and name in (*LIGHT, *UNPOOLED):
         stem = "pool" if name in LIGHT else "plain"
     return ResNet(name, num_classes, stem)

@@ -83,6 +83,8 @@ def test_preactresnet18_is_the_published_network():
         ("resnet10", "fashion", 2),
         ("resnet10", "cifar100", 2),
         ("preactresnet10", "cifar10", 2),
+        ("resnet10_nopool", "cifar10", 4),
+        ("resnet10_nopool", "fashion", 4),
     ],
 )
 def test_classifier_has_the_stem_of_its_data_set(name, dataset, last):
@@ -127,7 +129,8 @@ def test_imagenet_stem_equals_torchvision_exactly(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "last"), [("resnet18", 512, 4), ("resnet10", 256, 2), ("preactresnet10", 256, 2)]
+    ("name", "size", "last"),
+    [("resnet18", 512, 4), ("resnet10", 256, 2), ("preactresnet10", 256, 2), ("resnet10_nopool", 256, 4)],
 )
 def test_contrastive_network_gives_128_numbers_of_length_one(name, size, last):
     model = shake(SupConResNet(name))
