@@ -5,7 +5,10 @@ import re
 import pytest
 from conftest import ROOT
 
-DOCUMENTS = ("README.md", "results/README.md")
+DOCUMENTS = (
+    "README.md",
+    *sorted(f"results/{path.name}" for path in (ROOT / "results").glob("*.md") if path.name != "tables.md"),
+)
 
 
 def anchors(path):
@@ -24,4 +27,4 @@ def test_every_link_leads_somewhere(name):
         target = document.parent / path if path else document
         if not target.exists() or (anchor and anchor not in anchors(target)):
             lost.append(link)
-    assert len(links) > 10 and not lost
+    assert links and not lost

@@ -302,6 +302,22 @@ def test_the_readme_gets_the_tables_between_its_markers_and_nothing_else(results
     assert refused.code == 2 and "markers" in refused.err and readme.read_text() == "no markers"
 
 
+def test_tables_go_to_the_one_document_that_has_their_markers(results, cli, tmp_path):
+    first, second = tmp_path / "README.md", tmp_path / "page.md"
+    marked = {name: f"<!-- table {name} -->\nold\n<!-- /table {name} -->\n" for name in TABLES}
+    first.write_text(marked["cifar10"] + marked["cifar100"])
+    second.write_text("page\n" + marked["imagenet"])
+    words = ("tools/make_tables.py", "--results", results, "--readme", first, second)
+    assert cli(*words).code == 0
+    assert "**CIFAR-10**" in first.read_text() and "**ImageNet subset**" not in first.read_text()
+    assert second.read_text().startswith("page\n<!-- table imagenet -->\n**ImageNet subset**")
+    before = first.read_text()
+    second.write_text(marked["imagenet"] + marked["cifar10"])
+    refused = cli(*words)
+    assert refused.code == 2 and "page.md" in refused.err and "<!-- table cifar10 -->" in refused.err
+    assert first.read_text() == before and "old" in second.read_text()
+
+
 def test_a_strange_record_is_named(results, cli):
     (results / "cifar10/strange.json").write_text("[]")
     refused = cli("tools/make_tables.py", "--results", results)
@@ -320,13 +336,13 @@ def test_the_papers_figures_are_complete():
 
 def test_the_readme_shows_the_tables_of_the_records():
     module, results = load_script("tools/make_tables.py"), ROOT / "results"
-    readme = (ROOT / "README.md").read_text()
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "results/cifar10.md").read_text()
     for table, _, rows in module.tables(results, pd.read_csv(results / "paper.csv")):
         text = module.markdown(table, rows)
         assert f"<!-- table {table} -->\n{text}\n<!-- /table {table} -->" in readme
     for table, rows in module.ablations(results):
         text = module.ablations_markdown(table, rows)
-        assert f"<!-- table {table}_ablations -->\n{text}\n<!-- /table {table}_ablations -->" in readme
+        assert f"<!-- table {table}_ablations -->\n{text}\n<!-- /table {table}_ablations -->" in page
     for path in (ROOT / "results").glob("cifar10*/*.json"):  # every record is of a command that this version still has
         record = json.loads(path.read_text())
         assert re.fullmatch(r"python [A-Za-z_/]+\.py( .*)?", record["commands"][-1])

@@ -34,7 +34,9 @@ ABLATIONS_HEAD = ["attack", "defence", "variant", "ACC", "ACC_paper", "ASR", "R_
 def get_parser():
     parser = args.Parser(__doc__)
     parser.add_argument("--results", type=args.path, default=ROOT / "results", help="folder of the records")
-    parser.add_argument("--readme", type=args.path, help="file whose tables, between their markers, are replaced")
+    parser.add_argument(
+        "--readme", type=args.path, nargs="+", help="files whose tables, between their markers, are replaced"
+    )
     return parser
 
 
@@ -200,13 +202,16 @@ def picture(path, table, paper, lines):
     save_figure(figure, path)
 
 
-def replace_between(text, marker, content, where):
-    """``text`` with ``content`` between its markers; a `UserError` where it has none."""
+def replace_between(texts, marker, content):
+    """Put ``content`` between its markers in the one of ``texts`` ({path: text}, changed in place) that has them; a
+    `UserError` where none has, or more than one."""
     first, last = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise UserError(f"{shown(where)} does not have the markers {first} and {last} once each")
-    head, rest = text.split(first)
-    return f"{head}{first}\n{content}\n{last}{rest.split(last)[1]}"
+    found = [path for path, text in texts.items() if first in text or last in text]
+    if len(found) != 1 or texts[found[0]].count(first) != 1 or texts[found[0]].count(last) != 1:
+        documents = ", ".join(shown(path) for path in texts)
+        raise UserError(f"the markers {first} and {last} must stand once each, in one document; looked at: {documents}")
+    head, rest = texts[found[0]].split(first)
+    texts[found[0]] = f"{head}{first}\n{content}\n{last}{rest.split(last)[1]}"
 
 
 def tables(results, paper):
@@ -240,10 +245,10 @@ def main(argv=None):
         opt.results / "tables.tex": text_writer("\n\n".join(tex) + "\n"),
     }
     if opt.readme:
-        text = opt.readme.read_text()
+        documents = {path: path.read_text() for path in opt.readme}
         for table, content in texts.items():
-            text = replace_between(text, f"table {table}", content, opt.readme)
-        writers[opt.readme] = text_writer(text)
+            replace_between(documents, f"table {table}", content)
+        writers |= {path: text_writer(text) for path, text in documents.items()}
     write_together(writers)
     print(f"Written: {', '.join(shown(path) for path in writers)}")
 
