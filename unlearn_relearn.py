@@ -14,20 +14,17 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 from models import MODELS, build_model
 from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
 from utils import args
 from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
-from utils.dataloader_bd import Batches, evaluation_splits, fetch, make_test_sets
-from utils.device import send
-from utils.distributed import gather
+from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
-from utils.metrics import evaluate
+from utils.metrics import cross_entropies, evaluate
 from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.seeding import generator
@@ -89,15 +86,9 @@ def get_parser():
     return parser
 
 
-@torch.no_grad()
-def cross_entropies(model, batches, runtime):
-    """Cross-entropy of every sample without augmentation, float32 (N,), on the device: how well the network knows it."""
-    splits, found = evaluation_splits(batches.images), []
-    for rows, images in zip(splits, fetch(batches.images, splits, runtime), strict=True):
-        with runtime.autocast():
-            logits = model(batches.normalize(images)).float()
-        found.append(F.cross_entropy(logits, batches.labels[send(rows, runtime.device)], reduction="none"))
-    return gather(torch.cat(found), len(batches.labels))
+def known(model, batches, runtime):
+    """How well the network knows each sample of D_p or D_c, see `metrics.cross_entropies`."""
+    return cross_entropies(model, batches.images, batches.labels, batches.normalize, runtime)
 
 
 def bound_of(opt, history, classes):
@@ -241,7 +232,7 @@ def main(argv=None):
     else:
         first = run.start()
         before = {
-            "loss_Dp_after": cross_entropies(model, to_unlearn, runtime).mean().item(),
+            "loss_Dp_after": known(model, to_unlearn, runtime).mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
         }
         run.history.append({"epoch": -1, **before})
@@ -265,7 +256,7 @@ def main(argv=None):
             if opt.drop_doubtful:
                 model.eval()
                 both = to_relearn, to_unlearn
-                values = [cross_entropies(model, batches, runtime) for batches in both]
+                values = [known(model, batches, runtime) for batches in both]
                 drop = doubtful(*values, *(batches.labels for batches in both), spec.num_classes)
                 taken, row["dropped"] = to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
                 model.train()
@@ -278,7 +269,7 @@ def main(argv=None):
                 row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         # What of the ascent outlives the descent.
-        row["loss_Dp_after"] = cross_entropies(model, to_unlearn, runtime).mean().item()
+        row["loss_Dp_after"] = known(model, to_unlearn, runtime).mean().item()
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)

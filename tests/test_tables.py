@@ -414,6 +414,35 @@ def test_figure_3_shows_each_row_before_and_after_step_2(data_root, tmp_path, mo
     assert pd.read_csv(tmp_path / "results/figure3_quick.csv").equals(lines)
 
 
+def test_figure_3_keeps_the_rows_of_an_earlier_run(data_root, tmp_path, monkeypatch, in_process, capsys):
+    monkeypatch.setitem(PRESETS, "quick", TINY)
+    figure3 = load_script("tools/figure3.py")
+    monkeypatch.setattr(figure3, "STEP_2", "--epochs 1 --batch_size 64 --eval_freq 0")
+    drawn = []
+    monkeypatch.setattr(figure3, "draw", lambda path, rows, ratios: drawn.append(list(rows)))
+    table = tmp_path / "results/figure3_quick.csv"
+
+    def figure(*rows):
+        words = ["--scale", "quick", "--rows", *rows, "--data_root", data_root, "--output_root", tmp_path / "runs", "--out",
+                 tmp_path / "results"]  # fmt: skip
+        figure3.main(list(map(str, words)))
+        return table.read_text().splitlines()
+
+    trojan = figure("Trojan")
+    both = figure("BadNets-all2one")
+    assert both[0] == trojan[0] and both[3:] == trojan[1:] and [line[:7] for line in both[1:3]] == ["BadNets"] * 2
+    assert drawn == [["Trojan"], ["BadNets-all2one", "Trojan"]]
+    next(tmp_path.glob("runs/*/saved/backdoored_model/poison_rate_0.1/noTrans/*/*/trojanTrigger/0.tar")).unlink()
+    capsys.readouterr()
+    assert figure("BadNets-all2one") == both and drawn[-1] == ["BadNets-all2one"]
+    assert "Trojan stays in the table" in capsys.readouterr().out
+    for strange in (b"a,b\n1,2\n", b"", b"\x89PNG", b"row,epoch\nnone,1\n"):
+        table.write_bytes(strange)
+        with pytest.raises(UserError, match=r"figure3_quick\.csv is no table"):
+            figure("Trojan")
+        assert table.read_bytes() == strange
+
+
 # D-ST over the extractor's epochs
 
 

@@ -2,8 +2,9 @@
 
 Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
-and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. The lines' measures are by the ground
-truth, for evaluation only.
+and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. Rows that the table has from an earlier
+run stay in it, and in the figure as long as their files are there. The lines' measures are by the ground truth, for evaluation
+only.
 """
 
 import sys
@@ -18,7 +19,7 @@ import pandas as pd
 from models import MODELS
 from utils import args
 from utils.dataloader_bd import poison_training_set
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.fct import fct_path, gammas_of_ratios, load_fct, separate
 from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, write_rows
@@ -99,45 +100,72 @@ def measures(resolved, places, norms):
     return values, poisoned.is_clean, lines
 
 
-def main(argv=None):
-    opt = get_parser().parse_args(argv)
-    rows = opt.rows or TABLES[opt.table]
-    planned = {row: steps_of(opt, row) for row in rows}
-    lines, drawn = [], {}
-    for row, (steps, resolved, places) in planned.items():
-        print(f"{row}:", flush=True)
-        if opt.dry_run:
-            list_commands(steps, {})
-            continue
-        make_folder(resolved.output_root)
-        run(steps, opt, resolved.output_root / f"figure3_{row}_seconds.json")
-        log = pd.read_csv(steps["finetune_attack_noTrans"].output.with_name("log.csv"))
-        norms = dict(zip(log["epoch"] + 1, log["feature_norm"], strict=True))
-        values, is_clean, of_row = measures(resolved, places, norms)
-        drawn[row] = values, is_clean, {line["epoch"]: line for line in of_row}
-        lines += [{"row": row, **line} for line in of_row]
-    if opt.dry_run:
-        return
+def earlier_lines(table):
+    """The lines (dicts of text) by row that the file ``table`` has from an earlier run; a `UserError` where it is another
+    table."""
+    if not table.is_file():
+        return {}
+    try:
+        found = pd.read_csv(table, dtype=str, keep_default_na=False)
+    except ValueError:  # not text, or no table at all
+        found = pd.DataFrame()
+    if not {"row", "epoch"} <= set(found.columns) or not set(found["row"]) <= set(ROWS):
+        raise UserError(f"{shown(table)} is no table of this tool; move it away, or give another --out")
+    return {row: part.to_dict("records") for row, part in found.groupby("row")}
 
+
+def draw(path, drawn, ratios):
+    """Save the figure: a line a row of ``drawn``, row -> (FCT by epoch, is_clean, measures by epoch); ratios: clean, poison."""
     figure, axes = plt.subplots(len(drawn), 2, figsize=(11, 2.3 * len(drawn)), layout="constrained", squeeze=False)
     for (row, (values, is_clean, measured)), pair in zip(drawn.items(), axes, strict=True):
         for axis, epoch, when in zip(
             pair, (0, max(values)), ("step 1", f"{max(values)} epochs of step 2"), strict=True
         ):
             fct = values[epoch]
-            draw_histogram(axis, fct, is_clean, gammas_of_ratios(fct, resolved.clean_ratio, resolved.poison_ratio))
+            draw_histogram(axis, fct, is_clean, gammas_of_ratios(fct, *ratios))
             axis.set_title(f"{row} after {when}: AUROC {measured[epoch]['AUROC']:.4f}", fontsize=9)
             axis.legend(fontsize=6, loc="upper right")
             axis.tick_params(labelsize=7)
         pair[0].set_ylabel("samples", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("FCT (logarithmic)", fontsize=8)
+    save_figure(figure, path)
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    rows = opt.rows or TABLES[opt.table]
     name = "_".join(["figure3", opt.scale, *([opt.model] * bool(opt.model))])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
+    earlier = earlier_lines(table)
+    planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}
+    lines, drawn = [], {}
+    for row, (steps, resolved, places) in planned.items():
+        chosen, norms = row in rows, {}
+        if chosen:
+            print(f"{row}:", flush=True)
+        if opt.dry_run:
+            list_commands(steps if chosen else {}, {})
+            continue
+        if chosen:
+            make_folder(resolved.output_root)
+            run(steps, opt, resolved.output_root / f"figure3_{row}_seconds.json")
+            log = pd.read_csv(steps["finetune_attack_noTrans"].output.with_name("log.csv"))
+            norms = dict(zip(log["epoch"] + 1, log["feature_norm"], strict=True))
+        elif not all(step.is_done() for step in steps.values()):
+            print(f"{row} stays in the table; its files are not here, so it is not drawn", flush=True)
+            lines += earlier[row]
+            continue
+        values, is_clean, of_row = measures(resolved, places, norms)
+        drawn[row] = values, is_clean, {line["epoch"]: line for line in of_row}
+        lines += [{"row": row, **line} for line in of_row] if chosen else earlier[row]
+    if opt.dry_run:
+        return
+
     make_folder(opt.out)
-    save_figure(figure, picture)
+    draw(picture, drawn, (resolved.clean_ratio, resolved.poison_ratio))  # the same in every row
     write_rows(table, lines)
-    print(pd.DataFrame(lines).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(pd.read_csv(table).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"The figure is {shown(picture)}, the table {shown(table)}")
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
 from utils.datasets import rows_of
@@ -29,6 +28,7 @@ from utils.device import send
 from utils.distributed import gather
 from utils.engine import progress
 from utils.fct import compute_fct, two_groups
+from utils.metrics import cross_entropies
 from utils.seeding import generator
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
@@ -110,19 +110,12 @@ def predict(model, images, spec, runtime, batch_size=500):
     return torch.cat(found).cpu().numpy()
 
 
-@torch.inference_mode()
 def sureness(model, images, labels, spec, runtime):
     """How sure the network is of each label, its log-probability: float32 (N,). Arguments as of `orders`."""
     model.eval()
-    held, normalize, parts = hold(images, runtime), Normalize(spec, runtime.device), []
-    splits = evaluation_splits(held)
-    for rows, batch in zip(progress(splits, "loss", len(splits)), fetch(held, splits, runtime), strict=True):
-        with runtime.autocast():
-            logits = model(normalize(batch)).float()
-        parts.append(
-            -F.cross_entropy(logits, send(torch.from_numpy(labels[rows.numpy()]), runtime.device), reduction="none")
-        )
-    return gather(torch.cat(parts), len(labels)).cpu().numpy()
+    held, normalize = hold(images, runtime), Normalize(spec, runtime.device)
+    labels = send(torch.from_numpy(labels), runtime.device)
+    return -cross_entropies(model, held, labels, normalize, runtime).cpu().numpy()
 
 
 def orders(model, images, labels, spec, runtime, seed, known=None):

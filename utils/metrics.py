@@ -2,9 +2,12 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from utils.dataloader_bd import evaluation_splits, fetch
+from utils.device import send
 from utils.distributed import gather
+from utils.engine import progress
 from utils.samples import CLEAN, POISON
 
 
@@ -16,6 +19,23 @@ def predict(classify, images, normalize, runtime):
         with runtime.autocast():
             parts.append(classify(normalize(batch)).argmax(1))
     return gather(torch.cat(parts), len(images))
+
+
+@torch.no_grad()
+def cross_entropies(model, images, labels, normalize, runtime):
+    """How well a network in evaluation mode knows each sample, without augmentation: cross-entropies, float32 (N,), on the
+    device.
+
+    Args:
+        model: maps normalised float images (B, 3, H, W) to logits (B, K); images: what `dataloader_bd.hold` gave; labels:
+        int64 (N,), on the device; normalize: a `dataloader_bd.Normalize`; runtime: a `device.Runtime`.
+    """
+    splits, parts = evaluation_splits(images), []
+    for rows, batch in zip(progress(splits, "loss", len(splits)), fetch(images, splits, runtime), strict=True):
+        with runtime.autocast():
+            logits = model(normalize(batch)).float()
+        parts.append(F.cross_entropy(logits, labels[send(rows, runtime.device)], reduction="none"))
+    return gather(torch.cat(parts), len(labels))
 
 
 def percent(hits):
