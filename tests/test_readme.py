@@ -49,7 +49,7 @@ def commands():
 def test_every_command_and_its_options_exist(name):
     text = re.sub(r"<!-- table (\w+) -->.*?<!-- /table \1 -->", "", (ROOT / name).read_text(), flags=re.DOTALL)
     options = {}
-    for script, words in re.findall(r"`(?:python )?((?:\w+/)*\w+\.py) ([^`]*)`", text):
+    for script, words in re.findall(r"`(?:python )?((?:\w+/)*\w+\.py)\s([^`]*)`", text):
         script = script if (ROOT / script).is_file() else f"ST/{script}"
         if script not in options:
             options[script] = set(load_script(script).get_parser()._option_string_actions)
