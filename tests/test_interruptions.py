@@ -15,6 +15,9 @@ from PIL import Image
 from steps import Step, moments
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
+from utils import checkpoints
+from utils.files import csv_writer
+
 RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
 EXTRACTOR = EXTRACTOR.replace("bsz_64", "bsz_32")
 CLASSIFIER = CLASSIFIER.replace("bsz_32", "bsz_16")
@@ -176,6 +179,71 @@ def test_a_killed_step_loses_nothing(name, states, small_data, tmp_path):
     seconds = states(name)[2]
     for number, when in enumerate(moments(2, seconds, 1)):
         survives(name, states, small_data, tmp_path, when, signal.SIGKILL, again=number % 2)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("name", "done"),
+    [
+        ("train_attack_noTrans", 1),
+        ("train_attack_noTrans", 2),
+        ("train_attack_noTrans", 3),
+        ("unlearn_relearn", 3),
+        ("train_extractor", 2),
+    ],
+)
+def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
+    name, done, again, states, small_data, tmp_path, monkeypatch
+):
+    before, after, _ = states(name)
+    root, (script, folder, words, pattern) = tmp_path / "root", STEPS[name]
+    shutil.copytree(after if again else before, root) if again or before else root.mkdir()
+    words = [*words, "--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
+
+    def stopped(rows):
+        if len([row for row in rows if row["epoch"] >= 0]) == done:
+            raise KeyboardInterrupt
+        return csv_writer(rows)
+
+    monkeypatch.setattr(checkpoints, "csv_writer", stopped)
+    assert run_cli(script, *words) == 130
+    monkeypatch.undo()
+    place = next((root / folder).glob("*unfinished")) if again else root / folder
+    newest = max(place.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+    assert torch.load(newest, weights_only=True)["epoch"] == done - 1
+    assert run_cli(script, *words, "--checkpoint_load", newest) == 0
+    for path in files(after):
+        assert same_content(root / path.relative_to(after), path), path
+    assert {path.relative_to(root) for path in files(root)} == {path.relative_to(after) for path in files(after)}
+    (record,) = (root / folder).glob("*_unlearn_purify.json" if name == "unlearn_relearn" else "options.json")
+    whole = json.loads((after / record.relative_to(root)).read_text())
+    assert json.loads(record.read_text())["outputs"].keys() == whole["outputs"].keys()
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, states, small_data, tmp_path, monkeypatch):
+    after, root = states("train_attack_noTrans")[1], tmp_path / "root"
+    shutil.copytree(after, root)
+    script, folder, words, _ = STEPS["train_attack_noTrans"]
+    words = [*words, "--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
+    move, moved = checkpoints._move, []
+
+    def stopped(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(checkpoints, "_move", stopped)
+    assert run_cli(script, *words) == 130
+    monkeypatch.undo()
+    newest = root / folder / "unfinished/2.tar"
+    assert newest.exists() and moved == [root / folder / "0.tar"]
+    assert run_cli(script, *words, "--epochs", epochs, "--checkpoint_load", newest) == 0
+    assert all(same_content(root / folder / f"{epoch}.tar", after / folder / f"{epoch}.tar") for epoch in range(3))
+    assert not (root / folder / "unfinished").exists()
+    record = json.loads((root / folder / "options.json").read_text())
+    assert record["epochs_done"] == epochs and {f"{epoch}.tar" for epoch in range(epochs)} <= record["outputs"].keys()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

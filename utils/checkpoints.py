@@ -260,6 +260,12 @@ def unfinished_folder(record):
     return record.with_name("unfinished" if record.name == "options.json" else f"{record.stem}_unfinished")
 
 
+def _epoch_of(path):
+    """The epoch that a checkpoint's name ends in, as of 11.tar and ckpt_epoch_11.pth, or None."""
+    last = Path(path).stem.split("_")[-1]
+    return int(last) if last.isdigit() else None
+
+
 def _complete(record):
     content = read_record(record)
     return bool(content) and content.get("epochs_done") == content.get("options", {}).get("epochs")
@@ -319,6 +325,8 @@ class Run:
             return first
         claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
         make_folder(self.log.parent)
+        if path and not Path(path).exists():  # what an interrupted run had left to do was to put it in its place
+            path = self.record.parent / Path(path).name
         staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}
         if path and Path(path).resolve().parent == staging.resolve():
             self.staging, earlier = staging, read_record(staging / self.record.name) or {}
@@ -337,9 +345,22 @@ class Run:
             self.outputs = {
                 self.record.parent / name: digest
                 for name, digest in earlier.get("outputs", {}).items()
-                if not Path(name).stem.split("_")[-1].isdigit() or int(Path(name).stem.split("_")[-1]) < first
+                if _epoch_of(name) is None or _epoch_of(name) < first
             }
+            own = Path(path).resolve().parent == self.at(self.record).parent.resolve()
+            if own and earlier.get("epochs_done", 0) < first:
+                self._catch_up(Path(path), first)
         return first
+
+    def _catch_up(self, path, first):
+        """The run was stopped between the checkpoint ``path`` and its record: count what the epochs before ``first`` left,
+        and write the record, so that they are neither taken for another run's files nor for undone."""
+        # ST's extractor may have kept a second one.
+        left = self.staging.iterdir() if self.staging else path.parent.glob(f"ckpt_epoch_{first - 1}.pth")
+        for file in {path, *left}:
+            if file.name not in (self.record.name, self.log.name) and not file.name.startswith("."):
+                self.outputs[self.record.parent / file.name] = sha256(file)
+        self._keep(first)
 
     def at(self, path):
         """Where the file that belongs to ``path`` is written now."""
@@ -419,8 +440,12 @@ class Run:
         """The files of an epoch; ``content``: of the checkpoint."""
         for path in paths:
             (self.outputs[path],) = write_together({self.at(path): tensor_writer(content)}).values()
+        self._keep(epoch + 1)
+
+    def _keep(self, done):
+        """The log and the record of the first ``done`` epochs."""
         (self.outputs[self.log],) = write_together({self.at(self.log): csv_writer(self.history)}).values()
-        kept = {"step": self.step, "poisoned_digest": self.digest, "epochs_done": epoch + 1, "data": self.data}
+        kept = {"step": self.step, "poisoned_digest": self.digest, "epochs_done": done, "data": self.data}
         record = manifest(self.record, self.opt, self.inputs, self.outputs, **kept, **self.more)
         write_json(self.at(self.record), record)
 
