@@ -330,3 +330,19 @@ def test_nothing_in_the_project_unpickles_or_evaluates_text():
             ) or (name == "np.load" and options.get("allow_pickle") != "False") or options.get("shell") == "True":  # fmt: skip
                 found.append(f"{path.name}:{node.lineno} {name}")
     assert not found
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b"a,b\n1,2\n"])
+@pytest.mark.parametrize(
+    ("script", "words", "name"),
+    [
+        ("tools/build_imagenet_subset.py", ["--imagenet", ".", "--out", "out", "--classes", "file"], "file"),
+        ("tools/build_fashion.py", ["--source", ".", "--out", "out/fashion.npz"], "train-images-idx3-ubyte.gz"),
+        ("tools/calibrate_audit.py", ["--out", "file"], "file"),
+    ],
+)
+def test_a_strange_file_of_a_tool_is_one_line(script, words, name, content, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    refused(cli(script, *words), name)
+    assert [path.name for path in tmp_path.rglob("*")] == [name] and (tmp_path / name).read_bytes() == content

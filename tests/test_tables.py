@@ -318,6 +318,21 @@ def test_tables_go_to_the_one_document_that_has_their_markers(results, cli, tmp_
     assert first.read_text() == before and "old" in second.read_text()
 
 
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("name", ["paper.csv", "README.md"])
+def test_a_missing_or_strange_file_is_one_line_and_nothing_is_written(name, content, results, cli, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"<!-- table {table} -->\n<!-- /table {table} -->\n" for table in TABLES))
+    strange = results / name if name == "paper.csv" else readme
+    strange.unlink()
+    if content is not None:
+        strange.write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = cli("tools/make_tables.py", "--results", results, "--readme", readme)
+    assert refused.code == 2 and name in refused.err and refused.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_strange_record_is_named(results, cli):
     (results / "cifar10/strange.json").write_text("[]")
     refused = cli("tools/make_tables.py", "--results", results)
@@ -438,7 +453,7 @@ def test_figure_3_keeps_the_rows_of_an_earlier_run(data_root, tmp_path, monkeypa
     assert "Trojan stays in the table" in capsys.readouterr().out
     for strange in (b"a,b\n1,2\n", b"", b"\x89PNG", b"row,epoch\nnone,1\n"):
         table.write_bytes(strange)
-        with pytest.raises(UserError, match=r"figure3_quick\.csv is no table"):
+        with pytest.raises(UserError, match=r"figure3_quick\.csv is (no|not|another)"):
             figure("Trojan")
         assert table.read_bytes() == strange
 

@@ -9,6 +9,7 @@ The source is the folder of Debian's package dataset-fashion-mnist, or any folde
 import argparse
 import gzip
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ from utils.paths import ROOT, shown
 
 def read_idx(path):
     """Read a gzipped IDX file of bytes: 4-byte magic whose last byte is the number of dimensions, then the sizes."""
-    data = gzip.decompress(require_file(path, "apt-get install dataset-fashion-mnist").read_bytes())
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise UserError(f"{path} is not an IDX file of bytes")
-    sizes = np.frombuffer(data, ">i4", count=data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+    packed = require_file(path, "apt-get install dataset-fashion-mnist").read_bytes()
+    try:
+        data = gzip.decompress(packed)
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("its first bytes are others")
+        sizes = np.frombuffer(data, ">i4", count=data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f"{path} is not a gzipped IDX file of bytes ({error})") from None
 
 
 def first_of_each_class(images, labels, count):

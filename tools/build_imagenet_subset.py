@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from utils import args
 from utils.datasets import IMAGE_SUFFIXES
-from utils.errors import UserError, nearest_existing, require_file, run_script
-from utils.files import atomic_write, make_folder
+from utils.errors import UserError, nearest_existing, run_script
+from utils.files import atomic_write, make_folder, read_text
 from utils.paths import ROOT, shown
 
 CLASSES = Path(__file__).with_name("imagenet_subset_classes.txt")
@@ -33,7 +33,7 @@ def get_parser():
 
 def read_classes(path):
     """The class ids (list of str) of a file, one a line; lines that begin with # say something."""
-    lines = require_file(path, "git checkout tools/imagenet_subset_classes.txt").read_text().splitlines()
+    lines = read_text(path, "git checkout tools/imagenet_subset_classes.txt").splitlines()
     ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not ids or len(set(ids)) != len(ids) or any("/" in name or name.startswith(".") for name in ids):
         raise UserError(f"{path} must name each class folder once, one a line")

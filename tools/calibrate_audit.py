@@ -22,7 +22,7 @@ from utils import args
 from utils.dataloader_bd import attack_label, poisoned_indices
 from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, write_rows
+from utils.files import make_folder, read_json, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
 from utils.SSBA.encode_image import ENCODER, encode_images
@@ -199,7 +199,8 @@ def main(argv=None):
                 f"--runs {name}: the runs are clean00 to clean{len(CLEAN_RUNS) - 1} and poisoned00 to poisoned{len(POISONED_RUNS) - 1}"
             )
     make_folder(opt.out.absolute().parent)
-    done = pd.read_csv(opt.out).to_dict("records") if opt.out.is_file() else []
+    command = "python tools/calibrate_audit.py with another --out"
+    done = read_table(opt.out, ["run", "verdict"], command).to_dict("records") if opt.out.is_file() else []
     loaded = {}
     for name in opt.runs or runs:
         data, number, classes, attack, rate, target, seed = runs[name]

@@ -22,7 +22,7 @@ from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, gammas_of_ratios, load_fct, separate
 from utils.figures import draw_histogram, save_figure
-from utils.files import make_folder, write_rows
+from utils.files import make_folder, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
 from utils.rows import PRESETS, ROWS, SCALES, TABLES, one_cell, plan
@@ -105,12 +105,12 @@ def earlier_lines(table):
     table."""
     if not table.is_file():
         return {}
-    try:
-        found = pd.read_csv(table, dtype=str, keep_default_na=False)
-    except ValueError:  # not text, or no table at all
-        found = pd.DataFrame()
-    if not {"row", "epoch"} <= set(found.columns) or not set(found["row"]) <= set(ROWS):
-        raise UserError(f"{shown(table)} is no table of this tool; move it away, or give another --out")
+    found = read_table(
+        table, ["row", "epoch"], "python tools/figure3.py with another --out", dtype=str, keep_default_na=False
+    )
+    strange = set(found["row"]) - set(ROWS)
+    if strange:
+        raise UserError(f"{shown(table)} is no table of this tool: it has the row {min(strange)}; give another --out")
     return {row: part.to_dict("records") for row, part in found.groupby("row")}
 
 

@@ -19,12 +19,13 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import text_writer, write_together
+from utils.files import read_table, read_text, text_writer, write_together
 from utils.paths import ROOT, shown
 from utils.records import MEASURES, cell_line, collect, read_cells
 from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
+PAPER = ("table", "row", "model", "ACC", "ASR")  # columns of paper.csv
 SHOWN_SCALES = ("paper", "long", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
@@ -223,32 +224,30 @@ def tables(results, paper):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
-    source = opt.results / "paper.csv"
-    if not source.is_file():
-        raise UserError(
-            f"no file {shown(source)}, the paper's figures, which comes with the repository; give --results"
-        )
-    paper = pd.read_csv(source)
+    paper = read_table(opt.results / "paper.csv", PAPER, "git checkout results/paper.csv")
+    documents = {path: read_text(path, f"git checkout {path.name}") for path in opt.readme or []}
     texts, tex = {}, []
-    for table, lines, rows in tables(opt.results, paper):
+    shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))
+    for table, _, rows in shown_tables:
         texts[table] = markdown(table, rows)
         tex.append(latex(table, rows))
+    for table, rows in shown_ablations:
+        texts[f"{table}_ablations"] = ablations_markdown(table, rows)
+    for table, content in texts.items() if documents else ():
+        replace_between(documents, f"table {table}", content)
+
+    for table, lines, _ in shown_tables:
         if len(lines):
             collect(opt.results / table, opt.results / f"{table}.csv")
             picture(opt.results / f"{table}.png", table, paper, lines)
-    for table, rows in ablations(opt.results):
-        texts[f"{table}_ablations"] = ablations_markdown(table, rows)
+    for table, _ in shown_ablations:
         collect(opt.results / f"{table}_ablations", opt.results / f"{table}_ablations.csv")
     print("\n\n".join(texts.values()))
     writers = {
         opt.results / "tables.md": text_writer("\n\n".join(texts.values()) + "\n"),
         opt.results / "tables.tex": text_writer("\n\n".join(tex) + "\n"),
     }
-    if opt.readme:
-        documents = {path: path.read_text() for path in opt.readme}
-        for table, content in texts.items():
-            replace_between(documents, f"table {table}", content)
-        writers |= {path: text_writer(text) for path, text in documents.items()}
+    writers |= {path: text_writer(text) for path, text in documents.items()}
     write_together(writers)
     print(f"Written: {', '.join(shown(path) for path in writers)}")
 

@@ -261,6 +261,30 @@ def write_rows(path, rows):
     write_together({path: csv_writer(rows)})
 
 
+def read_text(path, command):
+    """The text of a file. Raises `UserError` where there is none, and names the ``command`` that makes it, or no text in it."""
+    try:
+        return require_file(path, command).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable text ({error}). Make it with: {command}") from None
+
+
+def read_table(path, columns, command, **options):
+    """A CSV file as a DataFrame; ``options`` of `pandas.read_csv`.
+
+    Raises:
+        UserError: where there is no such file, or it is no table with these ``columns``; names the ``command`` that makes it.
+    """
+    try:
+        table = pd.read_csv(require_file(path, command), **options)
+    except (OSError, ValueError) as error:  # not text, or no table, are ValueErrors
+        raise UserError(f"{path} is not readable as a table ({error}). Make it with: {command}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise UserError(f"{path} is another table: it has no column {', '.join(missing)}. Make it with: {command}")
+    return table
+
+
 def read_json(path):
     """The dict in ``path``, or None where there is no such file. Raises `UserError` for a file that is not JSON."""
     try:
