@@ -71,7 +71,7 @@ MODELS = {
     "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64),
     # Not in the paper: to resnet10 what that network is to resnet18.
     "preactresnet10": (PreActBlock, (1, 1, 1, 1), 32),
-    # Not in the paper: resnet10 without its max-pool, three times as dear, for ACC near the paper's on a CPU.
+    # Not in the paper: resnet10 without its max-pool, three times as dear for two points of ACC.
     "resnet10_nopool": (BasicBlock, (1, 1, 1, 1), 32),
 }
 LIGHT = ("resnet10", "preactresnet10")

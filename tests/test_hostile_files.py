@@ -332,7 +332,7 @@ def test_nothing_in_the_project_unpickles_or_evaluates_text():
     assert not found
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b"a,b\n1,2\n"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b"a,b\n1,2\n", b"a\n1,2,3\n4\n1,2,3,4\n"])
 @pytest.mark.parametrize(
     ("script", "words", "name"),
     [

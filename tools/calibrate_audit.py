@@ -199,7 +199,7 @@ def main(argv=None):
                 f"--runs {name}: the runs are clean00 to clean{len(CLEAN_RUNS) - 1} and poisoned00 to poisoned{len(POISONED_RUNS) - 1}"
             )
     make_folder(opt.out.absolute().parent)
-    command = "python tools/calibrate_audit.py with another --out"
+    command = "python tools/calibrate_audit.py --out ANOTHER_FILE"
     done = read_table(opt.out, ["run", "verdict"], command).to_dict("records") if opt.out.is_file() else []
     loaded = {}
     for name in opt.runs or runs:

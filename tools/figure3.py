@@ -106,7 +106,7 @@ def earlier_lines(table):
     if not table.is_file():
         return {}
     found = read_table(
-        table, ["row", "epoch"], "python tools/figure3.py with another --out", dtype=str, keep_default_na=False
+        table, ["row", "epoch"], "python tools/figure3.py --out ANOTHER_FOLDER", dtype=str, keep_default_na=False
     )
     strange = set(found["row"]) - set(ROWS)
     if strange:
