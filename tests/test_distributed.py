@@ -3,12 +3,14 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_cli
+from conftest import ROOT, run_cli
 from steps import Step
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, weights
 from torch import nn
@@ -118,6 +120,30 @@ def test_a_mistake_is_told_once_and_ends_both(words, tmp_path):
     ]  # fmt: skip
     assert [step.wait() for step in steps] == [2, 2]
     assert "train_attack_noTrans.py" in steps[0].said and not steps[1].said.strip()
+
+
+def test_torchrun_lets_the_first_process_say_what_is_wrong(words, tmp_path):
+    late = tmp_path / "late.py"  # the first process comes to the mistake two seconds after the other
+    late.write_text(
+        "import os, runpy, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils import args\n"
+        "start = args.start\n"
+        "args.start = lambda *given: [start(*given), time.sleep(2 * (os.environ['RANK'] == '0'))][0]\n"
+        f"runpy.run_path({str(ROOT / 'finetune_attack_noTrans.py')!r}, run_name='__main__')\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        late,
+        *words(tmp_path),
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and done.stderr.count("train_attack_noTrans.py") == 1, done.stderr
+    assert "interrupted" not in done.stderr
 
 
 def test_shared_normalisation_of_one_process_is_torchs(monkeypatch):

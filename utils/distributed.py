@@ -51,6 +51,7 @@ def join(device):
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.barrier()  # one that ends at once, by a mistake, must not end while another is still on its way here
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the processes cannot meet ({reason}); start them with torchrun --nproc_per_node=K") from None

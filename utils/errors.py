@@ -4,10 +4,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+
+GRACE = 3  # seconds that the other processes leave the first to say what is wrong: torchrun ends all when one has ended
 
 # What a script gives back when it ends, however it ends: its locks.
 at_exit = ExitStack()
@@ -21,7 +24,8 @@ def run_script(main):
     """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM. Of several
     processes that torchrun started, the first alone prints."""
     name = Path(sys.argv[0]).name
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0:
+    follows = int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+    if follows:
         silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
         at_exit.enter_context(redirect_stdout(silence))
         at_exit.enter_context(redirect_stderr(silence))
@@ -34,6 +38,8 @@ def run_script(main):
         main()
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if follows:
+            time.sleep(GRACE)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
         print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
