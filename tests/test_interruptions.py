@@ -76,10 +76,13 @@ def states(small_data, tmp_path_factory):
     return upto
 
 
-def start(name, root, data, log, *more):
+def command(name, root, data):
     script, _, words, _ = STEPS[name]
-    common = ["--dataset", "cifar10", "--model", "resnet10", "--data_root", data, "--output_root", root]
-    return Step(script, *common, *words, *more, log=log)
+    return [script, "--dataset", "cifar10", "--model", "resnet10", "--data_root", data, "--output_root", root, *words]
+
+
+def start(name, root, data, log, *more):
+    return Step(*command(name, root, data), *more, log=log)
 
 
 def open_whole(path):
@@ -196,9 +199,9 @@ def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
     name, done, again, states, small_data, tmp_path, monkeypatch
 ):
     before, after, _ = states(name)
-    root, (script, folder, words, pattern) = tmp_path / "root", STEPS[name]
+    root, (_, folder, _, pattern) = tmp_path / "root", STEPS[name]
     shutil.copytree(after if again else before, root) if again or before else root.mkdir()
-    words = [*words, "--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
+    words = command(name, root, small_data)
 
     def stopped(rows):
         if len([row for row in rows if row["epoch"] >= 0]) == done:
@@ -206,12 +209,12 @@ def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
         return csv_writer(rows)
 
     monkeypatch.setattr(checkpoints, "csv_writer", stopped)
-    assert run_cli(script, *words) == 130
+    assert run_cli(*words) == 130
     monkeypatch.undo()
     place = next((root / folder).glob("*unfinished")) if again else root / folder
     newest = max(place.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
     assert torch.load(newest, weights_only=True)["epoch"] == done - 1
-    assert run_cli(script, *words, "--checkpoint_load", newest) == 0
+    assert run_cli(*words, "--checkpoint_load", newest) == 0
     for path in files(after):
         assert same_content(root / path.relative_to(after), path), path
     assert {path.relative_to(root) for path in files(root)} == {path.relative_to(after) for path in files(after)}
@@ -224,8 +227,7 @@ def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
 def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, states, small_data, tmp_path, monkeypatch):
     after, root = states("train_attack_noTrans")[1], tmp_path / "root"
     shutil.copytree(after, root)
-    script, folder, words, _ = STEPS["train_attack_noTrans"]
-    words = [*words, "--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
+    folder, words = NO_TRANS, command("train_attack_noTrans", root, small_data)
     move, moved = checkpoints._move, []
 
     def stopped(source, target):
@@ -235,11 +237,11 @@ def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, sta
         move(source, target)
 
     monkeypatch.setattr(checkpoints, "_move", stopped)
-    assert run_cli(script, *words) == 130
+    assert run_cli(*words) == 130
     monkeypatch.undo()
     newest = root / folder / "unfinished/2.tar"
     assert newest.exists() and moved == [root / folder / "0.tar"]
-    assert run_cli(script, *words, "--epochs", epochs, "--checkpoint_load", newest) == 0
+    assert run_cli(*words, "--epochs", epochs, "--checkpoint_load", newest) == 0
     assert all(same_content(root / folder / f"{epoch}.tar", after / folder / f"{epoch}.tar") for epoch in range(3))
     assert not (root / folder / "unfinished").exists()
     record = json.loads((root / folder / "options.json").read_text())

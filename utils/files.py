@@ -278,8 +278,7 @@ def read_table(path, columns, command, **options):
     try:
         table = pd.read_csv(require_file(path, command), **options)
     except (OSError, ValueError) as error:  # not text, or no table, are ValueErrors
-        reason = " ".join(str(error).split())  # pandas ends some with a line break
-        raise UserError(f"{path} is not readable as a table ({reason}). Make it with: {command}") from None
+        raise UserError(f"{path} is not readable as a table ({error}). Make it with: {command}") from None
     missing = [name for name in columns if name not in table]
     if missing:
         raise UserError(f"{path} is another table: it has no column {', '.join(missing)}. Make it with: {command}")
