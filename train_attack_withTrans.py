@@ -1,6 +1,6 @@
 """BR step 1: train a backdoored model on the poisoned set with the usual data augmentation (paper section 4.3).
 
-Writes 0.tar, 1.tar, ... (one an epoch), log.csv, options.json and samples.png to
+Writes 0.tar, 1.tar, ... (one an epoch, or every --save_freq), log.csv, options.json and samples.png to
 saved/backdoored_model/poison_rate_<rate>/withTrans/<dataset>/<model>/<trigger>/.
 """
 
@@ -84,7 +84,8 @@ def train(opt, runtime, step, weight_decay, start_from=None):
             row["val_acc"] = held_out.accuracy(model, poisoned.images, batches.normalize, runtime)
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, batches.normalize, runtime))
-        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+        paths = args.kept(opt, epoch, folder / f"{epoch}.tar")
+        run.finish_epoch(epoch, row, paths, model, optimizer, schedule)
     run.complete()
     if held_out:
         print(f"The held-out samples would choose epoch {best_epoch(run.history, 'val_acc') + 1}")

@@ -2,7 +2,7 @@
 (paper section 5.1 and appendix).
 
 Images are decoded, triggered and augmented by worker processes; they are never all in memory. Writes 0.tar, 1.tar, ...
-(one an epoch), log.csv, options.json and samples.png to
+(one an epoch, or every --save_freq), log.csv, options.json and samples.png to
 saved/backdoored_model/poison_rate_<rate>/withTrans/imagenet/<model>/<trigger>/.
 """
 

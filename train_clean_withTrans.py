@@ -1,7 +1,7 @@
 """Train a benign model on the clean training set with the usual data augmentation; the CL attack perturbs its images
 against it (paper appendix; Turner et al. 2019).
 
-Writes 0.tar, 1.tar, ... (one an epoch), log.csv and options.json to saved/benign_model/<dataset>/<model>/.
+Writes 0.tar, 1.tar, ... (one an epoch, or every --save_freq), log.csv and options.json to saved/benign_model/<dataset>/<model>/.
 """
 
 import torch
@@ -68,7 +68,8 @@ def main(argv=None):
         if args.due(opt, epoch):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
-        run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
+        paths = args.kept(opt, epoch, folder / f"{epoch}.tar")
+        run.finish_epoch(epoch, row, paths, model, optimizer, schedule)
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 

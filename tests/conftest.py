@@ -32,7 +32,7 @@ class SameBatches:
     number of its batch."""
 
     def __init__(self, count, size):
-        self.count, self.labels = count, torch.zeros(count * size, dtype=torch.int64)
+        self.count, self.batch_size, self.labels = count, size, torch.zeros(count * size, dtype=torch.int64)
 
     def __len__(self):
         return self.count

@@ -96,12 +96,13 @@ def test_an_epoch_asks_the_device_for_nothing_but_its_sums(script, meta, words, 
         return result
 
     monkeypatch.setattr(engine, "train_epoch", watched)
+    monkeypatch.setattr(dataloader_bd, "TOGETHER", 3 * batch_size)
     monkeypatch.setattr(Run, "finish_epoch", lambda run, epoch, row, *rest: run.history.append({"epoch": epoch, **row}))
     own = ["--epochs", 1, "--batch_size", batch_size, "--overwrite", "--device", "meta", "--precision", "float32"]
     assert run_cli(script, *words(copy), *own, *more) == 0
     assert epochs and all(read == allowed for read, allowed in epochs)
     assert meta.uploads.sizes and meta.uploads.sizes == meta.sent  # a plain copy to the device would wait for it
-    assert max(meta.sent) <= batch_size  # a number a sample, and nothing that has pixels
+    assert batch_size < max(meta.sent) <= 3 * batch_size  # a number a sample, and nothing that has pixels
 
 
 @pytest.mark.parametrize("name", transforms.TAU_NAMES)

@@ -280,6 +280,24 @@ def test_two_views_come_as_all_first_views_and_then_all_second():
         assert torch.equal(painted[:, 2], torch.cat([blue, blue]))
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(("count", "batch_size", "at_once"), [(41, 4, 3), (40, 8, 100), (38, 8, 2)])
+def test_batches_that_are_made_together_are_those_made_one_by_one(count, batch_size, at_once, views, monkeypatch):
+    one_by_one = list(make_batches(count, batch_size, views=views).epoch(1))
+    made, plain = [], bd.Views.__call__
+    monkeypatch.setattr(bd.Batches, "at_once", at_once)
+    monkeypatch.setattr(
+        bd.Views, "__call__", lambda self, images, rows: made.append(len(rows)) or plain(self, images, rows)
+    )
+    together = list(make_batches(count, batch_size, views=views).epoch(1))
+    assert len(made) == -(-len(together) // at_once) and max(made) > batch_size
+    assert len(together) == len(one_by_one)
+    for found, expected in zip(together, one_by_one, strict=True):
+        assert len(found[0]) == views * len(found[1])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 def test_the_two_views_of_a_sample_differ():
     inputs, labels, _ = next(make_batches(16, 16, views=2).epoch(0))
     first, second = inputs.split(len(labels))

@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from argparse import Namespace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from ST.losses import SupConLoss, mixed_cross_entropy, trusted_mask
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.datasets import load_dataset
-from utils.engine import train_epoch
+from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.fct import compute_fct, gammas_of_ratios, separate
 from utils.figures import save_figure
@@ -57,6 +58,7 @@ def get_parser():
     parser.add_argument("--batch_size", type=args.number(int, 2), default=128, help="images a batch")
     parser.add_argument("--quick", action="store_true", help="within a minute on two cores; too short for good figures")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/benchmark.csv", help="the table")
+    args.add_compile_option(parser)
     args.add_device_options(parser)
     return parser
 
@@ -70,13 +72,17 @@ class Work:
         self.runtime, self.batch_size, self.spec = runtime, opt.batch_size, data.spec
         self.images, self.labels = data.train_images[:count], data.train_labels[:count]
         self.pil = [Image.fromarray(image) for image in self.images]
-        self.model = opt.model
+        self.model, self.opt = opt.model, opt
         self.trusted = np.arange(count) % 2 == 0
 
     def network(self, plain):
         torch.manual_seed(0)
         network = build_model(self.model, "cifar10", 10)
         return with_plain_convolutions(network).to(self.runtime.device) if plain else self.runtime.place(network)
+
+    def trained(self, network, batches):
+        """Our network as the steps train it on ``batches``."""
+        return prepare(network.train(), Namespace(compile=self.opt.compile, epochs=1), self.runtime, batches)
 
     def batches(self, name, **more):
         return Batches(self.images, self.labels, self.spec, self.runtime, self.batch_size, 0, name, **more)
@@ -153,8 +159,10 @@ def poisoning(work):
 
 
 def training(work):
-    own, theirs = work.network(False).train(), work.network(True).train()
-    batches, optimizer, their_optimizer = work.batches("training", augmentation=CropFlip(32)), sgd(own), sgd(theirs)
+    own, theirs = work.network(False), work.network(True).train()
+    batches, their_optimizer = work.batches("training", augmentation=CropFlip(32)), sgd(theirs)
+    own = work.trained(own, batches)
+    optimizer = work.runtime.sgd(own.parameters(), 0.01, 5e-4)
     loader = work.loader(*CROP_FLIP)
 
     def plain():
@@ -171,8 +179,10 @@ def training(work):
 
 
 def intra_class_epoch(work):
-    own, theirs = work.network(False).train(), work.network(True).train()
-    batches, optimizer, their_optimizer = work.batches("intra"), sgd(own), sgd(theirs)
+    own, theirs = work.network(False), work.network(True).train()
+    batches, their_optimizer = work.batches("intra"), sgd(theirs)
+    own = work.trained(own, batches)
+    optimizer = work.runtime.sgd(own.parameters(), 0.01, 5e-4)
     loader = work.loader()
 
     def plain():
@@ -224,11 +234,12 @@ def separation(work):
 
 
 def extractor(work):
-    own, theirs = work.runtime.place(SupConResNet(work.model)).train(), SupConResNet(work.model).train()
+    own, theirs = work.runtime.place(SupConResNet(work.model)), SupConResNet(work.model).train()
     theirs.to(work.runtime.device)
-    optimizer, their_optimizer, loss_of = sgd(own), sgd(theirs), SupConLoss()
     trusted = work.trusted
     batches = work.batches("extractor", augmentation=ContrastiveView(32), views=2, extra=trusted)
+    own = work.trained(own, batches)
+    optimizer, their_optimizer, loss_of = work.runtime.sgd(own.parameters(), 0.01, 5e-4), sgd(theirs), SupConLoss()
     change = transforms.Compose([*VIEW, transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
     loader = DataLoader(Plain(work.pil, work.labels, [TwoViews(change)]), work.batch_size, True, num_workers=WORKERS)
 
@@ -276,11 +287,13 @@ def classifier(work):
 
 def unlearning(work):
     """One pass up and one down; half of the images each."""
-    own, theirs = work.network(False).train(), work.network(True).train()
-    optimizer, their_optimizer, half = sgd(own, 1e-4), sgd(theirs, 1e-4), len(work.labels) // 2
+    own, theirs = work.network(False), work.network(True).train()
+    their_optimizer, half = sgd(theirs, 1e-4), len(work.labels) // 2
     parts = [(work.images[:half], work.labels[:half]), (work.images[half:], work.labels[half:])]
     settings = (work.spec, work.runtime, work.batch_size, 0, "unlearning")
     up, down = (Batches(images, labels, *settings, augmentation=CropFlip(32)) for images, labels in parts)
+    own = work.trained(own, down)
+    optimizer = work.runtime.sgd(own.parameters(), 1e-4, 5e-4)
     end = [transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)]
     change = transforms.Compose([*CROP_FLIP, *end])
     loaders = [

@@ -226,10 +226,14 @@ def add_training_options(
     if overwrites:
         add_overwrite_option(parser)
     if compiles:
-        parser.add_argument(
-            "--compile", choices=("auto", "on", "off"), default="auto",
-            help="torch.compile of the training step; auto: on CUDA, with CUDA graphs",
-        )  # fmt: skip
+        add_compile_option(parser)
+
+
+def add_compile_option(parser):
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto",
+        help="of the training step; on: torch.compile, and on CUDA a CUDA graph; auto: on CUDA the graph, and for a long run both",
+    )  # fmt: skip
 
 
 def add_validation_option(parser, of):
@@ -361,6 +365,11 @@ def due(opt, epoch):
     return epoch + 1 == opt.epochs or (opt.eval_freq and (epoch + 1) % opt.eval_freq == 0)
 
 
+def kept(opt, epoch, path):
+    """``[path]`` where the checkpoint of ``epoch`` (from 0) is one that ``--save_freq`` keeps, else nothing."""
+    return [path] if epoch + 1 == opt.epochs or (epoch + 1) % opt.save_freq == 0 else []
+
+
 def attack_arguments(opt):
     """The options of data set, attack and places as the user would type them, for messages and commands: those that are not
     the default, the first three always."""
@@ -400,8 +409,14 @@ def of_record(options):
 
 
 def add_step_schedule_options(parser):
-    """The stepwise learning-rate schedule of BR step 1."""
+    """The stepwise learning-rate schedule of BR step 1, and how many of its checkpoints are kept."""
     parser.add_argument(
         "--schedule", type=positive_int, nargs="+", default=[100, 150], help="epochs at which the rate drops"
     )
     parser.add_argument("--gamma", type=positive, default=0.1, help="what the rate is multiplied by there")
+    parser.add_argument(
+        "--save_freq",
+        type=positive_int,
+        default=1,
+        help="keep the checkpoint of every so many epochs and of the last; an interrupted run goes on after the last kept",
+    )

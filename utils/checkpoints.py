@@ -396,7 +396,8 @@ class Run:
 
     def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
         """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats). What a
-        device has trained is written while the next epoch is; that waits for it before it writes its own.
+        device has trained is written while the next epoch is; that waits for it before it writes its own. Without ``paths``
+        the row waits for the next checkpoint: an interrupted run goes on after the last one.
 
         Raises:
             UserError: where the weights are not finite, nothing is written then; where writing, or that of the epoch before, failed.
@@ -412,6 +413,14 @@ class Run:
         self.history.append(row)
         if not leads():
             return
+        if paths:
+            self._save(epoch, paths, model, optimizer, scheduler)
+        self.finished += 1
+        left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
+        numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")
+        print(f"epoch {epoch + 1}/{self.opt.epochs}  {numbers}  about {left / 60:.1f} min left", flush=True)
+
+    def _save(self, epoch, paths, model, optimizer, scheduler):
         content = {
             "step": self.step,
             "epoch": epoch,
@@ -431,10 +440,6 @@ class Run:
                 self._writer = ThreadPoolExecutor(1)
                 at_exit.callback(self._writer.shutdown)  # before the lock is given back
             self._writing = self._writer.submit(self._write, epoch, paths, content)
-        self.finished += 1
-        left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
-        numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")
-        print(f"epoch {epoch + 1}/{self.opt.epochs}  {numbers}  about {left / 60:.1f} min left", flush=True)
 
     def _write(self, epoch, paths, content):
         """The files of an epoch; ``content``: of the checkpoint."""

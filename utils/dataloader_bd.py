@@ -16,6 +16,10 @@ from utils.errors import UserError
 from utils.poisoning import paint, painter
 from utils.seeding import generator
 
+TOGETHER = (
+    4096  # images that a GPU augments at once, for several batches: each operation is a launch, however few there are
+)
+
 TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
 
 
@@ -298,6 +302,12 @@ class Batches:
         count = len(self.rows)
         return count // self.batch_size + (count % self.batch_size > 1)
 
+    @property
+    def at_once(self):
+        """How many batches are made together; what is in them does not depend on it."""
+        on_gpu = isinstance(self.images, torch.Tensor) and self.images.device.type != "cpu"
+        return max(1, TOGETHER // self.batch_size) if on_gpu else 1
+
     def _splits(self, number):
         """The rows of each batch of epoch ``number``, a list of int64 tensors on the CPU."""
         order = generator(self.seed, "order", self.name, number).permutation(len(self.rows))
@@ -317,9 +327,19 @@ class Batches:
             names = ("augmentation", self.name, number)
             tables = [self.augmentation.draw(generator(self.seed, *names, view), count) for view in range(self.views)]
             change = Views(self.augmentation, tables)
-        splits = self._splits(number)
-        own = [part(rows) for rows in splits]
-        for rows, images in zip(splits, fetch(self.images, own, self.runtime, change), strict=True):
-            on_device = send(rows, self.labels.device)
-            extra = None if self.extra is None else self.extra[on_device]
-            yield self.normalize(images), self.labels[on_device], extra
+        splits, at_once = self._splits(number), self.at_once
+        groups = [splits[first : first + at_once] for first in range(0, len(splits), at_once)]
+        own = [[part(rows) for rows in group] for group in groups]
+        fetched = fetch(self.images, [torch.cat(parts) for parts in own], self.runtime, change)
+        for group, parts, images in zip(groups, own, fetched, strict=True):
+            inputs = self.normalize(images).view(self.views if change else 1, -1, *images.shape[1:])
+            on_device = send(torch.cat(group), self.labels.device)
+            labels, extra = self.labels[on_device], None if self.extra is None else self.extra[on_device]
+            sizes = [len(rows) for rows in group]
+            for views, own_labels, own_extra in zip(
+                inputs.split([len(rows) for rows in parts], dim=1),
+                labels.split(sizes),
+                [None] * len(group) if extra is None else extra.split(sizes),
+                strict=True,
+            ):
+                yield views.flatten(0, 1), own_labels, own_extra

@@ -5,7 +5,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils.compiling import compiled
+from utils.compiling import compiled, step_of
 from utils.distributed import Parallel, parallel, world
 from utils.errors import UserError
 
@@ -30,35 +30,32 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
     if len(batches) == 0:
         raise UserError(f"{len(batches.labels)} samples make no batch of two or more; there is nothing to train on")
     started = time.perf_counter()
-    totals, seen = {}, 0
+    seen, step = 0, step_of(model, objective, optimizer, runtime, batches.batch_size)
+    step.begin()
     watch = _Watch(title, len(batches))
     for number, (inputs, labels, extra) in enumerate(progress(batches.epoch(epoch), title, len(batches))):
         if before_batch:
             before_batch(number)
         if isinstance(model, Parallel):
             model.batch(len(labels), batches.views)
-        with runtime.autocast():
-            loss, sums = objective(model, inputs, labels) if extra is None else objective(model, inputs, labels, extra)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        step(inputs, labels, *([] if extra is None else [extra]))
         seen += len(labels)
-        for name, value in {"loss": loss.detach() * len(labels), **sums}.items():
-            # In float32, for a sum in bfloat16 stops growing; on the device, for reading it would wait for the device.
-            totals[name] = totals.get(name, 0) + value.float()
-        watch.look(number, totals)
+        watch.look(number, step.totals)
     if isinstance(model, Parallel):
         model.batch(None, 1)
-    means = {name: torch.as_tensor(value).item() / seen for name, value in totals.items()}
+    means = {name: total.item() / seen for name, total in step.totals.items()}
     return {**means, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def prepare(network, opt, runtime, batches, unused=False):
-    """A network, on its device, as it is trained: compiled where ``--compile`` says so, and shared by the processes of
-    torchrun. ``batches``: the `dataloader_bd.Batches` it is trained on; unused: whether the loss leaves some weights without a
-    gradient."""
+    """A network, on its device, as it is trained: compiled, and its step a CUDA graph, where ``--compile`` says so, and shared
+    by the processes of torchrun. ``batches``: the `dataloader_bd.Batches` it is trained on; unused: whether the loss leaves
+    some weights without a gradient."""
     if world() == 1:
-        network = compiled(network, opt.compile, runtime, batches.batch_size * batches.views, batches.images.shape[2])
+        whole, images = batches.batch_size * batches.views, opt.epochs * len(batches.labels) * batches.views
+        network = compiled(network, opt.compile, runtime, whole, batches.images.shape[2], images)
+        if runtime.device.type == "cuda" and opt.compile != "off":
+            network.graphs = {}
     return parallel(network, runtime, unused)
 
 
@@ -73,12 +70,12 @@ class _Watch:
 
     def look(self, number, totals):
         """Look at the sums (dict of scalars) after batch ``number``; a sum that once was not finite stays so."""
-        total = sum(torch.as_tensor(value).detach().float() for value in totals.values())
-        bad = torch.where(torch.isfinite(total), self.batches, number)
+        total = sum(totals.values())
+        bad = torch.isfinite(total) * (self.batches - number) + number  # where() would send both numbers to the device
         self.first = bad if self.first is None else torch.minimum(self.first, bad)
         asked = bad.device.type == "cpu" or number % self.EVERY == self.EVERY - 1 or number == self.batches - 1
         if asked and self.first.item() < self.batches:
-            names = [name for name, value in totals.items() if not torch.isfinite(torch.as_tensor(value))]
+            names = [name for name, value in totals.items() if not torch.isfinite(value)]
             raise UserError(
                 f"{', '.join(names)} is not finite in {self.title}, batch {self.first.item() + 1} of {self.batches}; nothing "
                 f"of this epoch is kept, the earlier checkpoints are. Use a smaller learning rate"
