@@ -250,6 +250,36 @@ def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, sta
     assert record["epochs_done"] == epochs and {f"{epoch}.tar" for epoch in range(epochs)} <= record["outputs"].keys()
 
 
+@pytest.mark.parametrize("name", ["train_attack_withTrans", "train_clean_withTrans"])
+def test_a_run_that_keeps_few_checkpoints_goes_on_after_the_last(name, small_data, tmp_path, monkeypatch):
+    def run(root, *more):
+        return run_cli(*command(name, root, small_data), "--epochs", 5, "--save_freq", 2, *more)
+
+    def left(root):
+        folder = root / STEPS[name][1]
+        return folder, {path.name for path in folder.glob("*.tar")}, len(pd.read_csv(folder / "log.csv"))
+
+    assert run(tmp_path / "whole") == 0
+    whole, kept, rows = left(tmp_path / "whole")
+    assert kept == {"1.tar", "3.tar", "4.tar"} and rows == 5
+    plain = checkpoints.Run.finish_epoch
+
+    def stopped(self, epoch, *rest):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        plain(self, epoch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Run, "finish_epoch", stopped)
+        assert run(tmp_path / "parts") == 130
+    folder, kept, rows = left(tmp_path / "parts")
+    assert kept == {"1.tar"} and rows == 2  # the third epoch, of which no checkpoint is kept, is done again
+    assert run(tmp_path / "parts", "--checkpoint_load", folder / "1.tar") == 0
+    assert left(tmp_path / "parts")[1:] == ({"1.tar", "3.tar", "4.tar"}, 5)
+    for path in files(whole):
+        assert same_content(path, folder / path.name), path.name
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", ["train_attack_noTrans", "finetune_attack_noTrans"])
 def test_a_polite_end_keeps_the_last_epoch_and_says_one_line(name, number, states, small_data, tmp_path):
