@@ -121,6 +121,17 @@ def test_fct_and_evaluation_work_on_the_device(name, meta):
     )  # 15: a row of the kernel
 
 
+@pytest.mark.parametrize(
+    ("side", "on_cpu", "on_gpu"), [(32, 500, 2000), (64, 125, 500), (28, 500, 2000), (1000, 32, 32)]
+)
+def test_evaluation_takes_more_images_at_once_on_a_gpu(side, on_cpu, on_gpu, meta):
+    for device_of, size in ((torch.device("cpu"), on_cpu), (META.device, on_gpu)):
+        held = torch.empty(2 * size + 1, 3, side, side, dtype=torch.uint8, device=device_of)
+        splits = dataloader_bd.evaluation_splits(held)
+        assert [len(rows) for rows in splits] == [size, size, 1]
+        assert torch.cat(splits).tolist() == list(range(2 * size + 1))
+
+
 def test_what_is_sent_to_cuda_is_pinned_and_not_waited_for():
     asked = []
     pinned = SimpleNamespace(to=lambda *place, **how: asked.append((*place, how)))

@@ -391,7 +391,10 @@ def list_images(folder):
     files, labels = [], []
     for label, name in enumerate(names):
         place = folder / name / "images" if (folder / name / "images").is_dir() else folder / name
-        found = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        # By their names as text: 60 000 Paths take half a second longer to sort, in every step.
+        found = [
+            place / file for file in sorted(os.listdir(place)) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
         if not found:
             raise UserError(f"the class folder {folder / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         files += found
