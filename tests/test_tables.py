@@ -113,6 +113,40 @@ def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_full_scale_is_the_papers_but_for_sd(cli, tmp_path):
+    said = {
+        scale: cli(
+            "reproduce.py",
+            "--table",
+            "cifar10",
+            "--rows",
+            "SIG",
+            "--scale",
+            scale,
+            "--dry_run",
+            "--output_root",
+            tmp_path,
+        )
+        for scale in ("paper", "full")
+    }
+    commands = {
+        scale: [
+            line.split("  # ")[0].replace(f"{scale}_seed0", "x") for line in one.out.splitlines() if "python " in line
+        ]
+        for scale, one in said.items()
+    }
+    both = set(commands["paper"]) & set(commands["full"])
+    names = {shlex.split(command)[1] for command in both}
+    assert {
+        "train_attack_noTrans.py",
+        "train_attack_withTrans.py",
+        "unlearn_relearn.py",
+        "ST/train_extractor.py",
+    } <= names
+    own = " ".join(command for command in commands["full"] if command not in both)
+    assert "--trans1 auto" in own and "--clean_per_class" in own and "finetune" not in " ".join(commands["full"])
+
+
 def test_a_dry_run_is_a_list_of_commands_with_what_each_waits_for(cli, tmp_path):
     said = cli("reproduce.py", "--table", "cifar10", "--rows", "SIG", "CL", "--dry_run", "--output_root", tmp_path).out
     lines = [line for line in said.splitlines() if not line.startswith("# ")]
@@ -230,6 +264,8 @@ def results(tmp_path):
     add("SIG", "D-BR", 0, scale="quick", ASR=50.0)
     add("CL", "D-BR", 0, ASR=7.0)
     add("CL", "D-BR", 0, scale="paper", ACC_paper=92.5, ASR=0.0)
+    add("CL", "D-BR", 0, scale="full", ACC_paper=91.5, ASR=0.5)
+    add("CL", "D-ST", 0, scale="full", ACC_paper=90.5, ASR=1.5)
     add("BadNets-all2all", "D-ST", 0, ACC_paper=58.0)
     add("BadNets-all2all", "D-ST", 0, scale="long", ACC_paper=66.0)
     return tmp_path
@@ -246,10 +282,18 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     assert "`python reproduce.py --table cifar10 --scale cpu --rows SIG --defences D-BR --seeds 0 1`" in sig[9]
     backdoored = lines["| SIG", "backdoored"].split(" | ")
     assert backdoored[3].startswith("79.50 ± 0.71 / 99.00") and backdoored[4] == "-13.38 / -0.69"
-    assert lines["| CL", "D-BR"].split(" | ")[3:5] == ["92.50 / 0.00", "+0.42 / +0.00"]  # of the paper's scale
+    of_cl = [
+        line.split(" | ") for line in (results / "tables.md").read_text().splitlines() if line.startswith("| CL |")
+    ]
+    assert [(cells[1], cells[3], cells[4], cells[8]) for cells in of_cl] == [
+        ("backdoored", "79.00 / 99.00", "-14.20 / +5.66", "paper"),
+        ("D-BR", "92.50 / 0.00", "+0.42 / +0.00", "paper"),
+        ("D-BR", "91.50 / 0.50", "-0.58 / +0.50", "full"),
+        ("D-ST", "90.50 / 1.50", "+0.04 / -4.90", "full"),
+    ]
     longer = lines["| BadNets-all2all", "D-ST"].split(" | ")  # before cpu
     assert longer[3] == "66.00 / 0.25" and longer[8] == "long" and "--scale long --rows BadNets-all2all" in longer[9]
-    assert "not run" in lines["| CL", "D-ST"] and "not run" in lines["| Trojan", "backdoored"]
+    assert "not run" in lines["| SIG", "D-ST"] and "not run" in lines["| Trojan", "backdoored"]
     tex = (results / "tables.tex").read_text()
     assert tex.count(r"\begin{tabular}") == 3 == tex.count(r"\end{tabular}") and r"ACC\_paper" in tex
     widths = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
@@ -361,7 +405,7 @@ def test_the_readme_shows_the_tables_of_the_records():
     for path in (ROOT / "results").glob("cifar10*/*.json"):  # every record is of a command that this version still has
         record = json.loads(path.read_text())
         assert re.fullmatch(r"python [A-Za-z_/]+\.py( .*)?", record["commands"][-1])
-        assert record["scale"] in ("cpu", "long", "paper") and record["commit"]
+        assert record["scale"] in ("cpu", "long", "full", "paper") and record["commit"]
 
 
 def test_a_plan_of_every_cell_resolves(tmp_path):

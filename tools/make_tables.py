@@ -2,8 +2,9 @@
 
 Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
 <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
-counts, else long, else cpu; quick never does. Several seeds are shown as mean ± standard deviation. Where there are variants of
-reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
+counts, with full in a line below it, else full, else long, else cpu; quick never does. Several seeds are shown as mean ±
+standard deviation. Where there are variants of reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a
+table of their own, beside the defence as it is.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
 PAPER = ("table", "row", "model", "ACC", "ASR")  # columns of paper.csv
-SHOWN_SCALES = ("paper", "long", "cpu")  # the first that a cell has
+SHOWN_SCALES = ("paper", "full", "long", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
 ABLATIONS_HEAD = ["attack", "defence", "variant", "ACC", "ACC_paper", "ASR", "R_ACC", "scale, seeds"]
@@ -41,13 +42,13 @@ def get_parser():
     return parser
 
 
-def ours(lines, row, model):
-    """The cells (a DataFrame, one line a seed) that are shown for a row and a model; ``backdoored`` takes what a D-BR cell,
-    or else a D-ST cell, had before the defence. Empty where none was run."""
+def ours(lines, row, model, scales=SHOWN_SCALES):
+    """The cells (a DataFrame, one line a seed) that are shown for a row and a model, of the first of ``scales`` that has any;
+    ``backdoored`` takes what a D-BR cell, or else a D-ST cell, had before the defence. Empty where none was run."""
     if lines.empty:
         return lines
     lines = lines[(lines["row"] == row) & (lines["variant"] == "")]
-    for scale in SHOWN_SCALES:
+    for scale in scales:
         for defence in ("D-BR", "D-ST") if model == "backdoored" else (model,):
             part = lines[(lines["scale"] == scale) & (lines["defence"] == defence)].sort_values("seed")
             if len(part) and model == "backdoored":
@@ -130,13 +131,21 @@ def body(table, paper, lines):
         if part.empty:
             rows.append([*start, "not run", *[""] * (len(HEAD) - len(start) - 1)])
             continue
-        differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
-        best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
-        rows.append([
-            *start, f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]),
-            spread(part["R_ACC"]), best, f"{part['scale'].iloc[0]}{seeds_of(part)}", command_of(table, part),
-        ])  # fmt: skip
+        parts = [part]
+        if part["scale"].iloc[0] == "paper" and cell["model"] != "backdoored":  # the same network before both
+            parts.append(ours(lines, cell["row"], cell["model"], ["full"]))
+        rows += [[*start, *figures(table, cell, one)] for one in parts if len(one)]
     return rows
+
+
+def figures(table, cell, part):
+    """What a line of a table says of the cells ``part``, from the fourth column of `HEAD` on; ``cell``: the paper's."""
+    differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
+    best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
+    return [
+        f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]), spread(part["R_ACC"]), best,
+        f"{part['scale'].iloc[0]}{seeds_of(part)}", command_of(table, part),
+    ]  # fmt: skip
 
 
 def markdown(table, rows):
