@@ -337,14 +337,15 @@ class Batches:
         own = [[part(rows) for rows in group] for group in groups]
         fetched = fetch(self.images, [torch.cat(parts) for parts in own], self.runtime, change)
         for group, parts, images in zip(groups, own, fetched, strict=True):
-            inputs = self.normalize(images).view(self.views if change else 1, -1, *images.shape[1:])
+            views = self.views if change else 1
+            inputs = self.normalize(images).view(views, len(images) // views, *images.shape[1:])
             on_device = send(torch.cat(group), self.labels.device)
             labels, extra = self.labels[on_device], None if self.extra is None else self.extra[on_device]
             sizes = [len(rows) for rows in group]
-            for views, own_labels, own_extra in zip(
+            for own_inputs, own_labels, own_extra in zip(
                 inputs.split([len(rows) for rows in parts], dim=1),
                 labels.split(sizes),
                 [None] * len(group) if extra is None else extra.split(sizes),
                 strict=True,
             ):
-                yield views.flatten(0, 1), own_labels, own_extra
+                yield own_inputs.flatten(0, 1), own_labels, own_extra
