@@ -113,38 +113,23 @@ def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_full_scale_is_the_papers_but_for_sd(cli, tmp_path):
-    said = {
-        scale: cli(
-            "reproduce.py",
-            "--table",
-            "cifar10",
-            "--rows",
-            "SIG",
-            "--scale",
-            scale,
-            "--dry_run",
-            "--output_root",
-            tmp_path,
-        )
-        for scale in ("paper", "full")
-    }
-    commands = {
-        scale: [
-            line.split("  # ")[0].replace(f"{scale}_seed0", "x") for line in one.out.splitlines() if "python " in line
-        ]
-        for scale, one in said.items()
-    }
-    both = set(commands["paper"]) & set(commands["full"])
-    names = {shlex.split(command)[1] for command in both}
-    assert {
+def test_the_full_scale_is_the_papers_but_for_sd_and_the_bound(cli, tmp_path):
+    words = ["--table", "cifar10", "--rows", "SIG", "--dry_run", "--output_root", tmp_path]
+    commands = {}
+    for scale in ("paper", "full"):
+        said = cli("reproduce.py", *words, "--scale", scale).out.replace(f"{scale}_seed0", "x")
+        commands[scale] = {line.split("  # ")[0] for line in said.splitlines() if "python " in line}
+    same = {shlex.split(command)[1] for command in commands["paper"] & commands["full"]}
+    trained = [
         "train_attack_noTrans.py",
         "train_attack_withTrans.py",
-        "unlearn_relearn.py",
         "ST/train_extractor.py",
-    } <= names
-    own = " ".join(command for command in commands["full"] if command not in both)
-    assert "--trans1 auto" in own and "--clean_per_class" in own and "finetune" not in " ".join(commands["full"])
+        "ST/train_classifier.py",
+    ]
+    assert same.issuperset(trained)
+    own = " ".join(commands["full"] - commands["paper"])
+    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", "--epochs 20 --ascent_bound 15"))
+    assert "finetune" not in " ".join(commands["full"])
 
 
 def test_a_dry_run_is_a_list_of_commands_with_what_each_waits_for(cli, tmp_path):
