@@ -128,7 +128,7 @@ def test_the_full_scale_is_the_papers_but_for_sd_and_the_bound(cli, tmp_path):
     ]
     assert same.issuperset(trained)
     own = " ".join(commands["full"] - commands["paper"])
-    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", "--epochs 20 --ascent_bound 15"))
+    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", "--epochs 20 --ascent_bound 10"))
     assert "finetune" not in " ".join(commands["full"])
 
 
