@@ -16,9 +16,8 @@ from utils.errors import UserError
 from utils.poisoning import paint, painter
 from utils.seeding import generator
 
-TOGETHER = (
-    4096  # images that a GPU augments at once, for several batches: each operation is a launch, however few there are
-)
+# Images that a GPU augments at once, for several batches: each operation is a launch, however few images there are.
+TOGETHER = 4096
 
 TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
 
