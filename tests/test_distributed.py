@@ -122,14 +122,15 @@ def test_a_mistake_is_told_once_and_ends_both(words, tmp_path):
     assert "train_attack_noTrans.py" in steps[0].said and not steps[1].said.strip()
 
 
-def test_torchrun_lets_the_first_process_say_what_is_wrong(words, tmp_path):
-    late = tmp_path / "late.py"  # the first process comes to the mistake two seconds after the other
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_torchrun_lets_the_first_process_say_what_is_wrong(words, tmp_path, seconds):
+    late = tmp_path / "late.py"  # the first process comes to the mistake so much after the other
     late.write_text(
         "import os, runpy, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils import args\n"
         "start = args.start\n"
-        "args.start = lambda *given: [start(*given), time.sleep(2 * (os.environ['RANK'] == '0'))][0]\n"
+        f"args.start = lambda *given: [start(*given), time.sleep({seconds} * (os.environ['RANK'] == '0'))][0]\n"
         f"runpy.run_path({str(ROOT / 'finetune_attack_noTrans.py')!r}, run_name='__main__')\n"
     )
     command = [

@@ -39,6 +39,8 @@ def run_script(main):
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         if follows:
+            # Once the first has ended torchrun stops the others, which have nothing to say and no files.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(GRACE)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
@@ -52,6 +54,11 @@ def run_script(main):
         sys.exit(130)
     finally:
         at_exit.close()
+
+
+def first_line(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest_existing(path):
