@@ -84,7 +84,7 @@ def train(opt, runtime, step, weight_decay, start_from=None):
             row["val_acc"] = held_out.accuracy(model, poisoned.images, batches.normalize, runtime)
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, batches.normalize, runtime))
-        paths = args.kept(opt, epoch, folder / f"{epoch}.tar")
+        paths = [folder / f"{epoch}.tar"] if args.due(opt, epoch, opt.save_freq) else []
         run.finish_epoch(epoch, row, paths, model, optimizer, schedule)
     run.complete()
     if held_out:

@@ -68,7 +68,7 @@ def main(argv=None):
         if args.due(opt, epoch):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
-        paths = args.kept(opt, epoch, folder / f"{epoch}.tar")
+        paths = [folder / f"{epoch}.tar"] if args.due(opt, epoch, opt.save_freq) else []
         run.finish_epoch(epoch, row, paths, model, optimizer, schedule)
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.resnet import MODELS, build_model
 from utils.checkpoints import load_weights
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 NAMES = tuple(torchvision.models.list_models(module=torchvision.models))
 
@@ -67,7 +67,7 @@ def build_foreign(name, state, path, dataset, spec):
         with torch.no_grad():  # a network made for large images may have nothing left of small ones
             network.train()(torch.zeros(2, 3, spec.size, spec.size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise UserError(
             f"{name} cannot be trained on images of {spec.size} pixels ({reason}); try a larger --image_size"
         ) from None

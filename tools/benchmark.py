@@ -80,9 +80,10 @@ class Work:
         network = build_model(self.model, "cifar10", 10)
         return with_plain_convolutions(network).to(self.runtime.device) if plain else self.runtime.place(network)
 
-    def trained(self, network, batches):
-        """Our network as the steps train it on ``batches``."""
-        return prepare(network.train(), Namespace(compile=self.opt.compile, epochs=1), self.runtime, batches)
+    def trained(self, network, batches, lr=0.01):
+        """Our network as the steps train it on ``batches``, and its optimizer."""
+        network = prepare(network.train(), Namespace(compile=self.opt.compile, epochs=1), self.runtime, batches)
+        return network, self.runtime.sgd(network.parameters(), lr, 5e-4)
 
     def batches(self, name, **more):
         return Batches(self.images, self.labels, self.spec, self.runtime, self.batch_size, 0, name, **more)
@@ -161,8 +162,7 @@ def poisoning(work):
 def training(work):
     own, theirs = work.network(False), work.network(True).train()
     batches, their_optimizer = work.batches("training", augmentation=CropFlip(32)), sgd(theirs)
-    own = work.trained(own, batches)
-    optimizer = work.runtime.sgd(own.parameters(), 0.01, 5e-4)
+    own, optimizer = work.trained(own, batches)
     loader = work.loader(*CROP_FLIP)
 
     def plain():
@@ -181,8 +181,7 @@ def training(work):
 def intra_class_epoch(work):
     own, theirs = work.network(False), work.network(True).train()
     batches, their_optimizer = work.batches("intra"), sgd(theirs)
-    own = work.trained(own, batches)
-    optimizer = work.runtime.sgd(own.parameters(), 0.01, 5e-4)
+    own, optimizer = work.trained(own, batches)
     loader = work.loader()
 
     def plain():
@@ -238,8 +237,8 @@ def extractor(work):
     theirs.to(work.runtime.device)
     trusted = work.trusted
     batches = work.batches("extractor", augmentation=ContrastiveView(32), views=2, extra=trusted)
-    own = work.trained(own, batches)
-    optimizer, their_optimizer, loss_of = work.runtime.sgd(own.parameters(), 0.01, 5e-4), sgd(theirs), SupConLoss()
+    own, optimizer = work.trained(own, batches)
+    their_optimizer, loss_of = sgd(theirs), SupConLoss()
     change = transforms.Compose([*VIEW, transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
     loader = DataLoader(Plain(work.pil, work.labels, [TwoViews(change)]), work.batch_size, True, num_workers=WORKERS)
 
@@ -292,8 +291,7 @@ def unlearning(work):
     parts = [(work.images[:half], work.labels[:half]), (work.images[half:], work.labels[half:])]
     settings = (work.spec, work.runtime, work.batch_size, 0, "unlearning")
     up, down = (Batches(images, labels, *settings, augmentation=CropFlip(32)) for images, labels in parts)
-    own = work.trained(own, down)
-    optimizer = work.runtime.sgd(own.parameters(), 1e-4, 5e-4)
+    own, optimizer = work.trained(own, down, lr=1e-4)
     end = [transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)]
     change = transforms.Compose([*CROP_FLIP, *end])
     loaders = [

@@ -360,14 +360,10 @@ def runtime_of(opt):
     return runtime
 
 
-def due(opt, epoch):
-    """Whether to evaluate after ``epoch`` (from 0)."""
-    return epoch + 1 == opt.epochs or (opt.eval_freq and (epoch + 1) % opt.eval_freq == 0)
-
-
-def kept(opt, epoch, path):
-    """``[path]`` where the checkpoint of ``epoch`` (from 0) is one that ``--save_freq`` keeps, else nothing."""
-    return [path] if epoch + 1 == opt.epochs or (epoch + 1) % opt.save_freq == 0 else []
+def due(opt, epoch, every=None):
+    """Whether what is done ``every`` so many epochs and after the last, by default evaluating, is due after ``epoch`` (from 0)."""
+    every = opt.eval_freq if every is None else every
+    return epoch + 1 == opt.epochs or (every and (epoch + 1) % every == 0)
 
 
 def attack_arguments(opt):

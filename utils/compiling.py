@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from utils.errors import first_line
+
 # Images that a run trains on, all epochs and views counted, from which on compiling is worth its half minute (README: speed).
 LONG = 8_000_000
 
@@ -30,7 +32,7 @@ def compiled(network, setting, runtime, count, size, images):
         with runtime.autocast():
             trial(torch.zeros(count, 3, size, size, device=runtime.device)).float().sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a missing one can raise
-        print(f"--compile: not supported here ({_first_line(error)}); going on without", flush=True)
+        print(f"--compile: not supported here ({first_line(error)[:150]}); going on without", flush=True)
         return network
     _compile(network, count)
     print(
@@ -38,10 +40,6 @@ def compiled(network, setting, runtime, count, size, images):
         flush=True,
     )
     return network
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
 
 def _compile(network, count):
@@ -118,13 +116,13 @@ class GraphedStep:
 
     def __call__(self, *batch):
         whole = len(batch[1]) == self.size
-        if whole and self.graph is None and self.warm == self.WARM:
+        if whole and self.graph is None and self.warm >= self.WARM:
             self._record(batch)
         if whole and self.graph:
             self._replay(batch)
         else:
             self._apart(self.step, *batch)
-            self.warm += whole and self.warm < self.WARM
+            self.warm += whole
 
     def _apart(self, function, *arguments):
         """Run ``function`` on the stream that the graph is recorded on, in its turn."""
@@ -152,7 +150,7 @@ class GraphedStep:
             self.graph = graph
         except Exception as error:  # whatever a network or a driver does not take part in
             self.graph = False
-            print(f"--compile: no CUDA graph here ({_first_line(error)}); going on without", flush=True)
+            print(f"--compile: no CUDA graph here ({first_line(error)[:150]}); going on without", flush=True)
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
@@ -176,8 +174,8 @@ def step_of(model, objective, optimizer, runtime, size):
     if graphs is None:
         return step
     plain, options = (objective.func, objective.keywords) if isinstance(objective, partial) else (objective, {})
-    known = graphs.get(plain)
-    if known is None or known[:3] != (options, optimizer, size):
+    settings = (options, optimizer, size)
+    if plain not in graphs or graphs[plain][0] != settings:
         graphs.pop(plain, None)  # first, so that its memory is free
-        graphs[plain] = (options, optimizer, size, GraphedStep(step, size))
-    return graphs[plain][3]
+        graphs[plain] = settings, GraphedStep(step, size)
+    return graphs[plain][1]

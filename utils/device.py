@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.errors import UserError, at_exit
+from utils.errors import UserError, at_exit, first_line
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -64,7 +64,7 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
         if not torch.amp.is_autocast_available(place.type):
             raise RuntimeError("it has no autocast")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
     torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device
     if deterministic:

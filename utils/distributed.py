@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError, at_exit
+from utils.errors import UserError, at_exit, first_line
 
 
 def world():
@@ -53,7 +53,7 @@ def join(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()  # one that ends at once, by a mistake, must not end while another is still on its way here
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the processes cannot meet ({reason}); start them with torchrun --nproc_per_node=K") from None
     at_exit.callback(dist.destroy_process_group)
 
