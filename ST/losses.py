@@ -71,6 +71,18 @@ def authors_mask(labels, trusted):
     return same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
 
 
+def contrastive(model, inputs, labels, in_clean, loss_of, mask=trusted_mask):
+    """What the extractor is trained on, as an objective of `engine.train_epoch`.
+
+    Args:
+        model: maps inputs to float (2B, D) of length one; inputs: float (2B, 3, H, W), the first view of all samples before the
+        second of all; labels: int64 (B,); in_clean: int64 (B,), 1 for D_c; loss_of: a `SupConLoss`; mask: `trusted_mask` or
+        `authors_mask`.
+    """
+    first, second = model(inputs).float().chunk(2)
+    return loss_of(torch.stack([first, second], 1), mask(labels, in_clean.bool())), {}
+
+
 def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001):
     """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
 

@@ -7,6 +7,7 @@ ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_rati
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from models import SupConResNet
-from ST.losses import SupConLoss, authors_mask, trusted_mask
+from ST.losses import SupConLoss, authors_mask, contrastive, trusted_mask
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
 from utils.dataloader_bd import Batches
@@ -106,11 +107,7 @@ def main(argv=None):
     model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))
     model = prepare(model, opt, runtime, batches)
     optimizer = runtime.sgd(model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
-    contrastive = SupConLoss(opt.temp)
-
-    def objective(model, inputs, labels, in_clean):
-        first, second = model(inputs).float().chunk(2)
-        return contrastive(torch.stack([first, second], 1), MASKS[opt.positives](labels, in_clean.bool())), {}
+    objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=MASKS[opt.positives])
 
     run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets, opt.samples), dataset.record)
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()

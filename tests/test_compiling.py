@@ -4,20 +4,22 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import run_cli
 from test_pipeline import NO_TRANS, weights
 
-from models import build_model
+from models import SupConResNet, build_model
+from ST.losses import SupConLoss, contrastive
 from utils import compiling
 from utils.compiling import LONG, compiled, step_of
 from utils.dataloader_bd import Batches
 from utils.device import choose_runtime
 from utils.engine import prepare, train_epoch
 from utils.losses import cross_entropy, negative_cross_entropy
-from utils.transforms import CropFlip
+from utils.transforms import ContrastiveView, CropFlip
 
 CPU = choose_runtime("cpu", "float32")
 
@@ -158,13 +160,17 @@ def graphs(monkeypatch):
     return recorded
 
 
-def trained(fashion, runtime, setting, bound=None, epochs=3, seed=0):
-    """Train for some epochs of six batches, the last one smaller, at a learning rate that changes with every batch; return
-    the rows of the epochs, the weights and the network."""
+def trained(fashion, runtime, setting, bound=None, epochs=3, seed=0, secure=False):
+    """Train for some epochs of six batches, the last one smaller, at a learning rate that changes with every batch, a
+    classifier or, ``secure``, ST's extractor; return the rows of the epochs, the weights and the network."""
     torch.manual_seed(seed)
-    network = runtime.place(build_model("resnet10", "cifar10", 10))
+    network = runtime.place(SupConResNet("resnet10") if secure else build_model("resnet10", "cifar10", 10))
     images, labels = fashion.train_images[:91], fashion.train_labels[:91]
-    batches = Batches(images, labels, fashion.spec, runtime, 16, seed, "x", augmentation=CropFlip(32))
+    more = {"augmentation": CropFlip(32)}
+    if secure:
+        more = {"augmentation": ContrastiveView(32), "views": 2, "extra": np.arange(91) % 3 > 0}
+    batches = Batches(images, labels, fashion.spec, runtime, 16, seed, "x", **more)
+    secured = partial(contrastive, loss_of=SupConLoss())
     network = prepare(network.train(), SimpleNamespace(compile=setting, epochs=epochs), runtime, batches)
     optimizer = runtime.sgd(network.parameters(), 0.1, 5e-4)
     rows = []
@@ -174,6 +180,7 @@ def trained(fashion, runtime, setting, bound=None, epochs=3, seed=0):
             optimizer.param_groups[0]["lr"] = 0.02 / (1 + batch + 10 * epoch)
 
         objective = cross_entropy if bound is None else partial(negative_cross_entropy, bound=bound[epoch])
+        objective = secured if secure else objective
         row = train_epoch(network, batches, epoch, objective, optimizer, runtime, "x", set_rate)
         rows.append({name: value for name, value in row.items() if name != "seconds"})
         assert isinstance(optimizer.param_groups[0]["lr"], float)
@@ -185,10 +192,11 @@ def same(rows, expected):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_a_recorded_step_trains_as_the_step_itself_does(fashion, graphs, monkeypatch):
-    expected, weights_expected, _ = trained(fashion, CPU, "off")
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_recorded_step_trains_as_the_step_itself_does(fashion, graphs, monkeypatch, secure):
+    expected, weights_expected, _ = trained(fashion, CPU, "off", secure=secure)
     monkeypatch.setattr("utils.engine.step_of", _graphed(step_of))
-    found, weights_found, network = trained(fashion, CPU, "off")
+    found, weights_found, network = trained(fashion, CPU, "off", secure=secure)
     same(found, expected)
     for name, value in weights_expected.items():
         torch.testing.assert_close(weights_found[name], value, rtol=1e-4, atol=1e-6)  # the rate is in float32
@@ -251,10 +259,19 @@ class TestOnAGpu:
         for name, value in weights_expected.items():
             torch.testing.assert_close(weights_found[name], value, rtol=1e-4, atol=1e-6)
 
-    def test_a_compiled_and_recorded_step_ends_where_the_plain_one_does(self, fashion, capsys):
+    def test_a_recorded_step_of_the_extractor_trains_as_the_step_itself_does(self, fashion, deterministic):
+        runtime = choose_runtime("cuda", "bfloat16")
+        expected, _, _ = trained(fashion, runtime, "off", secure=True)
+        found, _, network = trained(fashion, runtime, "auto", secure=True)
+        ((_, graphed),) = network.graphs.values()
+        assert graphed.graph
+        same(found, expected)
+
+    @pytest.mark.parametrize("secure", [False, True])
+    def test_a_compiled_and_recorded_step_ends_where_the_plain_one_does(self, fashion, capsys, secure):
         runtime = choose_runtime("cuda", "float32")
-        expected, _, _ = trained(fashion, runtime, "off")
-        found, _, network = trained(fashion, runtime, "on")
+        expected, _, _ = trained(fashion, runtime, "off", secure=secure)
+        found, _, network = trained(fashion, runtime, "on", secure=secure)
         ((_, graphed),) = network.graphs.values()
         assert graphed.graph and "Compiled in" in capsys.readouterr().out
         assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=2e-3)

@@ -84,6 +84,7 @@ def test_preactresnet18_is_the_published_network():
         ("resnet10", "cifar100", 2),
         ("preactresnet10", "cifar10", 2),
         ("resnet10_nopool", "cifar10", 4),
+        ("resnet18_nopool", "cifar10", 4),
         ("resnet10_nopool", "fashion", 4),
     ],
 )

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from models import MODELS, SupConResNet, build_model
 from models.resnet import with_plain_convolutions
-from ST.losses import SupConLoss, mixed_cross_entropy, trusted_mask
+from ST.losses import SupConLoss, contrastive, mixed_cross_entropy, trusted_mask
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.datasets import load_dataset
@@ -242,9 +242,7 @@ def extractor(work):
     change = transforms.Compose([*VIEW, transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
     loader = DataLoader(Plain(work.pil, work.labels, [TwoViews(change)]), work.batch_size, True, num_workers=WORKERS)
 
-    def objective(model, inputs, labels, in_clean):
-        first, second = model(inputs).float().chunk(2)
-        return loss_of(torch.stack([first, second], 1), trusted_mask(labels, in_clean.bool())), {}
+    objective = partial(contrastive, loss_of=loss_of)
 
     def plain():
         for views, labels, rows in loader:
