@@ -26,7 +26,18 @@ from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, write_rows, write_together
 from utils.manifest import verify, write_options
 from utils.paths import ROOT, attack_and_ratios, shown
-from utils.records import DETECTION, MEASURES, cell_name, collect, epochs_of, evaluated, hardware, measured, write_cell
+from utils.records import (
+    DETECTION,
+    LAST,
+    MEASURES,
+    cell_name,
+    collect,
+    epochs_of,
+    evaluated,
+    hardware,
+    measured,
+    write_cell,
+)
 from utils.rows import (
     DEFENCES,
     PRESETS,
@@ -87,6 +98,14 @@ def get_parser():
     return parser
 
 
+def cleaned(steps):
+    """The log of D-BR (a DataFrame) where the test sets were looked at, the row of its result, and the rule that chose it."""
+    log = evaluated(pd.read_csv(unlearning_log(steps)))
+    if steps["unlearn_relearn"].options().choose == "forgotten":
+        return log, log.loc[log["loss_Dp_after"].idxmax()], "epoch after which D_p is known least"
+    return log, log.iloc[-1], LAST
+
+
 def table(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = list(MEASURES)
@@ -95,8 +114,8 @@ def table(steps):
     detection = read_json(samples_folder(steps) / "detection.json")
     detected = {name: detection[name] for name in DETECTION[:4]}
     if "unlearn_relearn" in steps:
-        last = pd.read_csv(unlearning_log(steps)).iloc[-1]
-        rows.append({"model": "D-BR", **last[measures], **detected})
+        _, result, _ = cleaned(steps)
+        rows.append({"model": "D-BR", **result[measures], **detected})
     if "test" in steps:
         result = read_json(steps["test"].output)
         rows.append({"model": "D-ST", **{name: result[name] for name in measures}, **detected})
@@ -209,12 +228,11 @@ def _record_cell(path, cell, steps, resolved, made):
     before = evaluated(pd.read_csv(trained.output.with_name("log.csv"))).iloc[-1]
     (defence,) = cell.defences
     if defence == "D-BR":
-        log = evaluated(pd.read_csv(unlearning_log(steps)))
-        after, best = log.iloc[-1], log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()]
-        last = steps["unlearn_relearn"]
+        log, after, rule = cleaned(steps)
+        best, last = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], steps["unlearn_relearn"]
     else:
         log = evaluated(pd.read_csv(steps["train_classifier"].output.with_name("log.csv")))
-        after, best = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()]
+        after, best, rule = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()], LAST
         last = steps["test"]
     data = read_json(trained.record)["data"]
     precision = choose_runtime(cell.device or "auto", cell.precision or "auto").precision
@@ -224,7 +242,7 @@ def _record_cell(path, cell, steps, resolved, made):
         "model": resolved.model, "data_source": data["source"], "training_images": data["train"]["samples"],
         "epochs": {name: epochs_of(step) for name, step in steps.items() if epochs_of(step)},
         "before": measured(before), "after": measured(after),
-        "rule": "last epoch", "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
+        "rule": rule, "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
         "detection": read_json(samples_folder(steps) / "detection.json"),
         "hardware": hardware(cell.device), "precision": precision, **made,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, pre
 from utils import args
 from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
 from utils.dataloader_bd import Batches, make_test_sets
+from utils.distributed import leads
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
@@ -29,7 +30,7 @@ from utils.paths import backdoored_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.seeding import generator
 from utils.transforms import CropFlip
-from utils.validation import HeldOut, best_epoch
+from utils.validation import HeldOut, best_epoch, is_best
 
 STEP = "unlearn_relearn"
 HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
@@ -75,6 +76,11 @@ def get_parser():
         "--drop_doubtful", action="store_true",
         help="not in the paper: an epoch's descent leaves out the samples of D_c that its ascent took along with D_p",
     )  # fmt: skip
+    parser.add_argument(
+        "--choose", choices=("last", "forgotten"), default="last",
+        help="which epoch's model is the result; forgotten: of that after which the network knows D_p least, "
+        "<checkpoint_save>_forgotten.tar. Neither test set nor ground truth is asked. Not in the paper",
+    )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
@@ -109,8 +115,8 @@ def places_of(opt, path, resumed, plain):
     """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
 
     Returns:
-        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose)
-        and result (the state dict, for a plain one).
+        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
+        forgotten (that of --choose forgotten) and result (the state dict, for a plain one).
 
     Raises:
         UserError: where two of them are the same file, or one is a folder.
@@ -120,13 +126,14 @@ def places_of(opt, path, resumed, plain):
     result = save.with_suffix(".pth") if save.suffix == ".tar" else save
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    of_validation = save.with_name(f"{save.stem}_val.tar")
+    of_validation, forgotten = (save.with_name(f"{save.stem}_{name}.tar") for name in ("val", "forgotten"))
     files = [
         save,
         log,
         record,
         *([result] * plain),
         *([of_validation] * bool(opt.val_ratio)),
+        *([forgotten] * (opt.choose == "forgotten")),
         *([path] * (not resumed)),
     ]
     if len({file.absolute() for file in files}) < len(files):
@@ -136,18 +143,33 @@ def places_of(opt, path, resumed, plain):
     for file in (save, log, record, result):
         if file.is_dir():
             raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
-    return SimpleNamespace(save=save, log=log, record=record, of_validation=of_validation, result=result)
+    return SimpleNamespace(
+        save=save, log=log, record=record, of_validation=of_validation, forgotten=forgotten, result=result
+    )
 
 
-def summarise(history):
-    """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
+def refuse_lost_choice(choices, history, path):
+    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. choices: {column of the
+    log: file of the epoch in which it is highest}; history: the rows so far."""
+    for name, file in choices.items():
+        if any(name in row for row in history if row["epoch"] >= 0) and not path.with_name(file.name).exists():
+            raise UserError(
+                f"{path.with_name(file.name)}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs "
+                f"before cannot be chosen from; begin anew from the backdoored model with --overwrite"
+            )
+
+
+def summarise(history, choose):
+    """Print the last epoch, the paper's selection and what --choose names, or what there is without a trigger. history: the
+    rows of the log."""
     measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
     if "ASR" in history[-1]:
         best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
-        for name, row in (
-            ("Last epoch", history[-1]),
-            ("The paper's selection, by ACC - ASR on the test set", best),
-        ):
+        shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
+        if choose == "forgotten":
+            forgotten = max(measured, key=lambda row: row["loss_Dp_after"])
+            shown_rows.append(("The result, where D_p is known least", forgotten))
+        for name, row in shown_rows:
             figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
             print(f"{name} ({row['epoch'] + 1}): {figures}")
     elif measured:
@@ -182,6 +204,9 @@ def main(argv=None):
     if not plain and opt.model not in MODELS:
         raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
     places = places_of(opt, path, resumed, plain)
+    choices = {"val_score": places.of_validation} if opt.val_ratio else {}  # what is highest in the epoch that is kept
+    if opt.choose == "forgotten":
+        choices["loss_Dp_after"] = places.forgotten
 
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
@@ -228,6 +253,7 @@ def main(argv=None):
     model.eval()
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
+        refuse_lost_choice(choices, checkpoint["history"], path)
         first = run.take_history(checkpoint, path)
     else:
         first = run.start()
@@ -270,18 +296,24 @@ def main(argv=None):
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         # What of the ascent outlives the descent.
         row["loss_Dp_after"] = known(model, to_unlearn, runtime).mean().item()
-        if args.due(opt, epoch):
+        chosen = [path for name, path in choices.items() if is_best(row, name, run.history)]
+        if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
-        chosen = bool(opt.val_ratio) and all(row["val_score"] > old.get("val_score", -101) for old in run.history)
-        run.finish_epoch(epoch, row, [places.save, *([places.of_validation] * chosen)], model, optimizer)
+        run.finish_epoch(epoch, row, [places.save, *chosen], model, optimizer)
 
     run.complete()
-    summarise(run.history)
+    summarise(run.history, opt.choose)
     if opt.val_ratio:
         epoch = best_epoch(run.history, "val_score")
         print(
             f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(places.of_validation)}"
         )
+    if opt.choose == "forgotten":
+        epoch = best_epoch(run.history, "loss_Dp_after")
+        print(f"D_p is known least after epoch {epoch + 1}, whose model is the result: {shown(places.forgotten)}")
+        if plain and leads():
+            chosen = load_tensors(places.forgotten, command, "checkpoint of this step")["model"]
+            load_weights(model, chosen, places.forgotten)
     if plain:
         write_together({places.result: tensor_writer(plain_state(model, opt.foreign))})
         print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")

@@ -171,6 +171,41 @@ def test_the_accuracy_on_held_out_samples_is_that_of_a_loop(copy, words, data_ro
     assert chosen == scores.index(max(scores))
 
 
+def test_the_epoch_that_knows_d_p_least_is_chosen_kept_and_evaluated(copy, words, cli):
+    more = ["--batch_size", 16, "--lr", 0.05, "--ascent_bound", 3, "--choose", "forgotten", "--eval_freq", 0]
+    own = [*words(copy), *more, "--checkpoint_save", copy / "own.tar", "--log", copy / "own.csv"]
+    said = cli("unlearn_relearn.py", *own, "--epochs", 6)
+    assert said.code == 0, said.err
+    log = pd.read_csv(copy / "own.csv").set_index("epoch").drop(index=-1)
+    best = log["loss_Dp_after"].idxmax()
+    assert best < 5, "the last epoch would be chosen anyway; take other settings"
+    kept = torch.load(copy / "own_forgotten.tar", weights_only=True)
+    assert kept["epoch"] == best and f"after epoch {best + 1}, whose model is the result" in said.out
+    assert f"The result, where D_p is known least ({best + 1}): ACC {log['ACC'][best]:.2f}" in said.out
+    highest = log["loss_Dp_after"].cummax().diff().fillna(1) > 0  # the best so far, and the last, are evaluated
+    assert (log["ASR"].notna() == (highest | (log.index == 5))).all() and not highest.all()
+
+    # Interrupted, it ends with the same choice.
+    first = cli(
+        "unlearn_relearn.py",
+        *words(copy),
+        *more,
+        "--checkpoint_save",
+        copy / "b.tar",
+        "--log",
+        copy / "b.csv",
+        "--epochs",
+        2,
+    )
+    assert first.code == 0, first.err
+    rest = [*words(copy), *more, "--log", copy / "b.csv", "--epochs", 6, "--checkpoint_load", copy / "b.tar"]
+    assert cli("unlearn_relearn.py", *rest).code == 0
+    assert same_weights(copy / "b_forgotten.tar", copy / "own_forgotten.tar")
+    (copy / "b_forgotten.tar").unlink()
+    lost = cli("unlearn_relearn.py", *rest[:-4], "--epochs", 7, "--checkpoint_load", copy / "b.tar")
+    assert lost.code == 2 and "b_forgotten.tar, the model of epoch" in lost.err and "--overwrite" in lost.err
+
+
 def test_held_out_samples_in_the_other_trainings(copy, words, cli, tmp_path):
     said = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 2, "--val_ratio", 0.2, "--batch_size", 64)
     assert said.code == 0 and "held-out samples would choose epoch" in said.out

@@ -104,6 +104,18 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     assert "seed0_resnet" not in cli("reproduce.py", *words, "--model", "resnet10", "--dry_run").out
 
 
+def test_a_cell_has_the_epoch_that_its_commands_choose(words, tmp_path, cli, monkeypatch):
+    br = "--epochs 6 --batch_size 16 --lr 0.05 --ascent_bound 3 --choose forgotten"
+    monkeypatch.setitem(PRESETS, "quick", TINY | {"unlearn_relearn": br})
+    assert cli("reproduce.py", *words, "--defences", "D-BR").code == 0
+    log = pd.read_csv(next((tmp_path / "runs").rglob("unlearn_purify.csv"))).iloc[1:]
+    best = log.loc[log["loss_Dp_after"].idxmax()]
+    made = json.loads(next((tmp_path / "results/cifar10").glob("*.json")).read_text())
+    assert best["epoch"] < 5 and made["after"] == pytest.approx(best[list(made["after"])].to_dict())
+    assert made["rule"] == "epoch after which D_p is known least"
+    assert pd.read_csv(tmp_path / "results/cifar10.csv")["rule"].tolist() == [made["rule"]]
+
+
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     said = cli("reproduce.py", "--table", "cifar10", "--dry_run", "--output_root", tmp_path).out
     commands = [line.split("python ")[1] for line in said.splitlines() if "python " in line]
@@ -128,7 +140,8 @@ def test_the_full_scale_is_the_papers_but_for_sd_and_the_bound(cli, tmp_path):
     ]
     assert same.issuperset(trained)
     own = " ".join(commands["full"] - commands["paper"])
-    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", "--epochs 20 --ascent_bound 10"))
+    br = "--epochs 20 --ascent_bound 10 --choose forgotten"
+    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", br))
     assert "finetune" not in " ".join(commands["full"])
 
 
@@ -225,11 +238,12 @@ def test_changed_puts_options_in_the_place_of_those_that_are_there():
 # make_tables
 
 
-def cell(row, defence, seed, scale="cpu", table="cifar10", **after):
+def cell(row, defence, seed, scale="cpu", table="cifar10", rule="last epoch", **after):
     before = {"ACC": 80.0 + seed, "ACC_paper": 79.0 + seed, "ASR": 99.0, "R_ACC": 1.0}
     after = {"ACC": 78.0, "ACC_paper": 77.5, "ASR": 0.25, "R_ACC": 75.0} | after
     return {
         "table": table, "row": row, "defence": defence, "scale": scale, "seed": seed, "before": before, "after": after,
+        "rule": rule,
         "paper_selection": {"epoch": 3, **after}, "detection": {"AUROC": 0.99}, "versions": {"torch": "2"}, "seconds": {"a": 1},
     }  # fmt: skip
 
@@ -249,7 +263,7 @@ def results(tmp_path):
     add("SIG", "D-BR", 0, scale="quick", ASR=50.0)
     add("CL", "D-BR", 0, ASR=7.0)
     add("CL", "D-BR", 0, scale="paper", ACC_paper=92.5, ASR=0.0)
-    add("CL", "D-BR", 0, scale="full", ACC_paper=91.5, ASR=0.5)
+    add("CL", "D-BR", 0, scale="full", rule="the first", ACC_paper=91.5, ASR=0.5)
     add("CL", "D-ST", 0, scale="full", ACC_paper=90.5, ASR=1.5)
     add("BadNets-all2all", "D-ST", 0, ACC_paper=58.0)
     add("BadNets-all2all", "D-ST", 0, scale="long", ACC_paper=66.0)
@@ -273,7 +287,7 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     assert [(cells[1], cells[3], cells[4], cells[8]) for cells in of_cl] == [
         ("backdoored", "79.00 / 99.00", "-14.20 / +5.66", "paper"),
         ("D-BR", "92.50 / 0.00", "+0.42 / +0.00", "paper"),
-        ("D-BR", "91.50 / 0.50", "-0.58 / +0.50", "full"),
+        ("D-BR", "91.50 / 0.50", "-0.58 / +0.50", "full (the first)"),
         ("D-ST", "90.50 / 1.50", "+0.04 / -4.90", "full"),
     ]
     longer = lines["| BadNets-all2all", "D-ST"].split(" | ")  # before cpu

@@ -22,7 +22,7 @@ from utils.errors import UserError, run_script
 from utils.figures import save_figure
 from utils.files import read_table, read_text, text_writer, write_together
 from utils.paths import ROOT, shown
-from utils.records import MEASURES, cell_line, collect, read_cells
+from utils.records import LAST, MEASURES, cell_line, collect, read_cells
 from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
@@ -79,6 +79,12 @@ def command_of(table, part):
 def seeds_of(part):
     """Words on the seeds of ``part``, empty for a single one."""
     return f", {len(part)} seeds" if len(part) > 1 else ""
+
+
+def rule_of(part, model):
+    """Words on the epoch of ``part``, empty for the last."""
+    rule = part["rule"].iloc[0]
+    return "" if rule == LAST or model == "backdoored" else f" ({rule})"
 
 
 def split_variant(variant, defence):
@@ -144,7 +150,7 @@ def figures(table, cell, part):
     best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
     return [
         f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]), spread(part["R_ACC"]), best,
-        f"{part['scale'].iloc[0]}{seeds_of(part)}", command_of(table, part),
+        f"{part['scale'].iloc[0]}{rule_of(part, cell['model'])}{seeds_of(part)}", command_of(table, part),
     ]  # fmt: skip
 
 
@@ -205,10 +211,10 @@ def picture(path, table, paper, lines):
     axes[0, 0].set_ylabel("ACC without the target class, %")
     axes[1, 0].set_ylabel("ASR, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=2)
-    scales = sorted(
-        {part["scale"].iloc[0] for model in models for name in names if len(part := ours(lines, name, model))}
-    )
-    figure.suptitle(f"{TITLES[table]}: ours at scale {' and '.join(scales) or '(not run)'}, last epoch", fontsize=11)
+    found = [part for model in models for name in names if len(part := ours(lines, name, model))]
+    scales, rules = (sorted({part[column].iloc[0] for part in found}) for column in ("scale", "rule"))
+    title = f"{TITLES[table]}: ours at scale {' and '.join(scales) or '(not run)'}, {' or '.join(rules)}"
+    figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 
 

@@ -15,6 +15,7 @@ from utils.datasets import DATASETS
 from utils.distributed import leads
 from utils.errors import UserError, at_exit, require_file
 from utils.files import (
+    as_logged,
     csv_writer,
     hold_lock,
     load_tensors,
@@ -409,7 +410,7 @@ class Run:
                 f"after epoch {epoch + 1} the weights are not finite ({', '.join(bad[:3])}); nothing of this epoch is "
                 f"kept, the earlier checkpoints are. Use a smaller learning rate"
             )
-        row = {"epoch": epoch, **{name: float(f"{value:.6g}") for name, value in row.items()}}
+        row = {"epoch": epoch, **{name: as_logged(value) for name, value in row.items()}}
         self.history.append(row)
         if not leads():
             return

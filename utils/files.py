@@ -227,6 +227,11 @@ def json_writer(content):
     return text_writer(json.dumps(content, indent=2, default=str) + "\n")
 
 
+def as_logged(value):
+    """A float with the six digits that a log keeps of it."""
+    return float(f"{value:.6g}")
+
+
 def csv_writer(rows):
     """A function that writes ``rows`` (dicts; the longest has all keys, in the order of the columns) as CSV with a
     header to an open binary file, for `write_together`."""

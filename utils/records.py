@@ -16,6 +16,7 @@ from utils.manifest import manifest
 
 MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")
 DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
+LAST = "last epoch"  # the rule that chose the epoch of a cell's result, but where its record says otherwise
 KEYS = ("table", "row", "defence", "scale", "seed")
 
 
@@ -77,7 +78,7 @@ def read_cells(folder):
 def cell_line(cell):
     """A record as one flat dict, a line of the table's CSV. ``best_``: by the paper's selection, on the test set."""
     line = {name: cell[name] for name in KEYS}
-    line |= {"variant": cell.get("variant", "")}
+    line |= {"variant": cell.get("variant", ""), "rule": cell.get("rule", LAST)}
     line |= {f"before_{name}": cell["before"].get(name) for name in MEASURES}
     line |= {name: cell["after"].get(name) for name in MEASURES}
     line |= {f"best_{name}": (cell.get("paper_selection") or {}).get(name) for name in ("epoch", *MEASURES)}

@@ -6,6 +6,7 @@ import torch
 from utils.dataloader_bd import hold
 from utils.datasets import rows_of
 from utils.errors import UserError
+from utils.files import as_logged
 from utils.metrics import percent, predict
 from utils.seeding import generator
 
@@ -46,5 +47,11 @@ class HeldOut:
 
 def best_epoch(history, name):
     """Number, from 0, of the first epoch of a log (list of dicts) with the highest ``name``."""
-    rows = [row for row in history if name in row]
+    rows = [row for row in history if row["epoch"] >= 0 and name in row]
     return int(max(rows, key=lambda row: row[name])["epoch"])
+
+
+def is_best(row, name, history):
+    """Whether the epoch of a ``row`` (dict) that is not in the log yet would be the `best_epoch` of it and ``history``."""
+    earlier = [old[name] for old in history if old["epoch"] >= 0 and name in old]
+    return all(as_logged(row[name]) > value for value in earlier)
