@@ -31,6 +31,8 @@ class SameBatches:
     """``count`` batches of ``size`` samples of label 0 each, as `dataloader_bd.Batches` gives them; the only feature of a sample is the
     number of its batch."""
 
+    streamed = False
+
     def __init__(self, count, size):
         self.count, self.batch_size, self.labels = count, size, torch.zeros(count * size, dtype=torch.int64)
 

@@ -70,10 +70,12 @@ class Step:
     def __init__(self, model, objective, optimizer, runtime):
         self.model, self.objective, self.optimizer, self.runtime = model, objective, optimizer, runtime
         self.totals = {}  # name: float32 scalar on the device
+        # Batches after which all sums were finite, int64 scalar on the device; a sum that once was not stays so.
+        self.finite = None
 
     def begin(self):
         """Start an epoch: all sums are zero."""
-        for total in self.totals.values():
+        for total in [] if self.finite is None else [*self.totals.values(), self.finite]:
             total.zero_()
 
     def __call__(self, *batch):
@@ -89,6 +91,10 @@ class Step:
                 # In float32, for a sum in bfloat16 stops growing; on the device, for reading it would wait for the device.
                 self.totals[name] = torch.zeros((), device=value.device)
             self.totals[name].add_(value)
+        finite = torch.isfinite(sum(self.totals.values()))
+        if self.finite is None:
+            self.finite = torch.zeros((), dtype=torch.int64, device=finite.device)
+        self.finite.add_(finite)
 
 
 class GraphedStep:
@@ -110,6 +116,10 @@ class GraphedStep:
     @property
     def totals(self):
         return self.step.totals
+
+    @property
+    def finite(self):
+        return self.step.finite
 
     def begin(self):
         self.step.begin()

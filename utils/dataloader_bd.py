@@ -308,6 +308,11 @@ class Batches:
         return count // self.batch_size + (count % self.batch_size > 1)
 
     @property
+    def streamed(self):
+        """Whether the images are decoded while they are needed."""
+        return not isinstance(self.images, torch.Tensor)
+
+    @property
     def at_once(self):
         """How many batches are made together; what is in them does not depend on it."""
         return max(1, TOGETHER // self.batch_size) if on_gpu(self.images) else 1

@@ -32,7 +32,6 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
     started = time.perf_counter()
     seen, step = 0, step_of(model, objective, optimizer, runtime, batches.batch_size)
     step.begin()
-    watch = _Watch(title, len(batches))
     for number, (inputs, labels, extra) in enumerate(progress(batches.epoch(epoch), title, len(batches))):
         if before_batch:
             before_batch(number)
@@ -40,7 +39,7 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
             model.batch(len(labels), batches.views)
         step(inputs, labels, *([] if extra is None else [extra]))
         seen += len(labels)
-        watch.look(number, step.totals)
+        _refuse_bad_numbers(step, number + 1, title, batches)
     if isinstance(model, Parallel):
         model.batch(None, 1)
     means = {name: total.item() / seen for name, total in step.totals.items()}
@@ -59,27 +58,23 @@ def prepare(network, opt, runtime, batches, unused=False):
     return parallel(network, runtime, unused)
 
 
-class _Watch:
-    """Stops a training whose numbers have gone bad, and says in which batch. The first such batch is found on the
-    device; other devices than the CPU are asked for it only now and then, for that waits for them."""
+WATCH_EVERY = 50  # batches
 
-    EVERY = 50
 
-    def __init__(self, title, batches):
-        self.title, self.batches, self.first = title, batches, None
-
-    def look(self, number, totals):
-        """Look at the sums (dict of scalars) after batch ``number``; a sum that once was not finite stays so."""
-        total = sum(totals.values())
-        bad = torch.isfinite(total) * (self.batches - number) + number  # where() would send both numbers to the device
-        self.first = bad if self.first is None else torch.minimum(self.first, bad)
-        asked = bad.device.type == "cpu" or number % self.EVERY == self.EVERY - 1 or number == self.batches - 1
-        if asked and self.first.item() < self.batches:
-            names = [name for name, value in totals.items() if not torch.isfinite(value)]
-            raise UserError(
-                f"{', '.join(names)} is not finite in {self.title}, batch {self.first.item() + 1} of {self.batches}; nothing "
-                f"of this epoch is kept, the earlier checkpoints are. Use a smaller learning rate"
-            )
+def _refuse_bad_numbers(step, seen, title, batches):
+    """Stop a training whose sums have gone bad, after ``seen`` of an epoch's ``batches``. The device is waited for: the CPU after
+    every batch, others at the end of the epoch, and where images are streamed now and then, or else those of many batches
+    would lie ready in pinned memory."""
+    every = 1 if step.finite.device.type == "cpu" else WATCH_EVERY if batches.streamed else len(batches)
+    if seen % every and seen < len(batches):
+        return
+    finite = step.finite.item()
+    if finite < seen:
+        names = [name for name, value in step.totals.items() if not torch.isfinite(value)]
+        raise UserError(
+            f"{', '.join(names)} is not finite in {title}, batch {finite + 1} of {len(batches)}; nothing "
+            f"of this epoch is kept, the earlier checkpoints are. Use a smaller learning rate"
+        )
 
 
 def progress(iterable, title, total):
