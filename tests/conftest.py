@@ -84,11 +84,7 @@ def cli(capsys):
 def in_process(monkeypatch):
     """The steps in this process, where torch is loaded already."""
     monkeypatch.chdir(ROOT)
-
-    def run(command, cwd, **_):
-        return SimpleNamespace(returncode=run_cli(os.path.relpath(command[1], ROOT), *command[2:]))
-
-    monkeypatch.setattr("utils.steps.subprocess", SimpleNamespace(run=run))  # and not everybody's subprocess.run
+    monkeypatch.setattr("utils.steps.run_apart", lambda script, words, log=None: run_cli(script, *words))
 
 
 @pytest.fixture(scope="session")

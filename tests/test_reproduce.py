@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,11 +14,12 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_cli
 from test_bad_input import refused
+from test_pipeline import same_weights
 
 from utils.checkpoints import Run
 from utils.errors import UserError
 from utils.rows import PRESET_DATA, PRESETS, plan
-from utils.steps import Step, run
+from utils.steps import Step, run, run_apart
 
 TINY = {
     "attack": "--target_label 2",
@@ -249,6 +252,35 @@ def test_an_interrupted_training_of_other_options_or_a_damaged_one_begins_anew(
     assert step("--epochs", "3", "--batch_size", "64").interrupted_at() is None
     (folder / "0.tar").write_bytes((folder / "0.tar").read_bytes()[:1000])
     assert same.interrupted_at() is None and "damaged; the step begins anew" in capfd.readouterr().out
+
+
+# Steps in processes of their own
+
+
+@pytest.mark.parametrize("place", ["linux", "elsewhere"])
+def test_a_step_run_apart_is_the_command_that_is_printed(place, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.steps.sys", SimpleNamespace(platform=place, executable=sys.executable, argv=sys.argv))
+    more = ["--epochs", "1", "--batch_size", "64", "--precision", "float32"]
+    assert run_apart("train_clean_withTrans.py", [*words(tmp_path / "apart"), *more], tmp_path / "log") == 0
+    said = re.sub("seconds [0-9.]+", "", (tmp_path / "log").read_text())
+    command = [sys.executable, "train_clean_withTrans.py", *map(str, words(tmp_path / "typed")), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert re.sub("seconds [0-9.]+", "", done.stdout.replace(str(tmp_path / "typed"), str(tmp_path / "apart"))) == said
+    made = [next((tmp_path / name).rglob("0.tar")) for name in ("apart", "typed")]
+    assert same_weights(*made)
+
+
+def test_what_ends_reproduce_alone_ends_the_step_too_which_says_so(tmp_path):
+    command = [sys.executable, "reproduce.py", "--preset", "quickstart", "--output_root", tmp_path, "--out", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        said = []
+        for line in running.stdout:
+            said.append(line)
+            if "Running on" in line:  # the first step is at work
+                running.send_signal(signal.SIGTERM)  # as a scheduler does, to this process alone
+    assert running.returncode == 130, said
+    assert [line.split(":")[0] for line in said[-2:]] == ["train_attack_noTrans.py", "reproduce.py"], said
 
 
 @pytest.mark.slow

@@ -181,18 +181,15 @@ def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_
                         ("Trojan", "D-BR", "cpu")}  # fmt: skip
 
 
-def test_a_step_of_several_rows_writes_to_the_rows_log(tmp_path, monkeypatch):
-    def fake(command, cwd, stdout, stderr):
-        assert stdout is stderr and str(command[1]).endswith("calculate_gamma.py")
-        stdout.write("no values here")
-        return SimpleNamespace(returncode=2)
-
-    monkeypatch.setattr("utils.steps.subprocess", SimpleNamespace(run=fake))
+def test_a_step_of_several_rows_writes_to_the_rows_log(tmp_path, capfd):
     log = tmp_path / "row.log"
-    step = Step("calculate_gamma.py", ["--output_root", str(tmp_path)], tmp_path / "x", tmp_path / "x.json", [])
+    log.write_text("of the step before\n")
+    step = Step("calculate_gamma.py", ["--checkpoint_load", "none.tar"], tmp_path / "x", tmp_path / "x.json", [])
     with pytest.raises(UserError, match=r"code 2.*row\.log"):
         run({"gamma": step}, SimpleNamespace(overwrite=False), tmp_path / "seconds.json", log)
-    assert log.read_text() == "no values here"
+    before, said = log.read_text().splitlines()
+    assert before == "of the step before" and said.startswith("calculate_gamma.py: error: no such file: ")
+    assert "calculate_gamma.py: error" not in "".join(capfd.readouterr())
 
 
 def test_bad_tables_end_with_code_2(cli, tmp_path):
