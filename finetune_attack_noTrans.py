@@ -52,6 +52,7 @@ def main(argv=None):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
+    del dataset  # in memory the training images are held once, as the victim gets them
     first = run.resume(checkpoint, path, model, optimizer, schedule)
 
     for epoch in range(first, opt.epochs):

@@ -57,6 +57,7 @@ def main(argv=None):
     first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
     sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
     run.add(folder / "samples.png")
+    del dataset  # in memory the training images are held once, as the victim gets them
 
     for epoch in range(first, opt.epochs):
         model.train()

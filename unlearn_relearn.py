@@ -250,6 +250,7 @@ def main(argv=None):
         places.log,
         checkpoint_load=source,
     )
+    dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)

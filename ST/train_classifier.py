@@ -105,6 +105,7 @@ def main(argv=None):
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON], opt.samples)]
     run = Run(opt, STEP, folder / "options.json", None, inputs, dataset.record)
+    del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

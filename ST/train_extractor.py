@@ -110,6 +110,7 @@ def main(argv=None):
     objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=MASKS[opt.positives])
 
     run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets, opt.samples), dataset.record)
+    del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

@@ -54,9 +54,13 @@ def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchm
     assert table.set_index("stage").loc["separation", "ratio"] > 5  # it computes nothing again
 
 
-def test_the_readme_shows_the_benchmark(benchmark):
-    text = benchmark.markdown(pd.read_csv(ROOT / "results/benchmark.csv"))
-    assert f"<!-- benchmark -->\n{text}\n<!-- /benchmark -->" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "marker", "document"),
+    [("benchmark", "benchmark", "README.md"), ("benchmark_h200", "benchmark H200", "README.md")],
+)
+def test_the_documents_show_the_benchmark(benchmark, name, marker, document):
+    text = benchmark.markdown(pd.read_csv(ROOT / f"results/{name}.csv"))
+    assert f"<!-- {marker} -->\n{text}\n<!-- /{marker} -->" in (ROOT / document).read_text()
 
 
 def test_medians_and_turns(benchmark, monkeypatch):

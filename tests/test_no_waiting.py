@@ -120,7 +120,7 @@ def test_fct_and_evaluation_work_on_the_device(name, meta):
 
 
 @pytest.mark.parametrize(
-    ("side", "on_cpu", "on_gpu"), [(32, 500, 2000), (64, 125, 500), (28, 500, 2000), (1000, 32, 32)]
+    ("side", "on_cpu", "on_gpu"), [(32, 250, 2000), (64, 62, 500), (28, 250, 2000), (1000, 32, 32)]
 )
 def test_evaluation_takes_more_images_at_once_on_a_gpu(side, on_cpu, on_gpu, meta):
     for device_of, size in ((torch.device("cpu"), on_cpu), (META.device, on_gpu)):

@@ -214,9 +214,9 @@ def fetch(held, splits, runtime, change=None):
 
 
 def evaluation_splits(held):
-    """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 500 images, on a GPU 2000, of a side above
+    """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 250 images, on a GPU 2000, of a side above
     32 pixels as many as take no more memory, but at least 32. A list of int64 tensors; of several processes each has its part."""
-    most = 2000 if on_gpu(held) else 500
+    most = 2000 if on_gpu(held) else 250
     return list(part(torch.arange(len(held))).split(max(32, min(most, most * 32**2 // held.shape[2] ** 2))))
 
 
