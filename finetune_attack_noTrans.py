@@ -54,6 +54,7 @@ def main(argv=None):
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
     del dataset  # in memory the training images are held once, as the victim gets them
     first = run.resume(checkpoint, path, model, optimizer, schedule)
+    del checkpoint  # 90 MB of resnet18
 
     for epoch in range(first, opt.epochs):
         if batches.of_one_class(epoch):

@@ -264,6 +264,7 @@ def main(argv=None):
         }
         run.history.append({"epoch": -1, **before})
         print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
+    del checkpoint, content  # the model has their weights
 
     for epoch in range(first, opt.epochs):
         # Networks from elsewhere may have dropout.
