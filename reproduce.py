@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import product
 
 import pandas as pd
@@ -51,7 +51,7 @@ from utils.rows import (
     trained_step,
     unlearning_log,
 )  # fmt: skip
-from utils.steps import list_commands, run
+from utils.steps import end_steps, list_commands, run
 
 
 def get_parser():
@@ -172,7 +172,13 @@ def run_table(opt):
 
     if (opt.jobs or 1) > 1:
         with ThreadPoolExecutor(opt.jobs) as pool:
-            running = [pool.submit(run_row, row) for row in rows]
+            try:
+                running = [pool.submit(run_row, row) for row in rows]
+                wait(running)
+            except BaseException:  # Ctrl-C, SIGTERM
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_steps()
+                raise
         failed = [str(one.exception()) for one in running if isinstance(one.exception(), UserError)]
         for one in running:
             if one.exception() and not isinstance(one.exception(), UserError):

@@ -27,6 +27,14 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 class SameBatches:
     """``count`` batches of ``size`` samples of label 0 each, as `dataloader_bd.Batches` gives them; the only feature of a sample is the
     number of its batch."""

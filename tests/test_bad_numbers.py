@@ -229,7 +229,6 @@ def test_deterministic_runs_give_the_same_bits(cli, words, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_deterministic_runs_give_the_same_bits_on_a_gpu(cli, words, tmp_path):
     for number in (1, 2):
         common = [

@@ -176,7 +176,6 @@ def test_precision_follows_the_request(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fct_on_a_gpu_is_that_of_the_cpu(fashion):
     from models import build_model
     from utils.fct import compute_fct

@@ -107,7 +107,6 @@ def test_what_the_extractor_keeps_for_the_backward_pass_leaves_room_on_a_gpu_of_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("setting", ["off", "auto"])
 def test_the_documents_extractor_trains_within_8_gb(setting, cli, tmp_path):
     device = torch.cuda.current_device()

@@ -7,6 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pandas as pd
@@ -19,7 +22,7 @@ from test_pipeline import same_weights
 from utils.checkpoints import Run
 from utils.errors import UserError
 from utils.rows import PRESET_DATA, PRESETS, plan
-from utils.steps import Step, run, run_apart
+from utils.steps import Step, end_steps, run, run_apart
 
 TINY = {
     "attack": "--target_label 2",
@@ -281,6 +284,34 @@ def test_what_ends_reproduce_alone_ends_the_step_too_which_says_so(tmp_path):
                 running.send_signal(signal.SIGTERM)  # as a scheduler does, to this process alone
     assert running.returncode == 130, said
     assert [line.split(":")[0] for line in said[-2:]] == ["train_attack_noTrans.py", "reproduce.py"], said
+
+
+def test_steps_of_other_threads_can_be_ended(words, tmp_path):
+    log, more = tmp_path / "log", ["--epochs", "1000", "--batch_size", "64"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_apart, "train_clean_withTrans.py", [*words(tmp_path / "out"), *more], log)
+        while not running.done() and not (log.exists() and "epoch 1/1000" in log.read_text()):
+            time.sleep(0.1)
+        end_steps()
+        assert running.result() == 130
+    assert "train_clean_withTrans.py: interrupted; " in log.read_text().splitlines()[-1]
+
+
+def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeypatch):
+    reproduce, ended, begun = load_script("reproduce.py"), threading.Event(), []
+
+    def fake(cell, *rest, **more):
+        begun.append(cell.row)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(30)
+
+    monkeypatch.setattr(reproduce, "_run_cell", fake)
+    monkeypatch.setattr(reproduce, "end_steps", ended.set)
+    words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--defences", "D-BR", "--jobs", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main([*words, "--output_root", str(tmp_path)])
+    assert ended.is_set() and len(begun) == 2  # the third row is not begun
 
 
 @pytest.mark.slow

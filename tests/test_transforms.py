@@ -318,7 +318,6 @@ ROUNDED = [T.ContrastiveView(32), T.Tau("blur", "none", 32), T.Tau("shrink", "no
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("view", [*EXACT, *ROUNDED])
 def test_a_gpu_finds_the_same_pixels(view):
     images = pictures(1000)

@@ -104,27 +104,36 @@ def list_commands(steps, numbers):
         print(f"{step.command}  # {numbers[step.command]}: {note}", flush=True)
 
 
+_running = set()  # the processes of steps
+
+
 def run_apart(script, words, log=None):
     """Run a script of this repository in a process of its own, in the repository's folder; return its exit code. On Linux it is
     forked from one that has torch and the rest imported, which is half of a short step's time. ``log``: see `run`."""
-    words = list(map(str, words))
-    if sys.platform != "linux":  # elsewhere a fork of what is imported is not safe, or there is none
+    words, forks = list(map(str, words)), sys.platform == "linux"  # elsewhere what is imported does not bear a fork
+    if forks:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
+        process = context.Process(target=_as_script, args=(ROOT / script, words, log))
+        process.start()
+    else:
         with open(log, "a") if log else nullcontext() as file:
-            command = [sys.executable, ROOT / script, *words]
-            return subprocess.run(command, cwd=ROOT, **({"stdout": file, "stderr": file} if log else {})).returncode
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
-    process = context.Process(target=_as_script, args=(ROOT / script, words, log))
-    process.start()
+            process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=ROOT, stdout=file, stderr=file)
+    wait = process.join if forks else process.wait
+    _running.add(process)
     try:
-        process.join()
-    finally:
-        if (
-            process.is_alive()
-        ):  # Ctrl-C goes to both; what ends this one alone has to end that too, which keeps what it has
-            process.terminate()
-            process.join()
-    return process.exitcode
+        wait()
+    finally:  # Ctrl-C goes to both; what ends this process alone has to end that too, which keeps what it has
+        process.terminate()
+        wait()
+        _running.discard(process)
+    return process.exitcode if forks else process.returncode
+
+
+def end_steps():
+    """End the steps that other threads run, each as Ctrl-C would."""
+    for process in list(_running):
+        process.terminate()
 
 
 def _as_script(script, words, log):
