@@ -274,16 +274,21 @@ def test_a_step_run_apart_is_the_command_that_is_printed(place, words, tmp_path,
     assert same_weights(*made)
 
 
-def test_what_ends_reproduce_alone_ends_the_step_too_which_says_so(tmp_path):
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_ends_reproduce_ends_the_step_too_which_says_so(tmp_path, alone):
     command = [sys.executable, "reproduce.py", "--preset", "quickstart", "--output_root", tmp_path, "--out", tmp_path]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as running:
         said = []
         for line in running.stdout:
             said.append(line)
             if "Running on" in line:  # the first step is at work
-                running.send_signal(signal.SIGTERM)  # as a scheduler does, to this process alone
+                if alone:
+                    running.send_signal(signal.SIGTERM)  # as a scheduler does
+                else:
+                    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     assert running.returncode == 130, said
-    assert [line.split(":")[0] for line in said[-2:]] == ["train_attack_noTrans.py", "reproduce.py"], said
+    assert sorted(line.split(":")[0] for line in said[-2:]) == ["reproduce.py", "train_attack_noTrans.py"], said
 
 
 def test_steps_of_other_threads_can_be_ended(words, tmp_path):

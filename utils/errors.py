@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-GRACE = 3  # seconds that the other processes leave the first to say what is wrong: torchrun ends all when one has ended
+# Seconds that processes which end together leave each other: torchrun ends all when one has ended, and the first is to say what
+# is wrong; a step that Ctrl-C has reached is to finish what it writes.
+GRACE = 3
 
 # What a script gives back when it ends, however it ends: its locks.
 at_exit = ExitStack()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils import args
 from utils.checkpoints import NEUTRAL, unfinished_folder
-from utils.errors import UserError
+from utils.errors import GRACE, UserError
 from utils.files import load_tensors, read_json, read_record, write_json
 from utils.manifest import made_with, plain_options
 from utils.paths import ROOT, shown, typed
@@ -123,17 +123,29 @@ def run_apart(script, words, log=None):
     _running.add(process)
     try:
         wait()
-    finally:  # Ctrl-C goes to both; what ends this process alone has to end that too, which keeps what it has
+    except BaseException:  # Ctrl-C, SIGTERM
+        _let_end(process.is_alive if forks else lambda: process.poll() is None)
         process.terminate()
         wait()
+        raise
+    finally:
         _running.discard(process)
     return process.exitcode if forks else process.returncode
 
 
 def end_steps():
     """End the steps that other threads run, each as Ctrl-C would."""
+    _let_end(lambda: _running)
     for process in list(_running):
         process.terminate()
+
+
+def _let_end(going):
+    """Wait a little while ``going()``: a terminal's Ctrl-C has gone to the steps too, and a second signal would disturb what they
+    still write."""
+    end = time.monotonic() + GRACE
+    while going() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _as_script(script, words, log):
