@@ -119,6 +119,7 @@ PRESETS["board"] = PRESETS["long"] | {
     "train_attack_noTrans": "--epochs 5 --lr 0.01 --batch_size 64 --eval_freq 0",
     "train_attack_withTrans": "--epochs 16 --lr 0.01 --schedule 10 14 --batch_size 64 --eval_freq 0",
     "unlearn_relearn": "--epochs 10 --lr 0.0004 --batch_size 64 --unlearn_batch_size 32 --ascent_bound 20 --drop_doubtful --eval_freq 0",
+    "train_extractor": "--epochs 15 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
 # What removes the backdoor? Defences with a part left out or exchanged; "samples": see tools/ablation_samples.py.
 VARIANTS = {
