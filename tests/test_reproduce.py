@@ -115,7 +115,7 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     assert "train_attack_withTrans" in lines[0] and "unlearn_relearn" in lines[1]
 
 
-def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path, capfd):
+def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path):
     words = [
         "--dataset",
         "cifar100",
@@ -127,8 +127,12 @@ def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path, capfd):
         tmp_path,
     ]
     (tmp_path / "empty/cifar100/train").mkdir(parents=True)
-    assert run_cli("reproduce.py", *words, "--out", tmp_path / "results") == 2
-    said = capfd.readouterr().err.strip().splitlines()
+    command = [sys.executable, "reproduce.py", *words, "--out", tmp_path / "results"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True
+    )  # what a step says goes to the process's streams
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()
     assert len(said) == 2 and said[0].startswith("train_attack_noTrans.py: error:") and "code 2" in said[1]
 
 
