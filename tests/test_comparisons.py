@@ -186,23 +186,14 @@ def test_the_epoch_that_knows_d_p_least_is_chosen_kept_and_evaluated(copy, words
     assert (log["ASR"].notna() == (highest | (log.index == 5))).all() and not highest.all()
 
     # Interrupted, it ends with the same choice.
-    first = cli(
-        "unlearn_relearn.py",
-        *words(copy),
-        *more,
-        "--checkpoint_save",
-        copy / "b.tar",
-        "--log",
-        copy / "b.csv",
-        "--epochs",
-        2,
-    )
+    again = [*words(copy), *more, "--log", copy / "b.csv"]
+    first = cli("unlearn_relearn.py", *again, "--checkpoint_save", copy / "b.tar", "--epochs", 2)
     assert first.code == 0, first.err
-    rest = [*words(copy), *more, "--log", copy / "b.csv", "--epochs", 6, "--checkpoint_load", copy / "b.tar"]
-    assert cli("unlearn_relearn.py", *rest).code == 0
+    again += ["--checkpoint_load", copy / "b.tar"]
+    assert cli("unlearn_relearn.py", *again, "--epochs", 6).code == 0
     assert same_weights(copy / "b_forgotten.tar", copy / "own_forgotten.tar")
     (copy / "b_forgotten.tar").unlink()
-    lost = cli("unlearn_relearn.py", *rest[:-4], "--epochs", 7, "--checkpoint_load", copy / "b.tar")
+    lost = cli("unlearn_relearn.py", *again, "--epochs", 7)
     assert lost.code == 2 and "b_forgotten.tar, the model of epoch" in lost.err and "--overwrite" in lost.err
 
 

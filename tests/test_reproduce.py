@@ -128,9 +128,8 @@ def test_a_failing_step_stops_the_row_with_its_own_message(tmp_path):
     ]
     (tmp_path / "empty/cifar100/train").mkdir(parents=True)
     command = [sys.executable, "reproduce.py", *words, "--out", tmp_path / "results"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True
-    )  # what a step says goes to the process's streams
+    # A real process: what a step says goes to its streams.
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     said = done.stderr.strip().splitlines()
     assert len(said) == 2 and said[0].startswith("train_attack_noTrans.py: error:") and "code 2" in said[1]

@@ -309,7 +309,7 @@ class Batches:
 
     @property
     def streamed(self):
-        """Whether the images are decoded while they are needed."""
+        """Whether the images stay on disk and are read when they are needed."""
         return not isinstance(self.images, torch.Tensor)
 
     @property
