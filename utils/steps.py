@@ -6,10 +6,8 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,27 +108,22 @@ _running = set()  # the processes of steps
 def run_apart(script, words, log=None):
     """Run a script of this repository in a process of its own, in the repository's folder; return its exit code. On Linux it is
     forked from one that has torch and the rest imported, which is half of a short step's time. ``log``: see `run`."""
-    words, forks = list(map(str, words)), sys.platform == "linux"  # elsewhere what is imported does not bear a fork
-    if forks:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
-        process = context.Process(target=_as_script, args=(ROOT / script, words, log))
-        process.start()
-    else:
-        with open(log, "a") if log else nullcontext() as file:
-            process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=ROOT, stdout=file, stderr=file)
-    wait = process.join if forks else process.wait
+    # Elsewhere what is imported does not bear a fork.
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
+    process = context.Process(target=_as_script, args=(ROOT / script, list(map(str, words)), log))
+    process.start()
     _running.add(process)
     try:
-        wait()
+        process.join()
     except BaseException:  # Ctrl-C, SIGTERM
-        _let_end(process.is_alive if forks else lambda: process.poll() is None)
+        _let_end(process.is_alive)
         process.terminate()
-        wait()
+        process.join()
         raise
     finally:
         _running.discard(process)
-    return process.exitcode if forks else process.returncode
+    return process.exitcode
 
 
 def end_steps():
