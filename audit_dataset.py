@@ -76,7 +76,13 @@ WORDS = {
 
 def get_parser():
     parser = args.Parser(__doc__)
-    parser.add_argument("--data_root", type=args.path, required=True, metavar="DIR", help=args.DATA_ROOT)
+    parser.add_argument(
+        "--data_root",
+        type=args.path,
+        required=True,
+        metavar="DIR",
+        help="your data: DIR with train/<class>/*, or an .npz file of x_train and y_train",
+    )
     parser.add_argument(
         "--dataset", choices=("folder", "npz"), help="form of the data; default: npz where data_root is a file"
     )
@@ -90,10 +96,14 @@ def get_parser():
     parser.add_argument("--model", choices=tuple(MODELS), default="resnet10", help="network")
     parser.add_argument("--epochs", type=args.positive_int, default=EPOCHS, help="epochs of training")
     parser.add_argument(
-        "--batch_size", type=args.positive_int, help=f"of training; default: 128, and 64 below {SMALL} images"
+        "--batch_size",
+        type=args.positive_int,
+        help=f"of training; default: {BATCH_AND_LR[False][0]}, and {BATCH_AND_LR[True][0]} below {SMALL} images",
     )
     parser.add_argument(
-        "--lr", type=args.positive, help="learning rate, a cosine to 0 over the epochs; default: 0.05 and 0.03"
+        "--lr",
+        type=args.positive,
+        help=f"learning rate, a cosine to 0 over the epochs; default: {BATCH_AND_LR[False][1]} and {BATCH_AND_LR[True][1]}",
     )
     parser.add_argument("--seed", type=args.natural, default=0, help="decides every random draw")
     parser.add_argument("--output_root", type=args.path, default=ROOT, help="folder under which saved/ is kept")
@@ -296,6 +306,7 @@ def main(argv=None):
         poison_ratio = ratio_of((like >= 0).sum(), len(labels))
         buffer = io.BytesIO()
         array_writer(like)(buffer)
+        # Left alone where it is the same: a step whose input is newer than its output runs anew.
         if not order.is_file() or order.read_bytes() != buffer.getvalue():
             write_together({order: lambda file: file.write(buffer.getvalue())})
     fct = values[tau]

@@ -39,8 +39,14 @@ def get_parser():
     args.add_device_options(parser)
     args.add_ratio_options(parser)
     args.add_training_options(parser, epochs=10, batch_size=512, lr=5.0, lr_name="--learning_rate", compiles=False)
-    parser.add_argument("--weight_decay", type=args.number(int_or_float, 0), default=0)
-    parser.add_argument("--lr_decay_epochs", type=args.positive_int, nargs="+", default=[60, 75, 90])
+    parser.add_argument("--weight_decay", type=args.number(int_or_float, 0), default=0, help="weight decay of SGD")
+    parser.add_argument(
+        "--lr_decay_epochs",
+        type=args.positive_int,
+        nargs="+",
+        default=[60, 75, 90],
+        help="epochs at which the rate drops",
+    )
     parser.add_argument("--lr_decay_rate", type=args.positive, default=0.2, help="what the rate is multiplied by there")
     parser.add_argument(
         "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"

@@ -38,7 +38,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_ratio_options(parser)
     args.add_training_options(parser, epochs=200, batch_size=512, lr=0.5, lr_name="--learning_rate", evaluates=False)
-    parser.add_argument("--weight_decay", type=args.number(float, 0), default=1e-4)
+    parser.add_argument("--weight_decay", type=args.number(float, 0), default=1e-4, help="weight decay of SGD")
     parser.add_argument("--temp", type=args.positive, default=0.1, help="temperature of the loss")
     parser.add_argument(
         "--cosine", action="store_true", help="cosine schedule; without it the rate drops at lr_decay_epochs"
@@ -47,7 +47,7 @@ def get_parser():
         "--lr_decay_epochs",
         type=args.positive_int,
         nargs="+",
-        help="epochs at which the rate drops without --cosine; 700 800 900 if left out",
+        help="epochs at which the rate drops without --cosine; default: 700 800 900",
     )
     parser.add_argument(
         "--lr_decay_rate", type=args.positive, default=0.1, help="factor of a drop; cosine ends at its cube"

@@ -132,14 +132,14 @@ class SupConResNet(nn.Module):
     ``forward`` maps float (N, 3, H, W) to float32 (N, 128), under autocast too; ``features`` is for the linear classifier.
     """
 
-    def __init__(self, name, projection=128, size=32):
+    def __init__(self, name, size=32):
         super().__init__()
         # A CPU network keeps its max-pool: without it a contrastive epoch costs about four times as much.
         stem = "imagenet" if size >= LARGE else "pool" if name in LIGHT else "plain"
         self.encoder = ResNet(name, num_classes=1, stem=stem)
         size = self.encoder.feature_size
         self.encoder.fc = nn.Identity()
-        self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(inplace=True), nn.Linear(size, projection))
+        self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(inplace=True), nn.Linear(size, 128))
 
     def features(self, x):
         """Pooled features, float (N, feature_size), of images float (N, 3, H, W)."""

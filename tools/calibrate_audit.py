@@ -25,7 +25,6 @@ from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
-from utils.SSBA.encode_image import ENCODER, encode_images
 from utils.triggers import apply_trigger
 
 PARTS = {"cifar10": 5, "fashionmnist": 6}
@@ -102,10 +101,7 @@ def poison(images, labels, attack, rate, target, seed):
     """Images and labels as the victim gets them, and which are clean (bool (N,))."""
     trigger, kind = ATTACKS[attack]
     rows = poisoned_indices(labels, kind, target, rate, seed)
-    if trigger == "SSBA":
-        images[rows] = encode_images(images[rows], path=ENCODER)
-    else:
-        images[rows] = apply_trigger(trigger, images[rows], train=True, seed=0)
+    images[rows] = apply_trigger(trigger, images[rows], train=True, seed=0)
     labels[rows] = attack_label(labels[rows], kind, target, 10)
     is_clean = np.ones(len(labels), dtype=bool)
     is_clean[rows] = False

@@ -59,10 +59,10 @@ def ours(lines, row, model, scales=SHOWN_SCALES):
     return lines.iloc[:0]
 
 
-def spread(values, digits=2):
+def spread(values):
     """A mean as text, with its standard deviation where there are several values."""
-    text = f"{values.mean():.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {values.std():.{digits}f}"
+    text = f"{values.mean():.2f}"
+    return text if len(values) < 2 else f"{text} ± {values.std():.2f}"
 
 
 def command_of(table, part):

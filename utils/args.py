@@ -23,8 +23,9 @@ DATA_ROOT = "folder that holds the data sets; of --dataset folder: DIR with trai
 # What the options of the attack say where nobody knows of one.
 UNKNOWN = {"trigger_type": "unknown", "target_type": "unknown", "target_label": -1, "poison_rate": "unknown"}
 
-# Options that one trigger alone has a use for.
 ATTACK_DEFAULTS = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 0, "poison_rate": 0.1}
+
+# Options that one trigger alone has a use for.
 TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SSBA", "ssba_images": "SSBA"}
 
 
@@ -56,7 +57,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        if action.default in (None, []) or action.default is False:  # the option's own text says what that stands for
+            return action.help
+        return super()._get_help_string(action)
 
 
 def number(kind, low=None, high=None, low_open=False):
@@ -207,9 +211,7 @@ def add_device_options(parser):
     )
 
 
-def add_training_options(
-    parser, epochs, batch_size, lr, lr_name="--lr", evaluates=True, overwrites=True, compiles=True
-):
+def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluates=True, compiles=True):
     """Epochs, batch size, learning rate, evaluation, and replacing an earlier run of other settings; ``lr`` None: the
     checkpoint decides it."""
     parser.add_argument("--epochs", type=positive_int, default=epochs, help="epochs in all, a resumed run's included")
@@ -223,8 +225,7 @@ def add_training_options(
             default=1,
             help="evaluate every so many epochs and after the last; 0: the last only",
         )
-    if overwrites:
-        add_overwrite_option(parser)
+    add_overwrite_option(parser)
     if compiles:
         add_compile_option(parser)
 

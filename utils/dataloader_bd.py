@@ -48,7 +48,6 @@ class TriggeredImages:
         images: a `datasets.StreamedImages`; chosen: bool (N,), which carry the trigger; paint: see `poisoning.painter`.
     """
 
-    dtype = np.dtype(np.uint8)
     decodes = True
 
     def __init__(self, images, chosen, paint):

@@ -109,7 +109,6 @@ class StreamedImages:
         files: paths of the images; size: side in pixels.
     """
 
-    dtype = np.dtype(np.uint8)
     decodes = True  # reading them is work for many processes
 
     def __init__(self, files, size):

@@ -69,14 +69,6 @@ def gather(own, total):
     return _Gather.apply(own, total) if world() > 1 else own
 
 
-def total_of(value):
-    """Sum of a scalar tensor over all processes."""
-    if world() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context, own, total):

@@ -306,7 +306,7 @@ def read_json(path):
 
 
 def read_record(path):
-    """The record of a step in ``path``, see `checkpoints.write_options`, or None where there is no such file.
+    """The record of a step in ``path``, see `manifest.write_options`, or None where there is no such file.
 
     Raises:
         UserError: for a file that is no such record.

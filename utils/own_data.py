@@ -79,7 +79,9 @@ def load(name, root, spec, strict, image_size, cache):
     Raises:
         UserError: where the data is missing or not such data.
     """
-    return (_load_folder if name == "folder" else _load_npz)(root, spec, strict, image_size, cache)
+    if name == "npz":
+        return _load_npz(root, spec, image_size)
+    return _load_folder(root, spec, strict, image_size, cache)
 
 
 def usual_size(median):
@@ -207,7 +209,7 @@ def _streamed(root, split, files, size, cache):
 # Arrays
 
 
-def _load_npz(path, spec, strict, image_size, cache):
+def _load_npz(path, spec, image_size):
     if not path.is_file():
         raise UserError(
             f"no file {path}; with --dataset npz, --data_root is a file that numpy.savez wrote with x_train, y_train and, if "
