@@ -60,7 +60,7 @@ def main(argv=None):
 
     for epoch in range(first, opt.epochs):
         if batches.of_one_class(epoch):
-            raise UserError("a batch holds a single class, so L_intra is not defined; use a larger --batch_size")
+            raise UserError("every batch holds a single class, for which L_intra is zero; use a larger --batch_size")
         model.train()
         row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
         row["train_acc"] = 100 * row.pop("correct")

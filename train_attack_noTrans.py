@@ -32,7 +32,7 @@ def get_parser():
         default=100,
         help="T_max: epochs in which the cosine takes the rate to 0",
     )
-    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
+    args.add_resume_option(parser)
     return parser
 
 

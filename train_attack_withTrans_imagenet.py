@@ -30,7 +30,7 @@ def get_parser():
         default="imagenet",
         help="imagenet: torchvision's weights, downloaded once; none; or the path of a file of such weights",
     )
-    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
+    args.add_resume_option(parser)
     return parser
 
 

@@ -27,7 +27,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_training_options(parser, epochs=200, batch_size=128, lr=0.01)
     args.add_step_schedule_options(parser)
-    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
+    args.add_resume_option(parser)
     return parser
 
 

@@ -27,7 +27,7 @@ from utils.files import load_tensors, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import backdoored_folder, shown
-from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
+from utils.samples import CLEAN, POISON, images_of, load_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
 from utils.transforms import CropFlip
 from utils.validation import HeldOut, best_epoch, is_best
@@ -214,6 +214,8 @@ def main(argv=None):
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
 
+    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path, opt.samples)
+
     def batches_of(flag):
         samples = load_samples(opt, spec, [flag], opt.samples)
         size = unlearn_batch_size if flag == POISON else opt.batch_size
@@ -225,9 +227,9 @@ def main(argv=None):
 
     (to_unlearn, *held_out_of_Dp), (to_relearn, *held_out_of_Dc) = batches_of(POISON), batches_of(CLEAN)
     if unlearn_batch_size > len(to_unlearn.labels):
-        name = "unlearn_batch_size" if opt.unlearn_batch_size else "batch_size"
         raise UserError(
-            f"--{name} {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give a smaller one"
+            f"a batch of {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give --unlearn_batch_size "
+            f"{len(to_unlearn.labels)}, or less for more steps an epoch"
         )
 
     if plain:

@@ -19,12 +19,8 @@ def get_parser():
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_device_options(parser)
-    args.add_tau_options(parser)
+    args.add_fct_options(parser)
     args.add_ratio_options(parser)
-    parser.add_argument(
-        "--batch_size", type=args.positive_int, default=256, help="images a forward pass; changes no value"
-    )
-    parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 2 (or 1); default: step 2's last")
     return parser
 
 

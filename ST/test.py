@@ -12,7 +12,7 @@ from torch import nn
 
 from models import SupConResNet
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights
+from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
 from utils.files import make_folder
@@ -43,6 +43,8 @@ def main(argv=None):
     classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
+    again = f"{commands[1]} --ckpt {shown(extractor_path)} --overwrite; or give its own extractor by --model_ckpt"
+    refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)
     tests = make_test_sets(dataset, opt, runtime)

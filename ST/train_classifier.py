@@ -56,7 +56,7 @@ def get_parser():
     parser.add_argument(
         "--ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
     )
-    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
+    args.add_resume_option(parser)
     return parser
 
 

@@ -60,7 +60,7 @@ def get_parser():
     )
     args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
-    parser.add_argument("--checkpoint_load", type=args.path, help="continue after this checkpoint of this step")
+    args.add_resume_option(parser)
     return parser
 
 

@@ -360,6 +360,65 @@ def test_grey_images_count_as_three_equal_channels(cli, words, data_root, tmp_pa
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in other["model"])
 
 
-def test_a_batch_of_one_class_is_refused_by_step_2(cli, words, pipeline):
-    words = [*words(pipeline), "--target_type", "all2one", "--batch_size", "2", "--epochs", "1", "--overwrite"]
-    refused(cli("finetune_attack_noTrans.py", *words), "a batch holds a single class", "--batch_size")
+def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipeline, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(pipeline / "saved", root / "saved")
+    some = cli("finetune_attack_noTrans.py", *words(root), "--batch_size", 2, "--epochs", 1, "--overwrite")
+    assert some.code == 0  # of its two hundred pairs about twenty are of one class
+
+    np.savez(tmp_path / "four.npz", x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=[0, 0, 1, 1])
+    one_class = []
+    for seed in range(12):
+        own = ["--dataset", "npz", "--data_root", tmp_path / "four.npz", "--model", "resnet10", "--seed", seed, "--output_root",
+               tmp_path / str(seed), "--batch_size", 2, "--epochs", 1]  # fmt: skip
+        assert cli("train_attack_noTrans.py", *own).code == 0
+        said = cli("finetune_attack_noTrans.py", *own)
+        one_class.append(said.code == 2)
+        if said.code == 2:
+            refused(said, "every batch holds a single class", "--batch_size")
+    assert 0 < sum(one_class) < 12  # a third, by chance
+
+
+@pytest.mark.parametrize(
+    "script, option, other, good",
+    [
+        ("train_attack_noTrans.py", "--lr", "0.5", f"{NO_TRANS}/0.tar"),
+        ("train_attack_withTrans.py", "--batch_size", "50", f"{WITH_TRANS}/0.tar"),
+        ("finetune_attack_noTrans.py", "--batch_size", "50", f"{TUNED}/0.tar"),
+        ("ST/train_extractor.py", "--temp", "0.5", f"{EXTRACTOR}/last.pth"),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_settings(cli, words, pipeline, script, option, other, good):
+    before = snapshot(pipeline)
+    settings = torch.load(pipeline / good, weights_only=True)["options"]
+    said = cli(script, *words(pipeline), "--epochs", "3", option, other, "--checkpoint_load", pipeline / good)
+    refused(said, f"{option} {settings[option[2:]]}", "not with", f"{option} {other}", "begin anew")
+    assert snapshot(pipeline) == before
+
+
+def test_a_classifier_goes_with_its_own_extractor(cli, words, pipeline, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(pipeline, root)
+    assert cli("ST/test.py", *words(root)).code == 0
+    before = snapshot(root)
+    settings = torch.load(root / EXTRACTOR / "last.pth", weights_only=True)["options"]
+    cosine = ["--cosine"] * settings["cosine"]
+    again = ["--epochs", 1, "--batch_size", settings["batch_size"], "--temp", "0.5", *cosine, "--overwrite"]
+    assert cli("ST/train_extractor.py", *words(root), *again).code == 0
+    refused(
+        cli("ST/test.py", *words(root)),
+        "was trained with another",
+        "last.pth",
+        "ST/train_classifier.py",
+        "--model_ckpt",
+    )
+    newest = max(root.glob("ST/save/**/ckpt_epoch_*.pth"), key=lambda path: "Linear" in str(path))
+    options = torch.load(newest, weights_only=True)["options"]
+    on = ["--epochs", 9, "--batch_size", options["batch_size"], "--learning_rate", options["learning_rate"]]
+    refused(
+        cli("ST/train_classifier.py", *words(root), *on, "--checkpoint_load", newest),
+        "was trained with another",
+        "last.pth",
+    )
+    tests = [path for path in before if "Linear" in str(path)]
+    assert tests and {path: snapshot(root)[path] for path in tests} == {path: before[path] for path in tests}

@@ -121,7 +121,7 @@ def test_d_p_has_a_batch_size_of_its_own(copy, words, cli):
     ]
     assert all(torch.equal(value, only[1][name]) for name, value in only[0].items())  # D_c has --batch_size
     said = cli("unlearn_relearn.py", *words(copy), "--unlearn_batch_size", 21, "--batch_size", 16, "--overwrite")
-    assert said.code == 2 and "--unlearn_batch_size 21 is larger than D_p, 20 samples" in said.err
+    assert said.code == 2 and "a batch of 21 is larger than D_p, 20 samples; give --unlearn_batch_size 20" in said.err
 
 
 # Held-out samples

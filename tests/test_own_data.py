@@ -294,14 +294,19 @@ def test_a_folder_that_has_changed_is_noticed(cli, fashion, ran, folder, tmp_pat
     other = (folder / "train/class 3/001.png").read_bytes()
     try:
         changed.write_bytes(other)
-        for script, more in (("calculate_consistency.py", ["--overwrite"]), ("unlearn_relearn.py", ["--batch_size", 8, "--overwrite"]),
+        for script, more in (("calculate_consistency.py", ["--overwrite"]), ("visualize_consistency.py", []),
+                             ("separate_samples.py", ["--overwrite"]), ("unlearn_relearn.py", ["--batch_size", 8, "--overwrite"]),
                              ("ST/train_extractor.py", ["--overwrite"])):  # fmt: skip
             refused = cli(script, *words_of(folder, out), *more)
             assert refused.code == 2 and (
                 "not the one under --data_root" in refused.err or "has changed" in refused.err
             ), script
+        again = "train_attack_withTrans.py", *words_of(folder, out), "--epochs", 1, "--batch_size", 64, "--overwrite"
+        assert cli(*again).code == 0
     finally:
         changed.write_bytes(before)
+    mixed = cli("unlearn_relearn.py", *words_of(folder, out), "--batch_size", 8, "--overwrite")
+    assert mixed.code == 2 and "are of another training set than" in mixed.err
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,10 @@ def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluat
         add_compile_option(parser)
 
 
+def add_resume_option(parser):
+    parser.add_argument("--checkpoint_load", type=path, help="continue after this checkpoint of this step")
+
+
 def add_compile_option(parser):
     parser.add_argument(
         "--compile", choices=("auto", "on", "off"), default="auto",
@@ -277,6 +281,15 @@ def add_tau_options(parser):
     parser.add_argument(
         "--draws", type=positive_int, default=TAU_DEFAULTS["draws"], help="draws of the transform whose FCT is averaged"
     )
+
+
+def add_fct_options(parser):
+    """What steps 3 to 5 of SD compute FCT by: tau, and the network."""
+    add_tau_options(parser)
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=256, help="images a forward pass; FCT is the same but for rounding"
+    )
+    parser.add_argument("--checkpoint_load", type=path, help="checkpoint of step 2 (or 1); default: step 2's last")
 
 
 def tau_arguments(options):

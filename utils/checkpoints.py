@@ -41,6 +41,9 @@ NEUTRAL = {
     "checkpoint_load", "checkpoint_save", "log", "ckpt", "model_ckpt", "classifier_ckpt",
 }  # fmt: skip
 
+# Options that name files which a step reads; what is in them is compared by its digest.
+FILES = ("samples", "benign_checkpoint", "ssba_encoder", "ssba_images")
+
 KEYS = {"step": str, "epoch": int, "model": dict, "optimizer": dict, "schedule": dict, "options": dict,
         "poisoned_digest": (str, type(None)), "history": list}  # fmt: skip
 
@@ -64,6 +67,32 @@ def refuse_other_data(checkpoint, digest, path):
         )
 
 
+def refuse_other_settings(checkpoint, opt, path):
+    """Raise a `UserError` where a run that goes on after a checkpoint of its own was asked for other settings than it has:
+    the optimizer and the schedule come from there, so that such a record would be false. How long it trains and how
+    an epoch is chosen may change."""
+    wanted, found = plain_options(opt), made_with(checkpoint, opt)
+    compared = wanted.keys() - NEUTRAL - {*FILES, "epochs", "choose"}
+    differ = [name for name in sorted(compared) if found.get(name, wanted[name]) != wanted[name]][:3]
+    if differ:
+        asked, held = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (wanted, found))
+        raise UserError(
+            f"{shown(path)} is of a run with {held}, which goes on with that and not with {asked}; give the same options, or "
+            f"begin anew without --checkpoint_load"
+        )
+
+
+def refuse_other_inputs(checkpoint, path, inputs, command):
+    """Raise a `UserError` where one of the files ``inputs`` (paths) is not among those that the checkpoint in ``path`` was
+    trained with; ``command`` trains it anew."""
+    known = checkpoint.get("inputs")  # one from before these were kept has none
+    other = [file for file in inputs if isinstance(known, list) and sha256(file) not in known]
+    if other:
+        raise UserError(
+            f"{shown(path)} was trained with another {shown(other[0])} than is there now. Train it anew: {command}"
+        )
+
+
 def load_checkpoint(path, opt, command, steps, names=IDENTITY):
     """Read a checkpoint that one of ``steps`` wrote for the same data set, model and attack.
 
@@ -72,7 +101,8 @@ def load_checkpoint(path, opt, command, steps, names=IDENTITY):
         steps: names of the scripts that may have written it; names: the options that must agree.
 
     Returns:
-        dict with step, epoch, model, optimizer, schedule, options, poisoned_digest, history; tensors on the CPU.
+        dict with step, epoch, model, optimizer, schedule, options, poisoned_digest, history, and since they are kept inputs
+        (the SHA-256 of the files it was trained with); tensors on the CPU.
 
     Raises:
         UserError: for a file that is missing, damaged, from elsewhere, or of other options.
@@ -383,7 +413,10 @@ class Run:
         return self.take_history(checkpoint, path)
 
     def take_history(self, checkpoint, path):
-        """Go on with the rows that ``checkpoint`` has; return the next epoch."""
+        """Go on with the rows that ``checkpoint`` has; return the next epoch. Raises `UserError` where it was made with other
+        settings or other files than this run."""
+        refuse_other_settings(checkpoint, self.opt, path)
+        refuse_other_inputs(checkpoint, path, self.inputs, "leave out --checkpoint_load")
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
@@ -430,6 +463,7 @@ class Run:
             "schedule": scheduler.state_dict() if scheduler is not None else {},
             "options": plain_options(self.opt),
             "poisoned_digest": self.digest,
+            "inputs": list(self.inputs.values()),
             "history": self.history,
         }
         if all(value.device.type == "cpu" for value in content["model"].values()):

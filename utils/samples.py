@@ -87,6 +87,18 @@ def load_samples(opt, spec, flags, folder=None):
     return np.concatenate(parts)
 
 
+def refuse_samples_of_other_data(opt, digest, path, folder=None):
+    """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
+    set has the ``digest``; None: of a network from elsewhere nobody knows."""
+    folder = folder or separated_folder(opt)
+    found = (read_record(folder / "options.json") or {}).get("poisoned_digest", digest)
+    if digest is not None and found != digest:
+        raise UserError(
+            f"the samples in {shown(folder)} are of another training set than {shown(path)}, although the options agree; run SD, "
+            f"and BR step 1, on the same data"
+        )
+
+
 def load_order(path, count, command):
     """Numbers (``count``,) of an .npy file that puts the training samples in order, for D_p; ``command`` makes it where it is
     missing.
