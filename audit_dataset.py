@@ -38,7 +38,7 @@ from utils.audit import (
 )
 from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
-from utils.fct import fct_path, load_fct, ratio_of, sd_network
+from utils.fct import fct_path, load_fct, sd_network
 from utils.figures import fct_histogram
 from utils.files import (
     array_writer,
@@ -55,6 +55,7 @@ from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
 from utils.samples import CLEAN, POISON, UNCERTAIN
 from utils.seeding import generator
+from utils.separation import ratio_of
 from utils.steps import Step, run
 
 EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10

@@ -7,10 +7,11 @@ command of step 5 that uses them; writes them to <epoch>_gamma.json beside the c
 from utils import args
 from utils.checkpoints import latest_checkpoint, refuse_other
 from utils.errors import run_script
-from utils.fct import fct_path, gammas_of_distribution, gammas_of_ratios, load_fct
+from utils.fct import fct_path, load_fct
 from utils.files import read_record
 from utils.manifest import write_options
 from utils.paths import backdoored_folder, shown
+from utils.separation import gammas_of_distribution, gammas_of_ratios
 
 
 def get_parser():

@@ -18,7 +18,7 @@ import torch
 from models import MODELS, build_model
 from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
 from utils import args
-from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer, load_weights
+from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import leads
 from utils.engine import prepare, train_epoch
@@ -31,6 +31,7 @@ from utils.samples import CLEAN, POISON, images_of, load_samples, refuse_samples
 from utils.seeding import generator
 from utils.transforms import CropFlip
 from utils.validation import HeldOut, best_epoch, is_best
+from utils.weights import load_weights
 
 STEP = "unlearn_relearn"
 HELD = 0.1  # share of D_p from which on the bound is what stops the ascent

@@ -6,12 +6,13 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 from utils import args
 from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
-from utils.fct import fct_path, gammas_of_ratios, saved_or_new_fct, sd_checkpoint
+from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
 from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import auroc
 from utils.paths import shown
+from utils.separation import gammas_of_ratios
 
 
 def get_parser():

@@ -12,13 +12,14 @@ from torch import nn
 
 from models import SupConResNet
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, load_weights, refuse_other_inputs
+from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
 from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
+from utils.weights import load_weights
 
 
 def get_parser():

@@ -17,7 +17,7 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import mixed_cross_entropy
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, Run, latest_file, load_checkpoint, load_weights
+from utils.checkpoints import SECURE_IDENTITY, Run, latest_file, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
@@ -27,6 +27,7 @@ from utils.paths import secure_folder, shown
 from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
 from utils.transforms import ContrastiveView
 from utils.validation import HeldOut, best_epoch
+from utils.weights import load_weights
 
 STEP = "train_classifier"
 BEFORE = "train_extractor"

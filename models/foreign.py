@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 from models.resnet import MODELS, build_model
-from utils.checkpoints import load_weights
 from utils.errors import UserError, first_line
+from utils.weights import load_weights
 
 NAMES = tuple(torchvision.models.list_models(module=torchvision.models))
 

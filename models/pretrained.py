@@ -4,9 +4,9 @@ from urllib.error import URLError
 
 import torchvision
 
-from utils.checkpoints import load_weights
 from utils.errors import UserError
 from utils.files import load_tensors
+from utils.weights import load_weights
 
 NAMES = {"resnet18": "ResNet18_Weights", "resnet34": "ResNet34_Weights", "resnet50": "ResNet50_Weights"}
 

@@ -19,9 +19,9 @@ from PIL import Image
 from utils import args, audit, report
 from utils.device import Runtime
 from utils.errors import UserError
-from utils.fct import confine, gammas_of_distribution, separate
 from utils.files import read_json, sha256
 from utils.manifest import plain_options
+from utils.separation import confine, gammas_of_distribution, separate
 from utils.triggers import apply_trigger
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -11,10 +11,11 @@ from models import build_model
 from utils.datasets import DATASETS, load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
-from utils.fct import AUTO, combine, compute_fct, gammas_of_ratios, near_a_gamma, separate, set_sizes
+from utils.fct import AUTO, combine, compute_fct, near_a_gamma
 from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator
+from utils.separation import gammas_of_ratios, separate, set_sizes
 from utils.transforms import Tau
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -9,9 +9,10 @@ from PIL import Image
 from test_poisoning import options
 
 from utils import dataloader_bd as bd
-from utils.datasets import StreamedImages, load_dataset
+from utils.datasets import load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
+from utils.images import StreamedImages
 from utils.samples import load_samples
 from utils.transforms import CropFlip, rotate
 from utils.triggers import apply_trigger

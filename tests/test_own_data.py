@@ -10,11 +10,12 @@ import torch
 from conftest import run_all, write_folder
 from PIL import Image
 
-from utils.datasets import StreamedImages, load_dataset
+from utils.datasets import load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import compute_fct
 from utils.files import read_json
+from utils.images import StreamedImages
 from utils.own_data import StoredImages
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -260,8 +261,8 @@ def test_every_step_runs_without_a_ground_truth(ran):
 
 def test_values_are_those_of_images_in_memory_at_any_batch_size(cli, folder, ran):
     from models import build_model
-    from utils.checkpoints import load_weights
     from utils.files import load_tensors
+    from utils.weights import load_weights
 
     path = ran / "saved/backdoored_model/poison_rate_unknown/noTrans_ftsimi/folder_my_data/resnet10/unknown/0.tar"
     saved = np.loadtxt(path.with_name("0_all.txt")).astype(np.float32)

@@ -36,13 +36,14 @@ from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.datasets import load_dataset
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
-from utils.fct import compute_fct, gammas_of_ratios, separate
+from utils.fct import compute_fct
 from utils.figures import save_figure
 from utils.files import make_folder, write_rows
 from utils.losses import cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import ROOT, shown
 from utils.records import hardware
+from utils.separation import gammas_of_ratios, separate
 from utils.transforms import ContrastiveView, CropFlip
 from utils.triggers import GRID, apply_trigger
 

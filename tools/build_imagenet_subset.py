@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from utils import args
-from utils.datasets import IMAGE_SUFFIXES
 from utils.errors import UserError, nearest_existing, run_script
 from utils.files import atomic_write, make_folder, read_text
+from utils.images import IMAGE_SUFFIXES
 from utils.paths import ROOT, shown
 
 CLASSES = Path(__file__).with_name("imagenet_subset_classes.txt")

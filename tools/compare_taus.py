@@ -16,21 +16,13 @@ import pandas as pd
 
 from utils import args
 from utils.dataloader_bd import poison_training_set
-from utils.datasets import rows_of
 from utils.errors import UserError, run_script
-from utils.fct import (
-    AUTO,
-    combine,
-    compute_fct,
-    gammas_of_distribution,
-    gammas_of_ratios,
-    sd_checkpoint,
-    sd_network,
-    separate,
-)
+from utils.fct import AUTO, combine, compute_fct, sd_checkpoint, sd_network
 from utils.files import make_folder, write_rows
+from utils.images import rows_of
 from utils.metrics import detection_quality
 from utils.paths import ROOT, data_name, shown
+from utils.separation import gammas_of_distribution, gammas_of_ratios, separate
 
 TAUS = (
     ("rotate", "affine"),
@@ -72,7 +64,7 @@ def within_labels(fct, labels):
 
 
 def separations(fct, labels, opt):
-    """(kind of ratios, flags int64 (N,) as `fct.separate` gives them) for each pair of ratios asked for; for those found in
+    """(kind of ratios, flags int64 (N,) as `separation.separate` gives them) for each pair of ratios asked for; for those found in
     the values None where there are no two groups. labels: int64 (N,)."""
     for poison_ratio in opt.poison_ratios or [opt.poison_ratio]:
         ratios = opt.clean_ratio, poison_ratio

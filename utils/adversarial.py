@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
-from utils.checkpoints import load_checkpoint, load_weights
+from utils.checkpoints import load_checkpoint
 from utils.engine import progress
 from utils.seeding import generator
+from utils.weights import load_weights
 
 EPSILON, STEP, STEPS = 8, 2, 4  # grey levels, of 255
 BATCH = 50

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
-from utils.datasets import rows_of
 from utils.device import send
 from utils.distributed import gather
 from utils.engine import progress
-from utils.fct import compute_fct, two_groups
+from utils.fct import compute_fct
+from utils.images import rows_of
 from utils.metrics import cross_entropies
 from utils.seeding import generator
+from utils.separation import two_groups
 
 TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
 SUREST = "surest"
@@ -326,7 +327,7 @@ def likeness(features, group):
 
     Returns:
         float32 (n,): the place of each on the line from the mean of the others to that of the group, in standard deviations,
-        from 0 on where it belongs to the upper of two normal distributions with a certainty of 0.9 (`fct.two_groups`), or is
+        from 0 on where it belongs to the upper of two normal distributions with a certainty of 0.9 (`separation.two_groups`), or is
         one of the ``FIRST.groups[0]`` most alike.
     """
     features = features.astype(np.float64)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils.datasets import StreamedImages
 from utils.device import give_freed_memory_back, keep_freed_memory, send
 from utils.distributed import part
 from utils.errors import UserError
+from utils.images import StreamedImages
 from utils.poisoning import paint, painter
 from utils.seeding import generator
 
@@ -45,7 +45,7 @@ class TriggeredImages:
     (N, H, W, 3) they stand for.
 
     Args:
-        images: a `datasets.StreamedImages`; chosen: bool (N,), which carry the trigger; paint: see `poisoning.painter`.
+        images: an `images.StreamedImages`; chosen: bool (N,), which carry the trigger; paint: see `poisoning.painter`.
     """
 
     decodes = True

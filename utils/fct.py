@@ -1,9 +1,8 @@
-"""Feature consistency towards transformations: FCT of every sample, thresholds, and the three sets (paper section 4.1).
+"""Feature consistency towards transformations: FCT of every sample, computed, kept and read (paper section 4.1).
 
 FCT(x) = mean over feature dimensions of (e(x) - e(tau(x)))^2.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import (
-    IDENTITY,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    refuse_other_data,
-)
+from utils.checkpoints import IDENTITY, latest_checkpoint, load_checkpoint, refuse_other_data
 from utils.dataloader_bd import Normalize, fetch, hold
 from utils.device import Runtime
 from utils.distributed import gather, part
@@ -28,6 +21,7 @@ from utils.manifest import is_other, write_options
 from utils.paths import backdoored_folder, shown
 from utils.seeding import generator
 from utils.transforms import Tau
+from utils.weights import load_weights
 
 SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
@@ -272,192 +266,3 @@ def _saved_fct(path, opt, count):
         return None
     fct = load_fct(path, "python calculate_consistency.py")
     return fct if len(fct) == count else None
-
-
-def set_sizes(count, clean_ratio, poison_ratio):
-    """(floor(alpha_c N), floor(alpha_p N)); a `UserError` where one of the sets would be empty."""
-    sizes = tuple(int(ratio * count + 1e-9) for ratio in (clean_ratio, poison_ratio))
-    for name, ratio, size in zip(("clean", "poison"), (clean_ratio, poison_ratio), sizes, strict=True):
-        if size == 0:
-            raise UserError(f"--{name}_ratio {ratio} of {count} samples is less than one sample; give a larger ratio")
-    return sizes
-
-
-def ratio_of(count, whole):
-    """A ratio of at most five decimals (folders are named by it) whose share of ``whole`` samples is ``count``, or a few more of
-    more than 100 000."""
-    return math.ceil(1e5 * count / whole) / 1e5
-
-
-def gammas_of_ratios(fct, clean_ratio, poison_ratio):
-    """(gamma_c, gamma_p): the value at rank floor(alpha_c N) of FCT sorted ascending, counted from 1, and the one at
-    rank N - floor(alpha_p N), counted from 0, so that with no ties the sets have exactly these sizes."""
-    n_clean, n_poison = set_sizes(len(fct), clean_ratio, poison_ratio)
-    ordered = np.sort(fct)
-    return float(ordered[n_clean - 1]), float(ordered[len(fct) - n_poison])
-
-
-def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels=None, even=False):
-    """Split the samples: FCT <= gamma_low -> D_c, FCT >= gamma_high -> D_p, the rest -> D_u.
-
-    Ties: where values equal to a gamma would make a set larger than its ratio gives, it keeps the ratio's size, and a
-    seeded draw decides which of the equal values it takes. Values beyond a gamma are always taken; where these alone
-    are as many as the ratio gives, the gamma was chosen by hand, and all values equal to it are taken as well. A sample
-    that fits both sets goes to D_p.
-
-    Args:
-        fct: float (N,); gamma_low, gamma_high: thresholds; clean_ratio, poison_ratio: alpha_c and alpha_p; seed: of
-        the draw among equal values; labels: int64 (N,), the labels as the victim has them, to take into D_c
-        floor(alpha_c N_k) samples of every label k, those of lowest FCT, in place of those up to gamma_low (not in
-        the paper), less those that are in D_p. None: the paper's rule. even: with labels, of no label more than of the
-        median one (alpha_c times the median of N_k), as an attack swells its target's label.
-
-    Returns:
-        int64 (N,): flag 0 for D_c, 1 for D_u, 2 for D_p.
-
-    Raises:
-        UserError: where gamma_low is above gamma_high, or D_c or D_p is empty.
-    """
-    if gamma_low > gamma_high:
-        raise UserError(f"--gamma_low {gamma_low} is above --gamma_high {gamma_high}")
-    n_clean, n_poison = set_sizes(len(fct), clean_ratio, poison_ratio)
-    n_clean = _with_ties((fct < gamma_low).sum(), (fct == gamma_low).sum(), n_clean)
-    n_poison = _with_ties((fct > gamma_high).sum(), (fct == gamma_high).sum(), n_poison)
-    span = f"(FCT goes from {fct.min():g} to {fct.max():g})"
-    if n_poison == 0:
-        raise UserError(f"D_p is empty: no FCT lies beyond --gamma_high {gamma_high} {span}")
-
-    # One order for both ends: equal values stand in a drawn order, and the sets cannot share a sample.
-    order = np.lexsort((generator(seed, "ties").random(len(fct)), fct))
-    flags = np.ones(len(fct), dtype=np.int64)
-    flags[order[len(fct) - n_poison :]] = 2
-    if labels is None:
-        n_clean = min(n_clean, len(fct) - n_poison)
-        if n_clean == 0:
-            raise UserError(f"D_c is empty: no FCT lies below --gamma_low {gamma_low} {span}")
-        flags[order[:n_clean]] = 0
-        return flags
-    present, sizes = np.unique(labels, return_counts=True)
-    most = np.median(sizes) if even else sizes.max()
-    for label, size in zip(present, sizes, strict=True):
-        own = order[labels[order] == label]
-        lowest = own[: int(clean_ratio * min(size, most) + 1e-9)]
-        flags[lowest[flags[lowest] != 2]] = 0
-    if not (flags == 0).any():
-        raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
-    return flags
-
-
-def confine(flags, fct, labels, classes, poison_ratio, seed):
-    """D_p from the samples of some classes alone (not in the paper): floor(alpha_p N) of highest FCT among them.
-
-    Args:
-        flags: int64 (N,), what `separate` gave; fct: float (N,); labels: int64 (N,), as the victim has them; classes:
-        labels that D_p may have; poison_ratio: alpha_p; seed: of the draw among equal values.
-
-    Returns:
-        int64 (N,): what was in D_p before is uncertain unless it still is.
-
-    Raises:
-        UserError: where these classes have no sample, or fewer than that, or none of D_c is left.
-    """
-    count = int(poison_ratio * len(fct) + 1e-9)
-    own = np.flatnonzero(np.isin(labels, classes))
-    if len(own) < count:
-        raise UserError(
-            f"the classes {' '.join(map(str, classes))} have {len(own)} samples, less than --poison_ratio {poison_ratio} of all "
-            f"{len(fct)}; give a smaller ratio"
-        )
-    order = own[np.lexsort((generator(seed, "ties").random(len(fct))[own], fct[own]))]
-    flags = np.where(flags == 2, 1, flags)
-    flags[order[len(own) - count :]] = 2
-    if not (flags == 0).any():
-        raise UserError("D_c is empty: D_p has taken all of it; give a smaller --poison_ratio")
-    return flags
-
-
-def with_alike(flags, fct, alike, poison_ratio, seed):
-    """D_p from the samples that are like those which show a backdoor, and by FCT what these are short of alpha_p N (not in the
-    paper).
-
-    Args:
-        flags, fct, poison_ratio, seed: as of `confine`; alike: bool (N,), all of which D_p takes.
-
-    Returns, raises: as `confine`.
-    """
-    ratio = max(poison_ratio, ratio_of(int(alike.sum()), len(fct)))
-    return confine(flags, np.where(alike, np.inf, fct), np.zeros(len(fct), dtype=np.int64), [0], ratio, seed)
-
-
-def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
-    """gamma_c and gamma_p found in the values (not in the paper): two normal distributions fitted to log FCT.
-
-    gamma_p is the smallest value above the lower mean that belongs to the upper one with this ``certainty``, gamma_c the
-    mean of the lower one, below which half of it lies.
-
-    Args:
-        fct: float (N,), not negative; zeros, which have no logarithm, count as the smallest positive value;
-        valley: how deep the density must fall between the two means, as a share of that at the lower one of them.
-
-    Returns:
-        dict: gamma_low, gamma_high, clean_ratio and poison_ratio (the shares that they give), valley (that depth), or None
-        where the values have no two groups, or none is beyond gamma_p.
-    """
-    positive = fct[fct > 0]
-    if len(positive) < 20 or positive.min() == positive.max():
-        return None
-    lower, upper, depth = two_groups(np.log(np.maximum(fct, positive.min()).astype(np.float64)), certainty)
-    if depth > valley or upper is None:
-        return None
-    low, high = float(np.exp(lower)), float(np.exp(upper))
-    shares = float((fct <= low).mean()), float((fct >= high).mean())
-    if not all(shares) or sum(shares) > 1:
-        return None
-    return {"gamma_low": low, "gamma_high": high, "clean_ratio": shares[0], "poison_ratio": shares[1], "valley": depth}
-
-
-def two_groups(values, certainty=0.9):
-    """Two normal distributions fitted to ``values``, float64 (N,), not all of them equal.
-
-    Returns:
-        (the lower mean; the smallest value above it that belongs to the upper one with this ``certainty``, or None; how low the
-        density falls between the means, as a share of that at the lower one of them).
-    """
-    share, mean, deviation = _two_normals(values)
-    total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
-    line = np.linspace(mean[0], values.max(), 800)
-    density = _densities(line, share, mean, deviation)
-    upper = density[:, 1] >= certainty * density.sum(1)
-    return mean[0], line[upper.argmax()] if upper.any() else None, float(total.min() / min(total[0], total[-1]))
-
-
-def _densities(values, share, mean, deviation):
-    return share * np.exp(-0.5 * ((values[:, None] - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi))
-
-
-def _two_normals(values, rounds=200):
-    """Expectation maximisation from four starts, which split at quantiles; the likeliest end. Shares, means (ascending) and
-    deviations, float (2,) each; a deviation is at least a tenth of that of all values, so that none falls onto a point."""
-    least = 0.1 * values.std()
-    best = (-np.inf, None)
-    for quantile in (0.5, 0.8, 0.93, 0.98):
-        high = values > np.quantile(values, quantile)
-        if high.sum() < 5:
-            continue
-        member = np.stack([~high, high], 1).astype(float)
-        for _ in range(rounds):
-            weight = member.sum(0) + 1e-12
-            share, mean = weight / len(values), (member * values[:, None]).sum(0) / weight
-            deviation = np.sqrt((member * (values[:, None] - mean) ** 2).sum(0) / weight).clip(least)
-            density = _densities(values, share, mean, deviation)
-            member = density / density.sum(1, keepdims=True).clip(1e-300)
-        likelihood = np.log(density.sum(1).clip(1e-300)).sum()
-        if likelihood > best[0]:
-            order = np.argsort(mean)
-            best = (likelihood, (share[order], mean[order], deviation[order]))
-    return best[1]
-
-
-def _with_ties(beyond, at, wanted):
-    """Size of a set with ``beyond`` values past its gamma and ``at`` values equal to it, whose ratio gives ``wanted``."""
-    return wanted if beyond < wanted < beyond + at else beyond + at

@@ -87,7 +87,7 @@ def detection_quality(fct, flags, is_clean, labels, num_classes):
     """How well a separation detects (README: measures). Reads the ground truth: for evaluation only.
 
     Args:
-        fct: float (N,); flags: int64 (N,), the set of each sample as `fct.separate` gives it; is_clean: bool (N,) ground
+        fct: float (N,); flags: int64 (N,), the set of each sample as `separation.separate` gives it; is_clean: bool (N,) ground
         truth; labels: int64 (N,), as the victim gets them; num_classes: K.
 
     Returns:

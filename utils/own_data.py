@@ -11,9 +11,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils.datasets import (
+from utils.datasets import Dataset
+from utils.errors import UserError, nearest_existing
+from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256, write_json
+from utils.images import (
     UNREADABLE,
-    Dataset,
     StreamedImages,
     broken_files,
     decode,
@@ -24,8 +26,6 @@ from utils.datasets import (
     tell_broken,
     whole_rows,
 )
-from utils.errors import UserError, nearest_existing
-from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256, write_json
 
 STORED = 64  # images up to this side are decoded once, into a file; larger ones whenever they are needed
 ARRAY_LIMIT = 1 << 34  # bytes that an array of an .npz file may unpack to

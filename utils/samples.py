@@ -24,7 +24,7 @@ def sample_dtype(shape):
 
 
 def sample_writers(folder, poisoned, flags):
-    """Functions that write one file a set, by path, for `files.write_together`. ``flags`` int64 (N,), as `fct.separate`
+    """Functions that write one file a set, by path, for `files.write_together`. ``flags`` int64 (N,), as `separation.separate`
     gives them; labels are those the victim has."""
     in_memory = isinstance(poisoned.images, np.ndarray)
 

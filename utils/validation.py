@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from utils.dataloader_bd import hold
-from utils.datasets import rows_of
 from utils.errors import UserError
 from utils.files import as_logged
+from utils.images import rows_of
 from utils.metrics import percent, predict
 from utils.seeding import generator
 

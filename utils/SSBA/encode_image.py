@@ -6,11 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.checkpoints import load_weights
 from utils.errors import UserError
 from utils.files import load_tensors
 from utils.paths import ROOT, shown
 from utils.SSBA.model import BITS, SIZE, Decoder, Encoder
+from utils.weights import load_weights
 
 ENCODER = ROOT / "trigger/ssba_encoder.pt"
 COMMAND = "python tools/train_ssba.py --dataset fashion cifar10"

@@ -1,0 +1,174 @@
+"""Image files: found, decoded, checked once, and read when they are needed."""
+
+import hashlib
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.errors import UserError, nearest_existing
+from utils.files import read_json, write_json
+
+# A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
+
+
+class StreamedImages:
+    """Image files that stand where an array uint8 (N, H, W, 3) stands: indexing decodes, and resizes to H = W.
+
+    Args:
+        files: paths of the images; size: side in pixels.
+    """
+
+    decodes = True  # reading them is work for many processes
+
+    def __init__(self, files, size):
+        self.files, self.size = np.asarray([os.fspath(file) for file in files]), size
+
+    @property
+    def shape(self):
+        return (len(self.files), self.size, self.size, 3)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        """uint8 (n, H, W, 3) of the chosen rows (a slice, indices or a mask)."""
+        files = self.files[rows]
+        images = np.empty((len(files), self.size, self.size, 3), dtype=np.uint8)
+        for place, file in enumerate(files):
+            images[place] = decode(file, self.size, resize=True)
+        return images
+
+    def subset(self, rows):
+        """The chosen rows, not decoded yet."""
+        return StreamedImages(self.files[rows], self.size)
+
+    def names(self):
+        """Class folder, name and size in bytes of every file, a line each, as bytes."""
+        lines = ("{1}/{2} {0}".format(os.path.getsize(file), *Path(file).parts[-2:]) for file in self.files)
+        return "\n".join(lines).encode()
+
+
+def rows_of(images, rows):
+    """The chosen rows (int64) of images, an array or streamed ones, which are not decoded by this."""
+    return images[rows] if isinstance(images, np.ndarray) else images.subset(rows)
+
+
+def list_images(folder):
+    """Files of ``folder/<class>/*`` (or ``folder/<class>/images/*``) sorted by class and name, their labels (int64) and
+    the class names."""
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder {folder} with one folder of images a class. Nearest existing path: {nearest_existing(folder)}"
+        )
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files, labels = [], []
+    for label, name in enumerate(names):
+        place = folder / name / "images" if (folder / name / "images").is_dir() else folder / name
+        # By their names as text: 60 000 Paths take half a second longer to sort, in every step.
+        found = [
+            place / file for file in sorted(os.listdir(place)) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+        if not found:
+            raise UserError(f"the class folder {folder / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"{folder} holds no class folders with images")
+    return files, np.asarray(labels, dtype=np.int64), names
+
+
+def decode(path, size, resize):
+    """Decode an image file to uint8 (size, size, 3); grey, palette and transparent images become RGB.
+
+    Args:
+        path: the file; size: side in pixels; resize: whether another size is resized (bilinear) or refused.
+
+    Raises:
+        UserError: for a file that is no image, damaged, or of another size.
+    """
+    try:
+        with Image.open(os.fspath(path)) as image:  # a Path is resolved by older Pillows, which links in a circle stop
+            if image.size == (size, size):
+                return np.asarray(image.convert("RGB"))
+            if not resize:
+                raise UserError(f"{path} is {image.size[0]}x{image.size[1]} pixels; this data set has {size}x{size}")
+            image.draft("RGB", (size, size))  # a JPEG is then decoded at a fraction of its size
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except UNREADABLE as error:
+        raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
+
+
+def in_threads(function, files, title):
+    """``function`` of every file, in order, with a progress bar where there is a ``title``."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, files), title, len(files), unit=" images", disable=None if title else True))
+
+
+def broken_files(folder, files, cache, title):
+    """Names (relative to ``folder``) of the ``files`` that cannot be decoded; all are tried once, with the result in
+    ``cache`` (path of a JSON file), and again when one changes."""
+    digest = listing_digest(folder, files)
+    known = known_of(cache, digest)
+    if known is not None and isinstance(known.get("broken"), list):
+        return known["broken"]
+
+    def fails(file):
+        try:
+            decode(file, 32, resize=True)
+        except UserError:
+            return os.fspath(file.relative_to(folder))
+
+    broken = [file for file in in_threads(fails, files, title) if file]
+    try:
+        write_json(cache, {"digest": digest, "broken": broken})
+    except UserError as error:
+        print(f"The check is not remembered: {error}")
+    return broken
+
+
+def whole_rows(folder, files, broken):
+    """int64: the places of the ``files`` that are not named in ``broken``."""
+    broken = set(broken)
+    return np.asarray(
+        [row for row, file in enumerate(files) if os.fspath(file.relative_to(folder)) not in broken], dtype=np.int64
+    )
+
+
+def tell_broken(broken, count, place, strict):
+    """Say which of the ``count`` images in the folder ``place`` cannot be read; with ``strict`` as a `UserError`."""
+    if not broken:
+        return
+    shown = ", ".join(sorted(broken)[:5]) + (" and more" if len(broken) > 5 else "")
+    if strict:
+        raise UserError(f"{len(broken)} of the images in {place} cannot be read: {shown}; remove or replace them")
+    print(f"Warning: {len(broken)} of {count} images in {place} cannot be read and are skipped: {shown}")
+
+
+def known_of(cache, digest):
+    """What the JSON file ``cache`` holds of the listing ``digest``, or None."""
+    try:
+        known = read_json(cache) or {}
+    except UserError:
+        return None  # damaged: look again
+    return known if known.get("digest") == digest else None
+
+
+def listing_digest(folder, files):
+    """Tells whether a file was added, removed or changed since the last time."""
+
+    def state(path):
+        try:
+            stat = path.stat()
+        except OSError:
+            return "missing"  # such as a link whose file has moved; decoding it will say so
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    return hashlib.sha256("\n".join(f"{file.relative_to(folder)} {state(file)}" for file in files).encode()).hexdigest()
