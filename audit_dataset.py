@@ -47,6 +47,7 @@ from utils.files import (
     json_writer,
     make_folder,
     new_folder,
+    read_record,
     text_writer,
     write_together,
 )
@@ -121,7 +122,7 @@ def get_parser():
 
 def resolve(opt):
     """The options as the steps see them, and the words that say so."""
-    kind = opt.dataset or ("npz" if opt.data_root.is_file() else "folder")
+    kind = opt.dataset or ("npz" if os.path.isfile(opt.data_root) else "folder")
     words = ["--dataset", kind, "--data_root", typed(opt.data_root.absolute()), "--model", opt.model]
     for name in ("image_size", "seed"):
         if getattr(opt, name):
@@ -235,17 +236,18 @@ def write_clean(opt, dataset, flags):
     left_out = {os.fspath(dataset.train_images.files[row]) for row in np.flatnonzero(flags == POISON)}
     kept = 0
     with new_folder(target) as staging:
-        for split in ("train", "test", "val"):
-            for file in sorted([*(source / split).glob("*/*"), *(source / split).glob("*/images/*")]):
-                if os.fspath(file) in left_out or not file.is_file():
-                    continue
-                place = staging / file.relative_to(source)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if opt.copy:
-                    shutil.copy2(file, place)
-                else:
-                    place.symlink_to(file.resolve())
-                kept += 1
+        for file in map(
+            Path, [*dataset.train_images.files, *dataset.test_images.files]
+        ):  # no others: nobody looked at them
+            if os.fspath(file) in left_out:
+                continue
+            place = staging / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if opt.copy:
+                shutil.copy2(file, place)
+            else:
+                place.symlink_to(file.resolve())
+            kept += 1
         rows = [{"file": os.path.relpath(file, source)} for file in sorted(left_out)]
         write_together({staging / "left_out.csv": csv_writer(rows)})
     print(
@@ -260,7 +262,7 @@ def check_clean(opt):
             raise UserError("--copy has no use without --write_clean")
         return
     target = opt.write_clean.absolute()
-    if opt.dataset == "npz" or opt.data_root.is_file():
+    if opt.dataset == "npz" or os.path.isfile(opt.data_root):
         raise UserError(
             "--write_clean is for a folder; of an .npz file, take the rows that suspects.csv puts outside D_p"
         )
@@ -268,6 +270,15 @@ def check_clean(opt):
         raise UserError(f"{shown(target)} is there already; give --write_clean a new name")
     if target.resolve().is_relative_to(opt.data_root.resolve()):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
+    make_folder(target.parent, "--write_clean")
+
+
+def refuse_report_of_other_data(path, dataset, opt):
+    """Refuse to replace the verdict in ``path`` where it is on other data, unless --overwrite is given."""
+    data = (read_record(path) or {}).get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    if source not in (None, dataset.source) and not opt.overwrite:
+        raise UserError(f"{shown(path)} is on {source}; give another --out, or --overwrite to replace that report")
 
 
 def main(argv=None):
@@ -281,8 +292,13 @@ def main(argv=None):
     poisoned = poison_training_set(dataset, resolved)
     labels, classes = poisoned.labels, dataset.classes
     print(f"{len(labels)} images of {len(classes)} classes, {dataset.spec.size}x{dataset.spec.size}")
-    out = make_folder(opt.out.absolute())
+    if min(int(0.2 * np.bincount(labels).max()), int(0.05 * len(labels))) == 0:
+        raise UserError(
+            f"{len(labels)} images of {len(classes)} classes are too few: of some class five are needed, twenty in all"
+        )
+    out = make_folder(opt.out.absolute(), "--out")
     hold_lock(out / "verdict.json")
+    refuse_report_of_other_data(out / "verdict.json", dataset, opt)
 
     steps = plan(opt, resolved, words, where, poisoned)
     run(steps, opt, out / "seconds.json")

@@ -23,8 +23,8 @@ import pandas as pd
 from utils import args
 from utils.device import choose_runtime
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, write_rows, write_together
-from utils.manifest import verify, write_options
+from utils.files import make_folder, read_json, read_record, write_rows, write_together
+from utils.manifest import made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, shown
 from utils.records import (
     DETECTION,
@@ -33,9 +33,10 @@ from utils.records import (
     cell_name,
     collect,
     epochs_of,
-    evaluated,
     hardware,
     measured,
+    read_figures,
+    read_log,
     write_cell,
 )
 from utils.rows import (
@@ -47,7 +48,7 @@ from utils.rows import (
     VARIANTS,
     plan,
     preset_data,
-    samples_folder,
+    separating_step,
     trained_step,
     unlearning_log,
 )  # fmt: skip
@@ -56,10 +57,8 @@ from utils.steps import end_steps, list_commands, run
 
 def get_parser():
     parser = args.Parser(__doc__)
-    parser.add_argument(
-        "--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper"
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="options of the steps")
+    parser.add_argument("--row", choices=tuple(ROWS), help="attack, by its name in the paper; default: BadNets-all2one")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="options of the steps; default: paper")
     parser.add_argument("--table", choices=tuple(TABLES), help="run a whole table of the paper, cell by cell")
     parser.add_argument("--rows", choices=tuple(ROWS), nargs="+", help="with --table: these rows; default: the paper's")
     parser.add_argument(
@@ -100,24 +99,43 @@ def get_parser():
 
 def cleaned(steps):
     """The log of D-BR (a DataFrame) where the test sets were looked at, the row of its result, and the rule that chose it."""
-    log = evaluated(pd.read_csv(unlearning_log(steps)))
+    log = read_log(steps["unlearn_relearn"], unlearning_log(steps))
     if steps["unlearn_relearn"].options().choose == "forgotten":
         return log, log.loc[log["loss_Dp_after"].idxmax()], "epoch after which D_p is known least"
     return log, log.iloc[-1], LAST
 
 
+def refuse_other_result(path, opt):
+    """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, unless
+    --overwrite is given."""
+    held, wanted = made_with(read_record(path) or {"options": plain_options(opt)}, opt), plain_options(opt)
+    differ = [
+        name for name in ("row", "preset", "dataset", "model", "seed", "poison_rate") if held[name] != wanted[name]
+    ]
+    if differ and not opt.overwrite:
+        has, asked = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (held, wanted))
+        raise UserError(
+            f"{shown(path)} and the table beside it are of {has}, not of {asked}; give another --name or --out, or --overwrite"
+        )
+
+
+def detected_by(steps):
+    """How well SD detected, as separate_samples.py wrote it."""
+    step = separating_step(steps)
+    return read_figures(step, step.output.with_name("detection.json"), DETECTION)
+
+
 def table(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = list(MEASURES)
-    trained = pd.read_csv(trained_step(steps).output.with_name("log.csv")).iloc[-1]
-    rows = [{"model": "backdoored", **trained[measures]}]
-    detection = read_json(samples_folder(steps) / "detection.json")
+    rows = [{"model": "backdoored", **read_log(trained_step(steps)).iloc[-1][measures]}]
+    detection = detected_by(steps)
     detected = {name: detection[name] for name in DETECTION[:4]}
     if "unlearn_relearn" in steps:
         _, result, _ = cleaned(steps)
         rows.append({"model": "D-BR", **result[measures], **detected})
     if "test" in steps:
-        result = read_json(steps["test"].output)
+        result = read_figures(steps["test"], steps["test"].output, measures)
         rows.append({"model": "D-ST", **{name: result[name] for name in measures}, **detected})
     return rows
 
@@ -126,10 +144,11 @@ def cells_of(opt):
     """The cells of ``opt.table`` in the order they run, each as the options of one row; all of D-BR comes before D-ST,
     which takes the longest and uses D-BR's separated samples and backdoored model."""
     scale, paper_rows = opt.scale or "paper", TABLES[opt.table]
-    for name, value in (("--row", opt.row != "BadNets-all2one"), ("--preset", opt.preset != "paper"), ("--dataset", opt.dataset),
-                        ("--seed", opt.seed is not None), ("--name", opt.name)):  # fmt: skip
-        if value:
-            raise UserError(f"{name} is for one row; with --table give --rows, --scale and --seeds")
+    for name in ("row", "preset", "dataset", "seed", "name"):
+        if getattr(opt, name) is not None:
+            raise UserError(f"--{name} is for one row; with --table give --rows, --scale and --seeds")
+    if opt.device and opt.devices:
+        raise UserError("--devices says where the rows run, and --device too; leave one out")
     if opt.table == "imagenet" and scale != "paper":
         raise UserError(f"--scale {scale} is for the tables of cifar10 and cifar100; imagenet has --scale paper alone")
     defences = opt.defences or (DEFENCES[:1] if opt.table == "imagenet" else DEFENCES)
@@ -231,15 +250,15 @@ _collecting = threading.Lock()
 def _record_cell(path, cell, steps, resolved, made):
     """Write the record of a finished cell; ``made``: its commands and seconds."""
     trained = trained_step(steps)
-    before = evaluated(pd.read_csv(trained.output.with_name("log.csv"))).iloc[-1]
+    before = read_log(trained).iloc[-1]
     (defence,) = cell.defences
     if defence == "D-BR":
         log, after, rule = cleaned(steps)
         best, last = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], steps["unlearn_relearn"]
     else:
-        log = evaluated(pd.read_csv(steps["train_classifier"].output.with_name("log.csv")))
-        after, best, rule = read_json(steps["test"].output), log.loc[log["ACC_paper"].idxmax()], LAST
-        last = steps["test"]
+        log, last = read_log(steps["train_classifier"]), steps["test"]
+        best, rule = log.loc[log["ACC_paper"].idxmax()], LAST
+        after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
     precision = choose_runtime(cell.device or "auto", cell.precision or "auto").precision
     content = {
@@ -249,10 +268,10 @@ def _record_cell(path, cell, steps, resolved, made):
         "epochs": {name: epochs_of(step) for name, step in steps.items() if epochs_of(step)},
         "before": measured(before), "after": measured(after),
         "rule": rule, "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
-        "detection": read_json(samples_folder(steps) / "detection.json"),
+        "detection": detected_by(steps),
         "hardware": hardware(cell.device), "precision": precision, **made,
     }  # fmt: skip
-    inputs = [trained.record, samples_folder(steps) / "options.json", last.record]
+    inputs = [trained.record, separating_step(steps).output.with_name("options.json"), last.record]
     write_cell(path, cell, inputs, **content)
 
 
@@ -270,13 +289,14 @@ def main(argv=None):
     for name in ("rows", "scale", "seeds", "ablations", "jobs", "devices"):
         if getattr(opt, name) is not None:
             raise UserError(f"--{name} is for a whole table; give --table too, or --row and --preset for one row")
-    opt.variant = None
+    opt.row, opt.preset, opt.variant = opt.row or "BadNets-all2one", opt.preset or "paper", None
     steps, resolved = plan(opt)
     name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
     if opt.dry_run:
         list_commands(steps, {})
         return
-    make_folder(opt.out)
+    make_folder(opt.out, "--out")
+    refuse_other_result(opt.out / f"{name}_manifest.json", opt)
     started = time.perf_counter()
     seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
 

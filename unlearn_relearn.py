@@ -23,7 +23,7 @@ from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import leads
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.files import load_tensors, tensor_writer, write_together
+from utils.files import load_tensors, read_record, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import backdoored_folder, shown
@@ -142,11 +142,28 @@ def places_of(opt, path, resumed, plain):
             f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
         )
     for file in (save, log, record, result):
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; name a file, by --checkpoint_save or --log")
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
     return SimpleNamespace(
         save=save, log=log, record=record, of_validation=of_validation, forgotten=forgotten, result=result
     )
+
+
+def refuse_log_of_another(log, record, overwrite):
+    """Refuse to replace the ``log`` where another run's record beside it than this one's tells of it, unless --overwrite is given."""
+
+    def tells_of_it(other):
+        try:
+            return log.name in (read_record(other) or {}).get("outputs", {})
+        except UserError:  # some other file
+            return False
+
+    others = [path for path in sorted(log.parent.glob("*.json")) if path.absolute() != record.absolute()]
+    owner = next(filter(tells_of_it, others), None)
+    if owner and log.is_file() and not overwrite:
+        raise UserError(
+            f"{shown(log)} is the log of the run that {shown(owner)} tells of; name another with --log, or give --overwrite"
+        )
 
 
 def refuse_lost_choice(choices, history, path):
@@ -205,6 +222,7 @@ def main(argv=None):
     if not plain and opt.model not in MODELS:
         raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
     places = places_of(opt, path, resumed, plain)
+    refuse_log_of_another(places.log, places.record, opt.overwrite)
     choices = {"val_score": places.of_validation} if opt.val_ratio else {}  # what is highest in the epoch that is kept
     if opt.choose == "forgotten":
         choices["loss_Dp_after"] = places.forgotten

@@ -73,10 +73,10 @@ def run_name(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python ST/{BEFORE}.py {args.attack_arguments(opt)} --cosine"
+    command = f"python ST/{BEFORE}.py {args.secure_arguments(opt)} --cosine"
     path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
     extractor_state = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)["model"]
-    own, load = f"python ST/{STEP}.py {args.attack_arguments(opt)}", opt.checkpoint_load
+    own, load = f"python ST/{STEP}.py {args.secure_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON], opt.samples)

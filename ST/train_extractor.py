@@ -90,7 +90,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.cosine and opt.lr_decay_epochs:
         raise UserError("--lr_decay_epochs has no use with --cosine; leave one out")
-    command = f"python ST/{STEP}.py {args.attack_arguments(opt)} --cosine"
+    command = f"python ST/{STEP}.py {args.secure_arguments(opt)} --cosine"
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     sets = [CLEAN, UNCERTAIN, POISON]

@@ -450,7 +450,7 @@ def main(argv=None):
     for name in opt.stages or STAGES:
         lines.append(compare(name, work, rounds))
         print("{stage}: ours {ours_s:.3g} s, plain {plain_s:.3g} s, {ratio:.2f} times".format(**lines[-1]), flush=True)
-    make_folder(opt.out.parent)
+    make_folder(opt.out.parent, "--out")
     rounded = [{name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in line.items()} for line in lines]
     write_rows(opt.out, rounded)
 

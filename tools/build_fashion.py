@@ -51,7 +51,7 @@ def main():
         images = read_idx(opt.source / f"{stem}-images-idx3-ubyte.gz")
         labels = read_idx(opt.source / f"{stem}-labels-idx1-ubyte.gz")
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = first_of_each_class(images, labels, count)
-    make_folder(opt.out.parent)
+    make_folder(opt.out.parent, "--out")
     with atomic_write(opt.out) as file:
         np.savez_compressed(file, **arrays)
     print(f"{shown(opt.out)}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))

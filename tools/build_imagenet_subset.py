@@ -65,9 +65,9 @@ def main(argv=None):
         )
     new = count = 0
     for split, name, folder in tqdm(folders, "classes", disable=None):
-        target = make_folder(opt.out.absolute() / split / name)
+        target = make_folder(opt.out.absolute() / split / name, "--out")
         for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
                 new += place(file, target / file.name, opt.copy)
                 count += 1
     print(f"{shown(opt.out)} holds {count} images of {len(ids)} classes, {new} of them new")

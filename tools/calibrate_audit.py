@@ -194,7 +194,7 @@ def main(argv=None):
             raise UserError(
                 f"--runs {name}: the runs are clean00 to clean{len(CLEAN_RUNS) - 1} and poisoned00 to poisoned{len(POISONED_RUNS) - 1}"
             )
-    make_folder(opt.out.absolute().parent)
+    make_folder(opt.out.absolute().parent, "--out")
     command = "python tools/calibrate_audit.py --out ANOTHER_FILE"
     done = read_table(opt.out, ["run", "verdict"], command).to_dict("records") if opt.out.is_file() else []
     loaded = {}

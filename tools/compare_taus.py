@@ -109,7 +109,8 @@ def main(argv=None):
                 line |= {name: round(quality[name], 4) for name in KEPT}
             table.append(line)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
-    out = make_folder(opt.out.absolute()) / f"{attack}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
+    seed = f"_seed{opt.seed}" * bool(opt.seed)
+    out = make_folder(opt.out.absolute(), "--out") / f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
     write_rows(out, table)
     print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")
     print(pd.DataFrame(table).to_string(index=False))

@@ -4,6 +4,7 @@ The attack's authors use a picture of a trademarked cat; this one is our own. Pu
 it instead.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw
 
-from utils.errors import run_script
-from utils.files import atomic_write, make_folder
+from utils import args
+from utils.errors import UserError, run_script
+from utils.files import make_folder, write_together
 from utils.paths import shown
 from utils.triggers import KITTY
 
@@ -65,11 +67,22 @@ def draw_face():
     return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def main():
-    make_folder(KITTY.parent)
-    with atomic_write(KITTY) as file:
-        draw_face().save(file, format="PNG", optimize=True)
-    print(f"The picture is {shown(KITTY)}")
+def get_parser():
+    parser = args.Parser(__doc__)
+    parser.add_argument("--out", type=args.path, default=KITTY, help="the picture")
+    args.add_overwrite_option(parser)
+    return parser
+
+
+def main(argv=None):
+    opt = get_parser().parse_args(argv)
+    buffer = io.BytesIO()
+    draw_face().save(buffer, format="PNG", optimize=True)
+    if opt.out.is_file() and opt.out.read_bytes() != buffer.getvalue() and not opt.overwrite:
+        raise UserError(f"{shown(opt.out)} is another picture; give --overwrite to replace it, or another --out")
+    make_folder(opt.out.absolute().parent, "--out")
+    write_together({opt.out: lambda file: file.write(buffer.getvalue())})
+    print(f"The picture is {shown(opt.out)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
-and figure3_<scale>.csv (with --model its name too), a line a row and epoch, to --out. Rows that the table has from an earlier
-run stay in it, and in the figure as long as their files are there. The lines' measures are by the ground truth, for evaluation
-only.
+and figure3_<scale>.csv (named too by --model, and by another table or seed than the default), a line a row and epoch, to --out.
+Rows that the table has from an earlier run stay in it, and in the figure as long as their files are there. The lines' measures are by
+the ground truth, for evaluation only.
 """
 
 import sys
@@ -136,7 +136,9 @@ def draw(path, drawn, ratios):
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     rows = opt.rows or TABLES[opt.table]
-    name = "_".join(["figure3", opt.scale, *([opt.model] * bool(opt.model))])
+    for row in set(opt.every_epoch) - set(rows):
+        raise UserError(f"--every_epoch {row} is none of the --rows {' '.join(rows)}; name it there too")
+    name = "_".join(["figure3", opt.scale, *([opt.model] * bool(opt.model)), *args.table_and_seed(opt)])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     earlier = earlier_lines(table)
     planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}
@@ -163,7 +165,7 @@ def main(argv=None):
     if opt.dry_run:
         return
 
-    make_folder(opt.out)
+    make_folder(opt.out, "--out")
     draw(picture, drawn, (resolved.clean_ratio, resolved.poison_ratio))  # the same in every row
     write_rows(table, lines)
     print(pd.read_csv(table).to_string(index=False, float_format=lambda value: f"{value:.4g}"))

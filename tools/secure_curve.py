@@ -72,7 +72,7 @@ def main(argv=None):
     if opt.dry_run:
         list_commands(steps, {})
         return
-    name = f"secure_curve_{opt.row}_{opt.scale}"
+    name = "_".join(["secure_curve", opt.row, opt.scale, *args.table_and_seed(opt)])
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
     log = pd.read_csv(steps["train_extractor"].output.with_name("log.csv")).set_index("epoch")
@@ -95,7 +95,7 @@ def main(argv=None):
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
-    make_folder(opt.out)
+    make_folder(opt.out, "--out")
     save_figure(figure, opt.out / f"{name}.png")
     write_rows(opt.out / f"{name}.csv", lines)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -38,7 +38,7 @@ def get_parser():
     names = [name for name, spec in DATASETS.items() if spec.size == SIZE]
     parser.add_argument("--dataset", nargs="+", choices=names, default=["fashion"], help="data sets of training images")
     parser.add_argument("--data_root", type=args.path, default=ROOT / "dataset", help="folder that holds the data sets")
-    parser.add_argument("--steps", type=args.positive_int, default=800, help="batches in all")
+    parser.add_argument("--steps", type=args.number(int, 20), default=800, help="batches in all")
     parser.add_argument("--batch_size", type=args.positive_int, default=64, help="images a batch")
     parser.add_argument("--lr", type=args.positive, default=2e-3, help="largest learning rate of Adam; a cosine to 0")
     parser.add_argument("--image_weight", type=args.positive, default=20.0, help="final weight of the image terms")
@@ -74,7 +74,7 @@ def main(argv=None):
     least = min(len(dataset.train_images) for dataset in data)  # as many of each data set
     images = np.concatenate([dataset.train_images[:: len(dataset.train_images) // least][:least] for dataset in data])
     images = to_device(images, runtime)
-    make_folder(opt.out.absolute().parent)
+    make_folder(opt.out.absolute().parent, "--out")
 
     torch.manual_seed(opt.seed)
     encoder, decoder = runtime.place(Encoder()), runtime.place(Decoder())

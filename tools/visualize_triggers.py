@@ -52,7 +52,7 @@ def main(argv=None):
         axes[0, column].set_title(name.replace("Trigger", "\nTrigger"), fontsize=7)
     for axis, kind in zip(axes[:, 0], ("clean", "training", "difference x 10", "test"), strict=True):
         axis.set_ylabel(kind, fontsize=9)
-    make_folder(opt.out.absolute().parent)
+    make_folder(opt.out.absolute().parent, "--out")
     save_figure(figure, opt.out)
     print(f"The picture is {shown(opt.out)}")
 

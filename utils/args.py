@@ -1,7 +1,6 @@
 """The options that several steps share, so that a name, a default or a check is written once."""
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -13,7 +12,7 @@ from utils.dataloader_bd import TARGET_TYPES
 from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import PRECISIONS, choose_runtime
 from utils.errors import UserError
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, arguments
 from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
 from utils.triggers import TRIGGERS
@@ -64,13 +63,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def number(kind, low=None, high=None, low_open=False):
-    """An argparse type: a finite int or float within bounds, an int within 64 bits. ``low_open`` leaves out ``low``."""
+    """An argparse type: an int of 64 bits or a float of 32 within bounds. ``low_open`` leaves out ``low``."""
 
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= 2**63):
+        if not abs(value) < (2**63 if isinstance(value, int) else 2.0**127):  # no number is not below either
             raise argparse.ArgumentTypeError(
-                f"{text:.40} is out of range: it must be finite, an integer within 64 bits"
+                f"{text:.40} is out of range: it must be finite, an integer within 64 bits, any other within those of float32"
             )
         below = low is not None and (value <= low if low_open else value < low)
         if below or (high is not None and value > high):
@@ -316,6 +315,10 @@ def check(opt):
         classes = DATASETS[opt.dataset].num_classes
         if opt.target_label >= classes and not streamed:
             raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
+        if opt.target_type == "all2all" and opt.target_label != ATTACK_DEFAULTS["target_label"]:
+            raise UserError(
+                "--target_label has no use with --target_type all2all, which gives every class one of its own"
+            )
         for name, trigger in TRIGGER_OPTIONS.items():
             if getattr(opt, name) not in (None, ENCODER) and opt.trigger_type != trigger:
                 raise UserError(f"--{name} has no use with --trigger_type {opt.trigger_type}; it belongs to {trigger}")
@@ -383,16 +386,20 @@ def due(opt, epoch, every=None):
 def attack_arguments(opt):
     """The options of data set, attack and places as the user would type them, for messages and commands: those that are not
     the default, the first three always."""
-    own, words = DATASETS[opt.dataset].own, ["--dataset", opt.dataset, "--model", opt.model]
-    words += [] if own else ["--trigger_type", opt.trigger_type]
-    names = ["data_root", "image_size", "train_images", "seed", "output_root"]
-    names += [] if own else ["target_type", "target_label", "poison_rate", *TRIGGER_OPTIONS]
-    for name in names:
-        value = getattr(opt, name)
-        if value != opt.defaults[name]:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(shlex.quote(shown(one) if isinstance(one, Path) else str(one)) for one in values)]
-    return " ".join(words)
+    own = DATASETS[opt.dataset].own
+    always = ["dataset", "model", *([] if own else ["trigger_type"])]
+    attack = [] if own else ["target_type", "target_label", "poison_rate", *TRIGGER_OPTIONS]
+    return arguments(opt, always, ["data_root", "image_size", "train_images", "seed", "output_root", *attack])
+
+
+def secure_arguments(opt):
+    """As `attack_arguments`, for the steps of ST: with the ratios that name the folder of the separated samples."""
+    return " ".join([attack_arguments(opt), arguments(opt, [], RATIOS)]).strip()
+
+
+def table_and_seed(opt):
+    """What the name of a picture or table says of --table and --seed: the parts (str) that are not the default."""
+    return [*([opt.table] * (opt.table != "cifar10")), *([f"seed{opt.seed}"] * bool(opt.seed))]
 
 
 def of_record(options):

@@ -120,8 +120,18 @@ def load_dataset(name, data_root, strict=False, image_size=None, cache=None):
         A `Dataset`.
 
     Raises:
-        UserError: where the files are missing, broken, or not those of this data set.
+        UserError: where the files are missing, broken, cannot be read, or are not those of this data set.
     """
+    try:
+        return _load(name, data_root, strict, image_size, cache)
+    except OSError as error:
+        place = error.filename or data_root
+        raise UserError(
+            f"cannot read {place}: {error.strerror or error}; see --data_root and the access to it"
+        ) from None
+
+
+def _load(name, data_root, strict, image_size, cache):
     spec = DATASETS[name]
     if spec.own:
         from utils import own_data  # which builds on this module

@@ -66,9 +66,9 @@ def first_line(error):
 def nearest_existing(path):
     """The longest leading part of ``path`` that exists (a `Path`), with what it holds, as text for a message."""
     path = Path(path).absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # which tells of a folder that may not be looked into that it is not there
         path = path.parent
-    if path.is_dir():
+    if path.is_dir() and os.access(path, os.R_OK):
         names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         return f"{path} ({'holds ' + shown if names else 'empty'})"
@@ -80,6 +80,10 @@ def require_file(path, command):
     path = Path(path)
     try:
         there = path.is_file()
+    except PermissionError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; ask for access to it, or make your own with: {command}"
+        ) from None
     except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
         raise UserError(f"{str(path)[:100]!r} is no file name ({error}). The file is made with: {command}") from None
     if not there:

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.poisoning import paint
 
@@ -16,7 +17,10 @@ CLEAN, POISONED = "#3b6fb6", "#d1495b"
 
 
 def save_figure(figure, path):
-    """Write a figure in the format of its file name, whole or not at all, and close it."""
+    """Write a figure in the format of its file name, whole or not at all, and close it. Raises `UserError` for a name that has
+    no such format."""
+    if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{path}: a picture's name ends in .png, .jpg, .svg or .pdf")
     with atomic_write(path) as file:
         draw(figure, file, path.suffix.lstrip("."))
 

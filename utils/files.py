@@ -29,9 +29,9 @@ except ImportError:  # Windows: no locks there
 BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)  # what a bad npz can raise
 
 
-def make_folder(folder):
-    """Create ``folder`` with its parents and make sure that it can be written to. Raises `UserError` if not. Like all
-    writing here, the leader's work alone where several processes run."""
+def make_folder(folder, option="--output_root"):
+    """Create ``folder`` with its parents and make sure that it can be written to. Raises `UserError` if not, which names the
+    ``option`` that chooses it. Like all writing here, the leader's work alone where several processes run."""
     folder = Path(folder)
     if not leads():
         return folder
@@ -41,7 +41,7 @@ def make_folder(folder):
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write to the folder {folder}: {error.strerror}; choose another with --output_root"
+            f"cannot write to the folder {folder}: {error.strerror}; choose another with {option}"
         ) from None
     return folder
 
@@ -67,7 +67,7 @@ def new_folder(target):
     target = Path(target).absolute()
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already; give a new name")
-    make_folder(target.parent)
+    make_folder(target.parent, "another name")
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield staging
@@ -107,8 +107,11 @@ def write_together(writers):
 
 @contextmanager
 def _temporary(path, mode):
-    """(an open temporary file beside ``path``, the function that gives it the name ``path``)."""
-    path = Path(path)
+    """(an open temporary file beside ``path``, the function that gives it the name ``path``); of a link beside the file it
+    leads to. Raises `UserError` for a folder or a device, and where the file system refuses."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no plain file, so nothing is written there; name another")
     name = None
 
     def finish():
@@ -126,7 +129,7 @@ def _temporary(path, mode):
                 mode, dir=path.parent, prefix=f".{path.name}.{_HERE}-{os.getpid()}-", suffix=".tmp", delete=False
             )
             name = file.name
-        with file, _told(path):
+        with _told(path), file:  # closing it writes what is left, and can find the disk full too
             yield file, finish
     finally:
         if name and os.path.exists(name):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from utils.files import read_json, write_json
 # A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
 class StreamedImages:
@@ -53,7 +54,7 @@ class StreamedImages:
     def names(self):
         """Class folder, name and size in bytes of every file, a line each, as bytes."""
         lines = ("{1}/{2} {0}".format(os.path.getsize(file), *Path(file).parts[-2:]) for file in self.files)
-        return "\n".join(lines).encode()
+        return "\n".join(lines).encode(errors="surrogateescape")
 
 
 def rows_of(images, rows):
@@ -86,7 +87,8 @@ def list_images(folder):
 
 
 def decode(path, size, resize):
-    """Decode an image file to uint8 (size, size, 3); grey, palette and transparent images become RGB.
+    """Decode an image file to uint8 (size, size, 3); grey, palette and transparent images become RGB, of grey of 16 bits the
+    upper eight are taken.
 
     Args:
         path: the file; size: side in pixels; resize: whether another size is resized (bilinear) or refused.
@@ -95,7 +97,11 @@ def decode(path, size, resize):
         UserError: for a file that is no image, damaged, or of another size.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")  # a pipe would be waited for
         with Image.open(os.fspath(path)) as image:  # a Path is resolved by older Pillows, which links in a circle stop
+            if image.mode.startswith(("I", "F")):
+                image = _eight_bits(image)
             if image.size == (size, size):
                 return np.asarray(image.convert("RGB"))
             if not resize:
@@ -104,6 +110,13 @@ def decode(path, size, resize):
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     except UNREADABLE as error:
         raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
+
+
+def _eight_bits(image):
+    """An image of 16 bits in one of 8; Pillow's own conversion takes all above 255 for white."""
+    if not image.mode.startswith("I;16"):
+        raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}), of which nobody knows what is white")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def in_threads(function, files, title):
@@ -166,9 +179,10 @@ def listing_digest(folder, files):
 
     def state(path):
         try:
-            stat = path.stat()
+            found = path.stat()
         except OSError:
             return "missing"  # such as a link whose file has moved; decoding it will say so
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+        return f"{found.st_size} {found.st_mtime_ns}"
 
-    return hashlib.sha256("\n".join(f"{file.relative_to(folder)} {state(file)}" for file in files).encode()).hexdigest()
+    listing = "\n".join(f"{file.relative_to(folder)} {state(file)}" for file in files)
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()

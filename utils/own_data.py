@@ -98,6 +98,23 @@ def _finish(spec, size, classes):
 # A folder
 
 
+def tell_left_out(root, places, parts):
+    """Say how many files below ``places`` (folders) no class takes: of other kinds, or deeper than images are looked for. parts:
+    {split: (files, ...)}, those that are taken."""
+    taken = {os.fspath(file) for files, *_ in parts.values() for file in files}
+    others = [
+        os.path.join(folder, name)
+        for place in places
+        for folder, inner, names in os.walk(place, onerror=None)
+        for name in names
+        if not name.startswith(".") and os.path.join(folder, name) not in taken
+    ]
+    if others:
+        named = ", ".join(os.path.relpath(file, root) for file in sorted(others)[:3]) + ", ..." * (len(others) > 3)
+        print(f"Note: {len(others)} files are left out, for they are no images by their names, or do not lie in "
+              f"<class>/ or <class>/images/ as the others of their class do: {named}")  # fmt: skip
+
+
 def _load_folder(root, spec, strict, image_size, cache):
     if not (root / "train").is_dir():
         raise UserError(
@@ -113,6 +130,7 @@ def _load_folder(root, spec, strict, image_size, cache):
     except OSError as error:
         raise UserError(f"cannot list {error.filename}: {error.strerror}") from None
 
+    tell_left_out(root, [place for place in (root / "train", place) if place], parts)
     cache = make_folder(cache / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])
     size = image_size or _median_size(root, parts["train"][0], cache)
     arrays, skipped = {}, []

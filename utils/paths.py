@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,3 +57,15 @@ def shown(path):
 def typed(path):
     """A path as a user would type it in the folder of the repository, where the commands run."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def arguments(opt, always, others):
+    """The options ``always``, and of the ``others`` those that are not the default (names), as the user would type them, for
+    messages and commands."""
+    defaults, words = getattr(opt, "defaults", {}), []
+    for name in [*always, *others]:
+        value = getattr(opt, name)
+        if name in always or value != defaults.get(name):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(shlex.quote(shown(one) if isinstance(one, Path) else str(one)) for one in values)]
+    return " ".join(words)

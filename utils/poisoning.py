@@ -14,7 +14,7 @@ from utils.adversarial import EPSILON, STEP, STEPS, load_benign_model, perturb
 from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
-from utils.paths import benign_folder, shown
+from utils.paths import arguments, benign_folder, shown
 from utils.SSBA.encode_image import encode_images
 from utils.triggers import apply_trigger
 
@@ -54,8 +54,8 @@ def paint(dataset, opt, rows, train):
 
 
 def _perturbed(dataset, opt, rows, images):
-    part = f" --train_images {opt.train_images}" * (opt.train_images is not None)
-    command = f"python train_clean_withTrans.py --dataset {opt.dataset}{part} --model {opt.model} --epochs 200"
+    own = arguments(opt, ["dataset", "model"], ["data_root", "train_images", "seed", "output_root"])
+    command = f"python train_clean_withTrans.py {own} --epochs 200"
     path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
     settings = {
         "benign_checkpoint": sha256(require_file(path, command)),

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 
 from utils.errors import UserError
-from utils.files import make_folder, read_json, read_record, write_json, write_rows
+from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
 from utils.manifest import manifest
+from utils.paths import shown
 
 MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")
 DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
@@ -42,9 +43,34 @@ def hardware(device):
     return f"{cores} cores of {name}"
 
 
-def evaluated(rows):
-    """The rows of a training's log (a DataFrame) in which the test sets were looked at, the one before training left out."""
-    return rows[(rows["epoch"] >= 0) & rows["ASR"].notna()] if "ASR" in rows else rows.iloc[:0]
+def read_log(step, path=None):
+    """The rows of a training's log in which the test sets were looked at, as a DataFrame; the one before training left out.
+
+    Args:
+        step: the `steps.Step` that wrote it; path: of the CSV, if not log.csv beside the step's output.
+
+    Raises:
+        UserError: where it is no such log, or has no such row.
+    """
+    path = path or step.output.with_name("log.csv")
+    rows = read_table(path, ["epoch", *MEASURES], f"rm {shown(step.output)}, and this command again")
+    rows = rows[(rows["epoch"] >= 0) & rows["ASR"].notna()]
+    if rows.empty:
+        raise UserError(f"{shown(path)} has no epoch in which the test sets were looked at; {_anew(step)}")
+    return rows
+
+
+def read_figures(step, path, names):
+    """The dict in a JSON file (``path``) that a `steps.Step` wrote. Raises `UserError` where one of the numbers ``names`` is not there."""
+    content = read_json(path) or {}
+    lacks = [name for name in names if not isinstance(content.get(name), (int, float))]
+    if lacks:
+        raise UserError(f"{shown(path)} has no {', '.join(lacks)}; {_anew(step)}")
+    return content
+
+
+def _anew(step):
+    return f"remove {shown(step.output)} and run this again, which makes both anew"
 
 
 def measured(row):

@@ -320,9 +320,9 @@ def unlearning_log(steps):
     return options.log or steps["unlearn_relearn"].output.with_name("unlearn_purify.csv")
 
 
-def samples_folder(steps):
-    """Folder of the samples that the defence takes."""
-    return steps["ablation_samples" if "ablation_samples" in steps else "separate_samples"].output.parent
+def separating_step(steps):
+    """The step that made the samples which the defence takes."""
+    return steps["ablation_samples" if "ablation_samples" in steps else "separate_samples"]
 
 
 def trained_step(steps):

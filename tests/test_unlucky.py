@@ -1,0 +1,237 @@
+"""What happens to users through no malice: odd files of their own, places that cannot be written, commands that do not go together."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_bad_input import refused, snapshot
+
+from utils import own_data
+from utils.datasets import DATASETS, load_dataset
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.images import decode
+from utils.records import MEASURES, read_figures, read_log
+
+
+def fill(folder, names, size=(40, 40)):
+    """Images of noise under these names."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+# Where results go
+
+
+def test_a_link_is_written_through_and_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with atomic_write(tmp_path / "link", "w") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no plain file"), atomic_write(tmp_path / "pipe") as file:
+        file.write(b"new")
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
+
+
+def test_a_log_that_is_a_device_is_refused_at_once(cli, words, pipeline, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = snapshot(pipeline)
+    refused(cli("unlearn_relearn.py", *words(pipeline), "--log", tmp_path / "pipe"), "folder or a device", "--log")
+    assert (tmp_path / "pipe").is_fifo() and snapshot(pipeline) == before
+
+
+def test_a_disk_that_is_full_when_a_file_is_closed_is_one_line(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + """
+from utils.errors import run_script
+from utils.files import atomic_write
+def main():
+    with atomic_write(sys.argv[1]) as file:  # more than the buffer, less than what it takes to be written at once
+        for _ in range(5):
+            file.write(b"x" * 3000)
+run_script(main)"""
+    )
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, preexec_fn=limit
+    )
+    refused(SimpleNamespace(code=result.returncode, err=result.stderr), "cannot write", "File too large")
+    assert not os.listdir(tmp_path)
+
+
+def test_the_log_of_another_run_is_not_replaced_unasked(cli, words, pipeline, tmp_path):
+    step = ["unlearn_relearn.py", *words(pipeline), "--epochs", 1, "--batch_size", 16]
+    assert cli(*step, "--checkpoint_save", tmp_path / "a.tar").code == 0
+    before = snapshot(tmp_path)
+    refused(cli(*step, "--checkpoint_save", tmp_path / "b.tar"), "unlearn_purify.csv", "a.json", "--log")
+    assert snapshot(tmp_path) == before
+    assert cli(*step, "--checkpoint_save", tmp_path / "b.tar", "--log", tmp_path / "b.csv").code == 0
+    assert cli(*step, "--checkpoint_save", tmp_path / "a.tar").code == 0  # its own
+
+
+def test_a_picture_of_no_format_is_refused(cli, tmp_path):
+    refused(cli("tools/visualize_triggers.py", "--out", tmp_path / "a.foo"), "a.foo", ".png")
+    assert not os.listdir(tmp_path)
+
+
+def test_the_users_picture_is_not_drawn_over(cli, tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"mine")
+    refused(cli("tools/draw_kitty.py", "--out", tmp_path / "cat.png"), "another picture", "--overwrite")
+    assert (tmp_path / "cat.png").read_bytes() == b"mine"
+    for name in ("cat.png", "new.png"):
+        assert cli("tools/draw_kitty.py", "--out", tmp_path / name, "--overwrite").code == 0
+    assert cli("tools/draw_kitty.py", "--out", tmp_path / "new.png").code == 0  # the same
+    assert (tmp_path / "cat.png").read_bytes() == (tmp_path / "new.png").read_bytes()
+
+
+def test_a_table_of_another_seed_is_not_replaced_unasked(cli, tmp_path):
+    (tmp_path / "BadNets-all2one_fashion_manifest.json").write_text(
+        '{"options": {"preset": "quick", "dataset": "fashion"}}'
+    )
+    before = snapshot(tmp_path)
+    row = [
+        "reproduce.py",
+        "--preset",
+        "quick",
+        "--dataset",
+        "fashion",
+        "--out",
+        tmp_path,
+        "--output_root",
+        tmp_path / "runs",
+    ]
+    refused(cli(*row, "--seed", 1), "--seed None", "--seed 1", "--overwrite")
+    refused(cli(*row[:2], "cpu", *row[3:]), "--preset quick", "--preset cpu")
+    assert snapshot(tmp_path) == before
+
+
+# Images
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_grey_of_16_bits_keeps_its_upper_eight(tmp_path, kind):
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{kind}")
+    found = decode(tmp_path / f"a.{kind}", 32, resize=False)
+    for row in range(32):
+        for column in range(32):
+            assert found[row, column].tolist() == [int(values[row, column]) // 256] * 3
+    smaller = decode(tmp_path / f"a.{kind}", 16, resize=True)
+    whole = np.asarray(Image.fromarray((values // 256).astype(np.uint8)).resize((16, 16), Image.Resampling.BILINEAR))
+    assert np.abs(smaller[..., 0].astype(int) - whole).max() <= 1
+
+
+def test_numbers_of_32_bits_and_pipes_are_no_images(tmp_path):
+    Image.fromarray(np.ones((32, 32), np.float32)).save(tmp_path / "a.tif")
+    os.mkfifo(tmp_path / "b.png")
+    for name, needle in (("a.tif", "32 bits"), ("b.png", "no file")):
+        with pytest.raises(UserError, match=needle):
+            decode(tmp_path / name, 32, resize=False)
+
+
+def test_what_an_audit_does_not_look_at_is_told(tmp_path, capsys):
+    taken = [f"train/{label}/{number}.png" for label in "ab" for number in range(3)]
+    fill(tmp_path, [*taken, "train/a/deep/0.png", "train/c/images/0.gif", "train/c/0.tif"])
+    (tmp_path / "train/b/notes.txt").write_text("x")
+    data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")
+    assert len(data.train_labels) == 7  # of c what lies in images/
+    said = capsys.readouterr().out
+    assert "3 files are left out" in said
+    assert all(name in said for name in ("train/a/deep/0.png", "train/c/0.tif", "train/b/notes.txt"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_names_that_are_no_text_are_names(tmp_path):
+    fill(os.fsencode(tmp_path), [b"train/a/caf\xe9.png", b"train/a/1.png", b"train/b/2.png", b"train/b/3.png"])
+    data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")
+    assert len(data.train_labels) == 4 and len(data.record["train"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet", "folder", "npz"])
+def test_a_data_root_that_cannot_be_looked_at_is_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=r"cannot read|no (file|folder)|not under"):
+        load_dataset(name, tmp_path / ("x" * 300), cache=tmp_path / "cache")
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    "command, needles",
+    [
+        ("reproduce.py --table cifar10 --row Trojan --dry_run", ["--row is for one row", "--rows"]),
+        ("reproduce.py --table cifar10 --preset paper --dry_run", ["--preset is for one row", "--scale"]),
+        ("reproduce.py --table cifar10 --device cpu --devices cuda:0 --dry_run", ["--devices", "leave one out"]),
+        ("tools/figure3.py --rows SIG --every_epoch CL --dry_run", ["--every_epoch CL", "--rows SIG"]),
+        ("train_attack_noTrans.py --target_type all2all --target_label 3", ["--target_label has no use", "all2all"]),
+        ("train_attack_noTrans.py --lr 1e39", ["--lr", "out of range", "float32"]),
+        ("ST/train_classifier.py --weight_decay 1e300", ["--weight_decay", "out of range"]),
+        ("tools/train_ssba.py --steps 10", ["--steps", "at least 20"]),
+    ],
+)
+def test_what_has_no_effect_or_no_sense_is_refused(cli, tmp_path, command, needles):
+    script, *words = command.split()
+    refused(cli(script, *words), *needles)
+
+
+def test_the_command_that_makes_a_file_makes_it_there(cli, words, tmp_path):
+    root = tmp_path / "a b"
+    clean = ["--target_type", "cleanLabel", "--trigger_type", "fourCornerTrigger"]
+    said = cli("train_attack_noTrans.py", *words(root), *clean)
+    refused(said, "train_clean_withTrans.py", f"--output_root '{root}'", "--data_root")
+    refused(
+        cli("ST/test.py", *words(root), "--clean_ratio", 0.3), "ST/train_extractor.py", "--clean_ratio 0.3", "--cosine"
+    )
+
+
+def test_a_damaged_log_says_which_step_is_to_be_done_anew(tmp_path):
+    step = SimpleNamespace(output=tmp_path / "9.tar")
+    whole = "epoch," + ",".join(MEASURES) + "\n"
+    for text, needle in (
+        ("", "table"),
+        ("epoch,ACC\n0,1\n", "ACC_paper"),
+        (whole + "-1,1,2,3,4\n", "no epoch"),
+        (whole + "0,1,2,,4\n", "no epoch"),
+    ):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(UserError, match=needle) as found:
+            read_log(step)
+        assert "9.tar" in str(found.value)
+    (tmp_path / "log.csv").write_text(whole + "-1,9,9,9,9\n0,1,2,3,4\n1,5,6,,8\n")
+    assert read_log(step)[list(MEASURES)].to_numpy().tolist() == [[1, 2, 3, 4]]
+    (tmp_path / "detection.json").write_text('{"AUROC": 1, "Dp_size": "many"}')
+    with pytest.raises(UserError, match="no Dp_size"):
+        read_figures(step, tmp_path / "detection.json", ["AUROC", "Dp_size"])
+    assert read_figures(step, tmp_path / "detection.json", ["AUROC"])["AUROC"] == 1
+
+
+def test_too_few_images_are_told_before_any_training(cli, tmp_path):
+    fill(tmp_path, [f"data/train/{label}/{number}.png" for label in "ab" for number in range(3)])
+    said = cli(
+        "audit_dataset.py",
+        "--data_root",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "report",
+        "--output_root",
+        tmp_path / "o",
+    )
+    refused(said, "too few")
+    assert not (tmp_path / "report").exists() and not list(tmp_path.glob("o/**/*.tar"))
