@@ -30,9 +30,9 @@ from utils.audit import (
     Common,
     PutBack,
     among,
+    classes_of,
     order_of,
     orders,
-    predict,
     rule_of,
     targets_of,
 )
@@ -431,7 +431,7 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     before = dataset.train_images[drawn]
     after = common.put_on(before, rule_of(best["order"]).change)
     both = np.concatenate([before.astype(np.float32), after])
-    answers = predict(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
+    answers = classes_of(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
     content["strongest_region"] = dict(zip(("top", "left", "side"), region, strict=True))
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from models import MODELS, build_model
-from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
+from models.foreign import NAMES, PRECISIONS, build_foreign, is_state_dict, plain_state, precision_of
 from utils import args
 from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer
 from utils.dataloader_bd import Batches, make_test_sets
@@ -96,6 +96,16 @@ def get_parser():
 def known(model, batches, runtime):
     """How well the network knows each sample of D_p or D_c, see `metrics.cross_entropies`."""
     return cross_entropies(model, batches.images, batches.labels, batches.normalize, runtime)
+
+
+def without_doubtful(model, to_relearn, to_unlearn, classes, runtime):
+    """(the batches of D_c without the samples that `losses.doubtful` finds, how many these are); the network is left in training mode."""
+    model.eval()
+    both = to_relearn, to_unlearn
+    values = [known(model, batches, runtime) for batches in both]
+    drop = doubtful(*values, *(batches.labels for batches in both), classes)
+    model.train()
+    return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
 
 
 def bound_of(opt, history, classes):
@@ -194,6 +204,36 @@ def summarise(history, choose):
         print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
 
 
+def load_start(opt):
+    """What is cleaned, or gone on with. Puts into ``opt.foreign`` in which precision a network from elsewhere is kept, or None.
+
+    Returns:
+        (path; checkpoint, a dict as of `checkpoints.load_checkpoint`, of a plain state dict with step, model and poisoned_digest
+        alone; whether the network is from elsewhere: that state dict, or a checkpoint of this step that began with one).
+
+    Raises:
+        UserError: where it is missing, damaged or of other options, or an option does not go with it.
+    """
+    step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
+    command = f"python {step_before}.py {args.attack_arguments(opt)} --epochs {epochs}"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
+    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
+    if is_state_dict(content):
+        opt.foreign = precision_of(content)
+        return path, {"step": "", "model": content, "poisoned_digest": None}, True
+    checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
+    opt.foreign = checkpoint["options"].get("foreign")
+    if opt.foreign in PRECISIONS:
+        return path, checkpoint, True
+    if opt.mean or opt.std:
+        raise UserError(
+            "--mean and --std are for a plain state dict; this project's networks have those of the data set"
+        )
+    if opt.model not in MODELS:
+        raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
+    return path, checkpoint, False
+
+
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
@@ -202,25 +242,8 @@ def main(argv=None):
         )
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
-    before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
-    command = f"python {before}.py {args.attack_arguments(opt)} --epochs {epochs}"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
-    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
-    plain = is_state_dict(content)
-    if plain:
-        checkpoint = {"step": "", "model": content, "poisoned_digest": None}
-        opt.foreign = precision_of(content)
-    else:
-        checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
-        opt.foreign = checkpoint["options"].get("foreign")
-        plain = opt.foreign in ("float16", "bfloat16", "float32", "float64")
+    path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
-    if not plain and (opt.mean or opt.std):
-        raise UserError(
-            "--mean and --std are for a plain state dict; this project's networks have those of the data set"
-        )
-    if not plain and opt.model not in MODELS:
-        raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
     places = places_of(opt, path, resumed, plain)
     refuse_log_of_another(places.log, places.record, opt.overwrite)
     choices = {"val_score": places.of_validation} if opt.val_ratio else {}  # what is highest in the epoch that is kept
@@ -279,13 +302,13 @@ def main(argv=None):
         first = run.take_history(checkpoint, path)
     else:
         first = run.start()
-        before = {
+        measures = {
             "loss_Dp_after": known(model, to_unlearn, runtime).mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
         }
-        run.history.append({"epoch": -1, **before})
-        print("before  " + "  ".join(f"{name} {value:g}" for name, value in before.items()))
-    del checkpoint, content  # the model has their weights
+        run.history.append({"epoch": -1, **measures})
+        print("before  " + "  ".join(f"{name} {value:g}" for name, value in measures.items()))
+    del checkpoint  # the model has its weights
 
     for epoch in range(first, opt.epochs):
         # Networks from elsewhere may have dropout.
@@ -303,12 +326,7 @@ def main(argv=None):
         if "relearn" in opt.passes:
             taken = to_relearn
             if opt.drop_doubtful:
-                model.eval()
-                both = to_relearn, to_unlearn
-                values = [known(model, batches, runtime) for batches in both]
-                drop = doubtful(*values, *(batches.labels for batches in both), spec.num_classes)
-                taken, row["dropped"] = to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
-                model.train()
+                taken, row["dropped"] = without_doubtful(model, to_relearn, to_unlearn, spec.num_classes, runtime)
             down = train_epoch(model, taken, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
             row["loss_Dc"] = down["loss"]  # during the descent
             row["seconds"] += down["seconds"]
@@ -319,7 +337,7 @@ def main(argv=None):
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         # What of the ascent outlives the descent.
         row["loss_Dp_after"] = known(model, to_unlearn, runtime).mean().item()
-        chosen = [path for name, path in choices.items() if is_best(row, name, run.history)]
+        chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
         if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         run.finish_epoch(epoch, row, [places.save, *chosen], model, optimizer)
@@ -335,7 +353,7 @@ def main(argv=None):
         epoch = best_epoch(run.history, "loss_Dp_after")
         print(f"D_p is known least after epoch {epoch + 1}, whose model is the result: {shown(places.forgotten)}")
         if plain and leads():
-            chosen = load_tensors(places.forgotten, command, "checkpoint of this step")["model"]
+            chosen = load_tensors(places.forgotten, f"python {STEP}.py", "checkpoint of this step")["model"]
             load_weights(model, chosen, places.forgotten)
     if plain:
         write_together({places.result: tensor_writer(plain_state(model, opt.foreign))})

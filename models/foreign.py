@@ -12,6 +12,7 @@ from utils.errors import UserError, first_line
 from utils.weights import load_weights
 
 NAMES = tuple(torchvision.models.list_models(module=torchvision.models))
+PRECISIONS = ("float16", "bfloat16", "float32", "float64")  # of the weights in a state dict
 
 
 class Foreign(nn.Module):

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from utils.dataloader_bd import Normalize, evaluation_splits, fetch, hold, to_device
+from utils.dataloader_bd import Normalize, hold, to_device
 from utils.device import send
-from utils.distributed import gather
 from utils.engine import progress
 from utils.fct import compute_fct
 from utils.images import rows_of
-from utils.metrics import cross_entropies
+from utils.metrics import cross_entropies, outputs, predict
 from utils.seeding import generator
 from utils.separation import two_groups
 
@@ -99,16 +98,10 @@ class Common:
         return images + change * np.minimum(1, most / np.maximum(size, 1e-6))
 
 
-@torch.inference_mode()
-def predict(model, images, spec, runtime, batch_size=500):
+def classes_of(model, images, spec, runtime):
     """Predicted classes, int64 (n,), of images (n, H, W, 3) in 0-255, uint8 or float."""
-    normalize = Normalize(spec, runtime.device)
-    found = []
-    for start in range(0, len(images), batch_size):
-        batch = to_device(np.ascontiguousarray(images[start : start + batch_size], dtype=np.float32), runtime) / 255
-        with runtime.autocast():
-            found.append(model(normalize(batch)).argmax(1))
-    return torch.cat(found).cpu().numpy()
+    images = to_device(np.ascontiguousarray(images, dtype=np.float32), runtime) / 255
+    return predict(model, images, Normalize(spec, runtime.device), runtime).cpu().numpy()
 
 
 def sureness(model, images, labels, spec, runtime):
@@ -228,7 +221,7 @@ class PutBack:
     def answers(self, images):
         """Predicted classes of images, as they are and mirrored: int64 (2, n)."""
         both = np.concatenate([images, images[:, :, ::-1]])
-        return predict(self.model, both, self.spec, self.runtime).reshape(2, -1)
+        return classes_of(self.model, both, self.spec, self.runtime).reshape(2, -1)
 
     def shares(self, rows, label, name):
         """What the samples ``rows`` of the order ``name`` share, put on images of other classes: for each of `INTO` the share
@@ -305,14 +298,12 @@ def each(after, before, sources):
     return newly(after, before, wanted, wanted != counts.sum(0).argmax())
 
 
-@torch.inference_mode()
 def features_of(model, images, spec, runtime):
     """Features of images (n, H, W, 3), uint8, an array or streamed: float32 (n, D)."""
-    held, normalize, parts = hold(images, runtime), Normalize(spec, runtime.device), []
-    for batch in fetch(held, evaluation_splits(held), runtime):
-        with runtime.autocast():
-            parts.append(model.features(normalize(batch)).float())
-    return gather(torch.cat(parts), len(images)).cpu().numpy()
+    found = outputs(
+        lambda inputs: model.features(inputs).float(), hold(images, runtime), Normalize(spec, runtime.device), runtime
+    )
+    return found.cpu().numpy()
 
 
 def likeness(features, group):

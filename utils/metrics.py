@@ -12,13 +12,19 @@ from utils.samples import CLEAN, POISON
 
 
 @torch.no_grad()
-def predict(classify, images, normalize, runtime):
-    """Classes int64 (N,), on the device, that a classifier sees in ``images`` (what `dataloader_bd.hold` gave)."""
+def outputs(function, images, normalize, runtime):
+    """What a ``function`` of normalised float batches (B, 3, H, W) gives for all ``images`` (what `dataloader_bd.hold` gave), in
+    order, on the device: (N, ...)."""
     parts = []
     for batch in fetch(images, evaluation_splits(images), runtime):
         with runtime.autocast():
-            parts.append(classify(normalize(batch)).argmax(1))
+            parts.append(function(normalize(batch)))
     return gather(torch.cat(parts), len(images))
+
+
+def predict(classify, images, normalize, runtime):
+    """Classes int64 (N,), on the device, that a classifier sees in ``images`` (what `dataloader_bd.hold` gave)."""
+    return outputs(lambda inputs: classify(inputs).argmax(1), images, normalize, runtime)
 
 
 @torch.no_grad()
