@@ -692,8 +692,8 @@ def test_what_a_lossy_copy_costs_can_be_measured_on_one_that_is_lossy_already(cl
 
 def test_the_documents_show_the_calibration():
     tables = load_script("tools/calibrate_audit.py").markdown(pd.read_csv(ROOT / "results/audit_calibration.csv"))
-    for document, table in zip(("README.md", "results/audit.md"), tables, strict=True):
-        assert f"<!-- calibration -->\n{table}\n<!-- /calibration -->" in (ROOT / document).read_text()
+    page = (ROOT / "results/audit.md").read_text()
+    assert all(f"<!-- calibration -->\n{table}\n<!-- /calibration -->" in page for table in tables)
 
 
 def test_the_calibrations_sets_are_disjoint_and_poisoned_as_said(fashion):

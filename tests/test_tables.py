@@ -235,12 +235,12 @@ def test_changed_puts_options_in_the_place_of_those_that_are_there():
 # make_tables
 
 
-def cell(row, defence, seed, scale="cpu", table="cifar10", rule="last epoch", **after):
+def cell(row, defence, seed, scale="cpu", table="cifar10", rule="last epoch", commands=(), **after):
     before = {"ACC": 80.0 + seed, "ACC_paper": 79.0 + seed, "ASR": 99.0, "R_ACC": 1.0}
     after = {"ACC": 78.0, "ACC_paper": 77.5, "ASR": 0.25, "R_ACC": 75.0} | after
     return {
         "table": table, "row": row, "defence": defence, "scale": scale, "seed": seed, "before": before, "after": after,
-        "rule": rule,
+        "rule": rule, "commands": commands,
         "paper_selection": {"epoch": 3, **after}, "detection": {"AUROC": 0.99}, "versions": {"torch": "2"}, "seconds": {"a": 1},
     }  # fmt: skip
 
@@ -260,7 +260,8 @@ def results(tmp_path):
     add("SIG", "D-BR", 0, scale="quick", ASR=50.0)
     add("CL", "D-BR", 0, ASR=7.0)
     add("CL", "D-BR", 0, scale="paper", ACC_paper=92.5, ASR=0.0)
-    add("CL", "D-BR", 0, scale="full", rule="the first", ACC_paper=91.5, ASR=0.5)
+    named = ["python x.py --epochs 2 --precision bfloat16", "python y.py"]
+    add("CL", "D-BR", 0, scale="full", rule="the first", commands=named, ACC_paper=91.5, ASR=0.5)
     add("CL", "D-ST", 0, scale="full", ACC_paper=90.5, ASR=1.5)
     add("BadNets-all2all", "D-ST", 0, ACC_paper=58.0)
     add("BadNets-all2all", "D-ST", 0, scale="long", ACC_paper=66.0)
@@ -275,7 +276,12 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     spread = np.std([0.5, 1.5], ddof=1)
     assert sig[2:5] == ["92.73 / 0.24", f"77.50 ± 0.00 / 1.00 ± {spread:.2f}", "-15.23 / +0.76"]
     assert sig[8] == "cpu, 2 seeds"
-    assert "`python reproduce.py --table cifar10 --scale cpu --rows SIG --defences D-BR --seeds 0 1`" in sig[9]
+    assert "`--scale cpu --rows SIG --defences D-BR --seeds 0 1`" in sig[9]
+    assert "`python reproduce.py --table cifar10` and the options" in (results / "tables.md").read_text()
+    named = next(line for line in (results / "tables.md").read_text().splitlines() if "full (the first)" in line)
+    assert named.endswith("`--scale full --rows CL --defences D-BR --precision bfloat16` |")
+    nothing_run = (results / "tables.md").read_text().split("**CIFAR-100**: not run")[1]
+    assert "\n| Trojan | 75.75 / 100.00 | 74.52 / 0.00 | 68.04 / 0.08 |\n" in nothing_run
     backdoored = lines["| SIG", "backdoored"].split(" | ")
     assert backdoored[3].startswith("79.50 ± 0.71 / 99.00") and backdoored[4] == "-13.38 / -0.69"
     of_cl = [

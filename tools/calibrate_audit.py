@@ -141,8 +141,8 @@ def audit(images, labels, is_clean, seed, keep=None):
 
 
 def markdown(rows):
-    """Two tables of ``rows`` (a DataFrame as --out has it): what was said of which runs, for README.md, and every poisoned
-    run, for results/audit.md."""
+    """Two tables of ``rows`` (a DataFrame as --out has it): what was said of which runs, and every poisoned run; for
+    results/audit.md."""
     rows = rows.fillna({"attack": ""})
     kinds = {
         "clean, at hand when the rules were chosen": rows[(rows["attack"] == "") & rows["seen"]],

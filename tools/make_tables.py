@@ -3,11 +3,12 @@
 Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
 <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
 counts, with full in a line below it, else full, else long, else cpu; quick never does. Several seeds are shown as mean ±
-standard deviation. Where there are variants of reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a
-table of their own, beside the defence as it is.
+standard deviation. Of a table of which nothing was run the Markdown has the paper's figures alone. Where there are variants of
+reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
 """
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ PAPER = ("table", "row", "model", "ACC", "ASR")  # columns of paper.csv
 SHOWN_SCALES = ("paper", "full", "long", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
+NOT_RUN = "not run"
 ABLATIONS_HEAD = ["attack", "defence", "variant", "ACC", "ACC_paper", "ASR", "R_ACC", "scale, seeds"]
 
 
@@ -65,15 +67,18 @@ def spread(values):
     return text if len(values) < 2 else f"{text} ± {values.std():.2f}"
 
 
-def command_of(table, part):
-    """The command that makes the cells of ``part``."""
+def options_of(part):
+    """The options, beside --table, of the command that makes the cells of ``part``."""
     line = part.iloc[0]
     seeds = " ".join(map(str, part["seed"]))
     seeds = "" if seeds == "0" else f" --seeds {seeds}"
-    return (
-        f"python reproduce.py --table {table} --scale {line['scale']} --rows {line['row']} "
-        f"--defences {line['defence']}{seeds}"
-    )
+    return f"--scale {line['scale']} --rows {line['row']} --defences {line['defence']}{seeds}{line['named']}"
+
+
+def precision_named(cell):
+    """Words on the precision that the commands of a record name, empty where they leave it to the steps."""
+    named = re.search(r" --precision \w+", " ".join(cell.get("commands", [])))
+    return named[0] if named else ""
 
 
 def seeds_of(part):
@@ -135,28 +140,38 @@ def body(table, paper, lines):
         part = ours(lines, cell["row"], cell["model"])
         start = [cell["row"], cell["model"], f"{cell['ACC']:.2f} / {cell['ASR']:.2f}"]
         if part.empty:
-            rows.append([*start, "not run", *[""] * (len(HEAD) - len(start) - 1)])
+            rows.append([*start, NOT_RUN, *[""] * (len(HEAD) - len(start) - 1)])
             continue
         parts = [part]
         if part["scale"].iloc[0] == "paper" and cell["model"] != "backdoored":  # the same network before both
             parts.append(ours(lines, cell["row"], cell["model"], ["full"]))
-        rows += [[*start, *figures(table, cell, one)] for one in parts if len(one)]
+        rows += [[*start, *figures(cell, one)] for one in parts if len(one)]
     return rows
 
 
-def figures(table, cell, part):
+def figures(cell, part):
     """What a line of a table says of the cells ``part``, from the fourth column of `HEAD` on; ``cell``: the paper's."""
     differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
     best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
     return [
         f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]), spread(part["R_ACC"]), best,
-        f"{part['scale'].iloc[0]}{rule_of(part, cell['model'])}{seeds_of(part)}", command_of(table, part),
+        f"{part['scale'].iloc[0]}{rule_of(part, cell['model'])}{seeds_of(part)}", options_of(part),
     ]  # fmt: skip
 
 
 def markdown(table, rows):
-    """One table in Markdown."""
-    return grid(f"**{TITLES[table]}**", HEAD, [[*row[:-1], f"`{row[-1]}`" if row[-1] else ""] for row in rows])
+    """One table in Markdown, a line an attack and model; a line an attack where none was run."""
+    if all(row[3] == NOT_RUN for row in rows):
+        theirs = {}
+        for attack, model, figures_of_paper, *_ in rows:
+            theirs.setdefault(attack, {})[model] = figures_of_paper
+        models = list(dict.fromkeys(row[1] for row in rows))
+        lines = [[attack, *(of_attack[model] for model in models)] for attack, of_attack in theirs.items()]
+        return grid(f"**{TITLES[table]}**: not run; the paper's ACC / ASR", ["attack", *models], lines)
+    title = (
+        f"**{TITLES[table]}**, each line by `python reproduce.py --table {table}` and the options in its last column"
+    )
+    return grid(title, HEAD, [[*row[:-1], f"`{row[-1]}`" if row[-1] else ""] for row in rows])
 
 
 def grid(title, head, rows):
@@ -233,7 +248,8 @@ def replace_between(texts, marker, content):
 def tables(results, paper):
     """Of each table its name, its records in ``results`` as a DataFrame (see `records.cell_line`), and its `body`."""
     for table in TITLES:
-        lines = pd.DataFrame([cell_line(cell) for cell in read_cells(results / table)])
+        cells = read_cells(results / table)
+        lines = pd.DataFrame([cell_line(cell) | {"named": precision_named(cell)} for cell in cells])
         yield table, lines, body(table, paper, lines)
 
 
