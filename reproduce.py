@@ -119,17 +119,17 @@ def refuse_other_result(path, opt):
         )
 
 
-def detected_by(steps):
-    """How well SD detected, as separate_samples.py wrote it."""
+def detected_by(steps, names=()):
+    """How well SD detected, as separate_samples.py wrote it, with the ``names`` at least; samples of another origin have fewer."""
     step = separating_step(steps)
-    return read_figures(step, step.output.with_name("detection.json"), DETECTION)
+    return read_figures(step, step.output.with_name("detection.json"), names)
 
 
 def table(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = list(MEASURES)
     rows = [{"model": "backdoored", **read_log(trained_step(steps)).iloc[-1][measures]}]
-    detection = detected_by(steps)
+    detection = detected_by(steps, DETECTION[:4])
     detected = {name: detection[name] for name in DETECTION[:4]}
     if "unlearn_relearn" in steps:
         _, result, _ = cleaned(steps)
