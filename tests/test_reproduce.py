@@ -71,6 +71,8 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     monkeypatch.setitem(PRESETS, "quickstart", TINY)
     monkeypatch.setitem(PRESET_DATA, "quickstart", ("cifar10", "resnet10"))
     words = [
+        "--row",
+        "BadNets-all2one",
         "--preset",
         "quickstart",
         "--data_root",

@@ -424,7 +424,9 @@ def test_a_plan_of_every_cell_resolves(tmp_path):
 def test_a_pass_left_out_leaves_out_what_needs_both(tmp_path):
     parser = load_script("reproduce.py").get_parser()
     for variant in VARIANTS["D-BR"]:
-        opt = parser.parse_args(["--preset", "long", "--defences", "D-BR", "--output_root", str(tmp_path)])
+        opt = parser.parse_args(
+            ["--row", "SIG", "--preset", "long", "--defences", "D-BR", "--output_root", str(tmp_path)]
+        )
         opt.variant = variant
         options = plan(opt)[0]["unlearn_relearn"].options()
         assert options.drop_doubtful == (len(options.passes) == 2)

@@ -180,7 +180,6 @@ def test_a_data_root_that_cannot_be_looked_at_is_one_line(tmp_path, name):
         ("reproduce.py --table cifar10 --preset paper --dry_run", ["--preset is for one row", "--scale"]),
         ("reproduce.py --table cifar10 --device cpu --devices cuda:0 --dry_run", ["--devices", "leave one out"]),
         ("tools/figure3.py --rows SIG --every_epoch CL --dry_run", ["--every_epoch CL", "--rows SIG"]),
-        ("train_attack_noTrans.py --target_type all2all --target_label 3", ["--target_label has no use", "all2all"]),
         ("train_attack_noTrans.py --lr 1e39", ["--lr", "out of range", "float32"]),
         ("ST/train_classifier.py --weight_decay 1e300", ["--weight_decay", "out of range"]),
         ("tools/train_ssba.py --steps 10", ["--steps", "at least 20"]),

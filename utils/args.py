@@ -315,10 +315,6 @@ def check(opt):
         classes = DATASETS[opt.dataset].num_classes
         if opt.target_label >= classes and not streamed:
             raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
-        if opt.target_type == "all2all" and opt.target_label != ATTACK_DEFAULTS["target_label"]:
-            raise UserError(
-                "--target_label has no use with --target_type all2all, which gives every class one of its own"
-            )
         for name, trigger in TRIGGER_OPTIONS.items():
             if getattr(opt, name) not in (None, ENCODER) and opt.trigger_type != trigger:
                 raise UserError(f"--{name} has no use with --trigger_type {opt.trigger_type}; it belongs to {trigger}")
