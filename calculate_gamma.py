@@ -39,7 +39,7 @@ def main(argv=None):
     )
 
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
-    if not opt.checkpoint_load:  # a path that is given says which values are meant; the document gives it alone
+    if not opt.checkpoint_load:  # a path that is given says which values are meant; the authors' README gives it alone
         refuse_other(record.get("options", {}), opt, shown(values))
     # The document gives step 4 the checkpoint alone; step 5 needs the options too.
     made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt

@@ -62,12 +62,12 @@ def get_parser():
 
 
 def int_or_float(text):
-    """0 stays 0 in the folder's name, as the user's document has it (decay_0)."""
+    """0 stays 0 in the folder's name, as the authors' README has it (decay_0)."""
     return int(text) if text.isdigit() else float(text)
 
 
 def run_name(opt):
-    """Name of the run's folder, as the user's document has it."""
+    """Name of the run's folder, as the authors' README has it."""
     return f"Linear_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}"
 
 

@@ -81,7 +81,7 @@ def learning_rate(opt, epoch, batch, batches):
 
 
 def run_name(opt):
-    """Name of the run's folder, as the user's document has it."""
+    """Name of the run's folder, as the authors' README has it."""
     name = f"SupCon_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}"
     return f"{name}_temp_{opt.temp}_trial_{opt.trial}{'_cosine' * opt.cosine}{'_warm' * (opt.batch_size > 256)}"
 

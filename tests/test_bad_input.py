@@ -243,7 +243,7 @@ def test_results_of_other_settings_are_not_replaced_unasked(cli, words, pipeline
     assert snapshot(root) == before
     assert cli("train_attack_noTrans.py", *words(root), "--seed", "1", "--epochs", "1", "--overwrite").code == 0
 
-    # Separated samples of another poison rate go to the same folder by the document: they stay unless asked.
+    # Separated samples of another poison rate go to the same folder by the authors' README: they stay unless asked.
     assert cli("train_attack_noTrans.py", *words(root), "--poison_rate", "0.2", "--epochs", "1").code == 0
     model = root / NO_TRANS.replace("0.1", "0.2") / "0.tar"
     more = ["--poison_rate", "0.2", "--checkpoint_load", model]

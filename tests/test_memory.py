@@ -76,7 +76,7 @@ def test_peak_memory_does_not_grow_with_a_streamed_folder(tmp_path):
 
 GIB = 2**30
 SMALL_GPU = 8 * GIB
-VIEWS = 2 * 512  # images in a batch of the document's extractor
+VIEWS = 2 * 512  # images in a batch of the authors' README's extractor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Where the steps put what they make: the folders of the user's document, each named once."""
+"""Where the steps put what they make: the folders of the authors' README, each named once."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def benign_folder(opt):
 
 
 def attack_and_ratios(opt):
-    """``<trigger>_<clean_ratio>_<poison_ratio>``, as the document names the folders of separated samples."""
+    """``<trigger>_<clean_ratio>_<poison_ratio>``, as the authors' README names the folders of separated samples."""
     return f"{opt.trigger_type}_{opt.clean_ratio}_{opt.poison_ratio}"
 
 

@@ -36,7 +36,7 @@ TABLES = {
 SCALES = ("paper", "full", "long", "cpu", "quick")
 DEFENCES = ("D-BR", "D-ST")
 
-# Options of each step besides those of data set and attack. "paper": as the user's document gives them.
+# Options of each step besides those of data set and attack. "paper": as the authors' README gives them.
 PRESETS = {
     "paper": {
         "attack": "",
@@ -45,7 +45,7 @@ PRESETS = {
         "tau": "",
         "ratios": "--clean_ratio 0.2 --poison_ratio 0.05",
         "separate_samples": "",
-        # 90 MB a checkpoint; the document's commands keep all 200.
+        # 90 MB a checkpoint; the authors' README's commands keep all 200.
         "train_clean_withTrans": "--epochs 200 --save_freq 10",
         "train_attack_withTrans": "--epochs 200 --save_freq 10",
         "train_attack_withTrans_imagenet": "--epochs 25 --lr 0.001 --gamma 0.1 --schedule 15 20",
