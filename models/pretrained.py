@@ -8,7 +8,7 @@ from utils.errors import UserError
 from utils.files import load_tensors
 from utils.weights import load_weights
 
-NAMES = {"resnet18": "ResNet18_Weights", "resnet34": "ResNet34_Weights", "resnet50": "ResNet50_Weights"}
+NAMES = ("resnet18", "resnet34", "resnet50")
 
 
 def load_pretrained(model, name, source):
@@ -27,13 +27,14 @@ def load_pretrained(model, name, source):
     if source == "imagenet":
         if name not in NAMES:
             raise UserError(f"torchvision has no ImageNet weights of {name}; {advice}")
-        weights = getattr(torchvision.models, NAMES[name]).IMAGENET1K_V1
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
             state = weights.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(f"cannot download torchvision's weights of {name} ({error}); {advice}") from None
     else:
-        command = f"curl -O {getattr(torchvision.models, NAMES.get(name, 'ResNet18_Weights')).IMAGENET1K_V1.url}"
+        weights = torchvision.models.get_model_weights(name if name in NAMES else NAMES[0]).IMAGENET1K_V1
+        command = f"curl -O {weights.url}"
         state = load_tensors(source, command, "file of weights")
     own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
     state = state if isinstance(state, dict) else {}

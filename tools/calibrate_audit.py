@@ -19,6 +19,7 @@ import torchvision
 
 import audit_dataset
 from utils import args
+from utils.audit_report import SETS
 from utils.dataloader_bd import attack_label, poisoned_indices
 from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
@@ -133,7 +134,7 @@ def audit(images, labels, is_clean, seed, keep=None):
     row = {"verdict": found["verdict"], "score": round(found["statistic"], 4), "target_label": found["target_label"],
            "order": found["classes"][0]["order"], "train_acc": round(found["settings"]["train_acc"], 2)}  # fmt: skip
     if not is_clean.all():
-        flags = table["set"].map({name: flag for flag, name in audit_dataset.SETS.items()}).to_numpy()
+        flags = table["set"].map({name: flag for flag, name in SETS.items()}).to_numpy()
         quality = detection_quality(table["FCT"].to_numpy(), flags, is_clean, labels, labels.max() + 1)
         kept = {name: quality[name] for name in ("Dp_size", "Dp_precision", "Dp_recall", "Dc_contamination")}
         row |= {name: round(value, 3) for name, value in kept.items()}

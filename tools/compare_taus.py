@@ -22,13 +22,13 @@ from utils.files import make_folder, write_rows
 from utils.images import rows_of
 from utils.metrics import detection_quality
 from utils.paths import ROOT, data_name, shown
+from utils.records import DETECTION
 from utils.separation import gammas_of_distribution, gammas_of_ratios, separate
 
 TAUS = (
     ("rotate", "affine"),
     *((name, "none") for name in ("rotate", "affine", "flip", "crop", "blur", "erase", "shrink")),
 )
-KEPT = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
 
 
 def get_parser():
@@ -106,7 +106,7 @@ def main(argv=None):
             line = {"tau": tau, "ratios": kind}
             if flags is not None:
                 quality = detection_quality(fct, flags, is_clean, labels, dataset.spec.num_classes)
-                line |= {name: round(quality[name], 4) for name in KEPT}
+                line |= {name: round(quality[name], 4) for name in DETECTION}
             table.append(line)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
     seed = f"_seed{opt.seed}" * bool(opt.seed)

@@ -25,12 +25,12 @@ from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
+from utils.records import DETECTION
 from utils.rows import PRESETS, ROWS, SCALES, TABLES, one_cell, plan
 from utils.separation import gammas_of_ratios, separate
 from utils.steps import Step, list_commands, run
 
 STEP_2 = "--epochs 10 --eval_freq 0"
-KEPT = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination")
 
 
 def get_parser():
@@ -95,7 +95,7 @@ def measures(resolved, places, norms):
         lines.append({
             "epoch": epoch, "feature_norm": norms.get(epoch), "zeros": 100 * float((fct == 0).mean()),
             "FCT_clean": float(np.median(fct[poisoned.is_clean])), "FCT_poisoned": float(np.median(fct[~poisoned.is_clean])),
-            **{name: quality[name] for name in KEPT}, "Dc_smallest_class": min(per_class), "Dc_largest_class": max(per_class),
+            **{name: quality[name] for name in DETECTION[:4]}, "Dc_smallest_class": min(per_class), "Dc_largest_class": max(per_class),
         })  # fmt: skip
         values[epoch] = fct
     return values, poisoned.is_clean, lines

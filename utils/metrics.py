@@ -1,6 +1,7 @@
 """Measures: ACC, ACC_paper, ASR, R-ACC and ASR_clean of a classifier; how well FCT and the separation detect."""
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -80,8 +81,7 @@ def evaluate(classify, tests, normalize, runtime):
 
 def auroc(scores, positive):
     """Area under the ROC curve of ``scores`` (float (N,)) for ``positive`` (bool (N,)); ties count one half."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank among equal values, from 1
+    ranks = pd.Series(scores).rank().to_numpy()  # of equal values their mean
     positives = int(positive.sum())
     negatives = len(positive) - positives
     if positives == 0 or negatives == 0:

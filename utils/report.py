@@ -85,8 +85,7 @@ def strongest_region(difference, deviation, count):
     """
     side = max(3, len(difference) // 8)
     score = (np.abs(difference) / (deviation / np.sqrt(count) + 4)).mean(2)
-    whole = np.pad(score, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    sums = whole[side:, side:] - whole[:-side, side:] - whole[side:, :-side] + whole[:-side, :-side]
+    sums = np.lib.stride_tricks.sliding_window_view(score, (side, side)).sum((2, 3))
     top, left = np.unravel_index(sums.argmax(), sums.shape)
     return int(top), int(left), side
 
