@@ -125,7 +125,7 @@ def detected_by(steps, names=()):
     return read_figures(step, step.output.with_name("detection.json"), names)
 
 
-def table(steps):
+def result_rows(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = list(MEASURES)
     rows = [{"model": "backdoored", **read_log(trained_step(steps)).iloc[-1][measures]}]
@@ -300,7 +300,7 @@ def main(argv=None):
     started = time.perf_counter()
     seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
 
-    rows = table(steps)
+    rows = result_rows(steps)
     write_rows(opt.out / f"{name}.csv", rows)
     pictures = {
         f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),

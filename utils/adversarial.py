@@ -10,7 +10,7 @@ from utils.engine import progress
 from utils.seeding import generator
 from utils.weights import load_weights
 
-EPSILON, STEP, STEPS = 8, 2, 4  # grey levels, of 255
+EPSILON, STEP_SIZE, STEPS = 8, 2, 4  # grey levels, of 255
 BATCH = 50
 
 
@@ -52,7 +52,7 @@ def perturb(model, images, labels, index, spec, seed):
             current.requires_grad_(True)
             loss = F.cross_entropy(model((current.permute(0, 3, 1, 2) - mean) / std), target, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, current)
-            current = current.detach() + STEP * gradient.sign()
+            current = current.detach() + STEP_SIZE * gradient.sign()
             current = torch.clamp(current, original - EPSILON, original + EPSILON).clamp(0, 255)
         result[rows] = current.round().to(torch.uint8).numpy()
     return result

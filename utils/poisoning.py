@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.adversarial import EPSILON, STEP, STEPS, load_benign_model, perturb
+from utils.adversarial import EPSILON, STEP_SIZE, STEPS, load_benign_model, perturb
 from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
@@ -59,7 +59,7 @@ def _perturbed(dataset, opt, rows, images):
     path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
     settings = {
         "benign_checkpoint": sha256(require_file(path, command)),
-        "pgd": [EPSILON, STEP, STEPS],
+        "pgd": [EPSILON, STEP_SIZE, STEPS],
         "seed": opt.seed,
         "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
     }
