@@ -24,8 +24,8 @@ from utils.audit import (
     POISONED,
     TAUS,
     PutBack,
-    order_of,
-    orders,
+    likeness_of,
+    suspicion,
     targets_of,
 )
 from utils.audit_report import SETS, write_report
@@ -171,7 +171,7 @@ def decide(scores, dataset, labels, train_acc):
 
 def tau_that_sees(suspicious, values, own):
     """The name of the tau of `TAUS` under whose FCT the suspicious samples of a class stand out most. suspicious: bool (N,);
-    values: what `audit.orders` gave; own: bool (N,), the samples of the class."""
+    values: what `audit.suspicion` gave; own: bool (N,), the samples of the class."""
     return max(TAUS, key=lambda name: auroc(values[name][own], suspicious[own]))
 
 
@@ -283,7 +283,7 @@ def main(argv=None):
     resolved.checkpoint_load = model_path
     known = {"flip": load_fct(model_path, steps["fct"].command)}
     checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
-    values = orders(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
+    values = suspicion(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
     put_back = PutBack(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
     scores = put_back.test()
     train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
@@ -295,7 +295,7 @@ def main(argv=None):
         found = targets_of(scores)
         targets = [row["label"] for row in found]
         groups = [(row["label"], np.isin(np.arange(len(labels)), put_back.group_of(row))) for row in found]
-        like = order_of(groups, model, poisoned.images, labels, dataset.spec, runtime)
+        like = likeness_of(groups, model, poisoned.images, labels, dataset.spec, runtime)
         tau = tau_that_sees(like >= 0, values, labels == targets[0])
         poison_ratio = ratio_of((like >= 0).sum(), len(labels))
         buffer = io.BytesIO()

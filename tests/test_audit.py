@@ -46,7 +46,7 @@ def test_the_map_is_that_of_a_plain_loop():
     group, images = (rng.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8) for _ in range(2))
     group[:, 0, 0] = [255, 0, 9]
     mean, deviation = rng.uniform(0, 255, (6, 6, 3)), rng.uniform(0, 90, (6, 6, 3))
-    made = audit.Common(group, mean, deviation).put_on(images, 30)
+    made = audit.SharedPattern(group, mean, deviation).put_on(images, 30)
     for image, got in zip(images, made, strict=True):
         np.testing.assert_allclose(got, slow_map(group, mean, deviation, image.astype(float), 30), atol=1e-3)
         assert np.sqrt(((got - image) ** 2).mean()) <= 30 + 1e-3
@@ -57,7 +57,7 @@ def test_a_patch_a_blend_and_a_sum_are_put_back(fashion, trigger):
     rng = np.random.default_rng(1)
     rows = rng.permutation(10000)
     clean = fashion.train_images[rows[:400]]
-    common = audit.Common(apply_trigger(trigger, clean, train=True, seed=0), clean.mean(0), clean.std(0))
+    common = audit.SharedPattern(apply_trigger(trigger, clean, train=True, seed=0), clean.mean(0), clean.std(0))
     others = fashion.train_images[rows[500:600]]
     wanted = apply_trigger(trigger, others, train=True, seed=0).astype(float) - others
     made = common.put_on(others, 30) - others
@@ -455,7 +455,9 @@ def test_what_goes_to_one_class_for_each_is_that_of_a_plain_loop(classes):
     sources = rng.integers(0, classes, 90)
     before = np.stack([sources, np.where(rng.random(90) < 0.3, rng.integers(0, classes, 90), sources)])
     after = np.where(rng.random((2, 90)) < 0.5, (sources + 1) % classes, rng.integers(0, classes, (2, 90)))
-    np.testing.assert_allclose(audit.each(after, before, sources), slow_each(after, before, sources, classes))
+    np.testing.assert_allclose(
+        audit.share_turned_into_each(after, before, sources), slow_each(after, before, sources, classes)
+    )
 
 
 def test_one_class_for_each_is_not_one_class_for_all():
@@ -463,19 +465,21 @@ def test_one_class_for_each_is_not_one_class_for_all():
     stay = np.stack([sources, sources])
     moved = np.stack([(sources + 1) % 10, sources])
     np.testing.assert_allclose(
-        audit.each(moved, stay, sources), [0.9, 0]
+        audit.share_turned_into_each(moved, stay, sources), [0.9, 0]
     )  # but for the commonest, that one class may explain
-    np.testing.assert_allclose(audit.each(np.stack([moved[0]] * 2), stay, sources), [0.9, 0.9])
-    assert audit.each(np.full((2, 100), 3), stay, sources).max() == 0
-    assert audit.each(stay, stay, sources).max() == 0
-    assert audit.each(moved[:, :10], stay[:, :10], sources[:10]).max() == 0  # one image a class shows no habit
+    np.testing.assert_allclose(audit.share_turned_into_each(np.stack([moved[0]] * 2), stay, sources), [0.9, 0.9])
+    assert audit.share_turned_into_each(np.full((2, 100), 3), stay, sources).max() == 0
+    assert audit.share_turned_into_each(stay, stay, sources).max() == 0
+    assert (
+        audit.share_turned_into_each(moved[:, :10], stay[:, :10], sources[:10]).max() == 0
+    )  # one image a class shows no habit
 
 
 def test_what_the_network_takes_for_the_class_anyway_does_not_count():
     before = np.array([[0] * 10, [1] * 4 + [0] * 6])
     after = np.array([[1] * 5 + [0] * 5, [1] * 4 + [0] * 3 + [1] * 3])
-    np.testing.assert_allclose(audit.newly(after, before, 1), [0.5, 0.5])
-    assert audit.newly(after, np.ones_like(before), 1).tolist() == [0, 0]
+    np.testing.assert_allclose(audit.share_turned(after, before, 1), [0.5, 0.5])
+    assert audit.share_turned(after, np.ones_like(before), 1).tolist() == [0, 0]
 
 
 def test_the_ends_of_a_class_in_its_features():

@@ -74,7 +74,7 @@ RULES = {
 LEAST = 2 * FIRST.groups[0]  # samples that a class must have to be looked at
 
 
-class Common:
+class SharedPattern:
     """What a group of samples has in common, as a map on images: every pixel and channel gets the group's mean, and what
     of the image's own deviation the group leaves there.
 
@@ -105,14 +105,14 @@ def classes_of(model, images, spec, runtime):
 
 
 def sureness(model, images, labels, spec, runtime):
-    """How sure the network is of each label, its log-probability: float32 (N,). Arguments as of `orders`."""
+    """How sure the network is of each label, its log-probability: float32 (N,). Arguments as of `suspicion`."""
     model.eval()
     held, normalize = hold(images, runtime), Normalize(spec, runtime.device)
     labels = send(torch.from_numpy(labels), runtime.device)
     return -cross_entropies(model, held, labels, normalize, runtime).cpu().numpy()
 
 
-def orders(model, images, labels, spec, runtime, seed, known=None):
+def suspicion(model, images, labels, spec, runtime, seed, known=None):
     """What puts the samples of a class in order, the suspicious ones high.
 
     Args:
@@ -132,7 +132,7 @@ def orders(model, images, labels, spec, runtime, seed, known=None):
 
 
 def apart(model, images, labels, spec, runtime):
-    """Where a sample lies on the first principal component of its class's features: float32 (N,). Arguments as of `orders`."""
+    """Where a sample lies on the first principal component of its class's features: float32 (N,). Arguments as of `suspicion`."""
     place = np.zeros(len(labels), dtype=np.float32)
     present = np.unique(labels)
     for label in progress(present, "features", len(present)):
@@ -151,12 +151,12 @@ class PutBack:
 
     The score of a group of samples is the share of other classes' images that it turns into the class, less the share
     that it does so after they are mirrored; less, where that is positive, the same of samples from `USUAL` of the way down the
-    order. Images that the network takes for the class anyway do not count. Where mirrored images are not compared (see `RULES`),
-    `WITHOUT_MIRROR` is taken off in their place. Or, of the same, what it turns into one class for each, see `each`. A class's
-    score is the largest over orders and `groups`.
+    order. Images that the network takes for the class anyway do not count. Where mirrored images are not compared (see
+    `RULES`), `WITHOUT_MIRROR` is taken off in their place. Or, of the same, what it turns into one class for each, see
+    `share_turned_into_each`. A class's score is the largest over orders and `groups`.
 
     Args:
-        model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); values: what `orders`
+        model: the network of SD; images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,); values: what `suspicion`
         gave; spec: a `datasets.Spec`; runtime: a `device.Runtime`; seed: of the images that are drawn; others: how many images of
         other classes are taken.
     """
@@ -166,9 +166,9 @@ class PutBack:
         self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
         drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
         self.mean, self.deviation = self.mean_and_deviation(drawn)
-        self.drawn = self.own = None, None
+        self._tried = self._look = None, None  # what `others` and `most_alike` have read, of the class that was last
 
-    def order(self, label, name):
+    def ranked(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
         own = np.flatnonzero(self.labels == label)
         return own[np.argsort(-self.values[name][own], kind="stable")]
@@ -184,7 +184,7 @@ class PutBack:
 
     def groups(self, label, name):
         """What is looked at together of a class, by the order ``name``: dict of int64 rows."""
-        order, rule = self.order(label, name), rule_of(name)
+        order, rule = self.ranked(label, name), rule_of(name)
         found = {f"first {size}": order[:size] for size in rule.sizes(len(order))}
         if rule.alike and len(order) >= LEAST:
             found["alike"] = self.most_alike(order[: among(len(order))], label)
@@ -193,12 +193,12 @@ class PutBack:
     def most_alike(self, rows, label):
         """The ``FIRST.groups[0]`` of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
         difference in units of the class's deviation, which a trigger on a quiet background dominates."""
-        if self.own[0] != label:  # its images are read once for a class
+        if self._look[0] != label:  # its images are read once for a class
             drawn = generator(self.seed, "audit", "class", label).permutation(np.flatnonzero(self.labels == label))[
                 :OWN
             ]
-            self.own = label, self.mean_and_deviation(drawn)
-        mean, deviation = self.own[1]
+            self._look = label, self.mean_and_deviation(drawn)
+        mean, deviation = self._look[1]
         rows = np.sort(rows)
         unlike = ((self.images[rows] - mean) / np.maximum(deviation, 8)).reshape(len(rows), -1)
         unlike /= np.maximum(np.linalg.norm(unlike, axis=1, keepdims=True), 1e-6)
@@ -211,12 +211,12 @@ class PutBack:
     def others(self, label):
         """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and what the network
         says of them, as they are and mirrored, int64 (2, n); read once for a class."""
-        if self.drawn[0] != label:
+        if self._tried[0] != label:
             rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
             rows = np.sort(rows[: self.count])
             images = self.images[rows]
-            self.drawn = label, images, self.labels[rows], self.answers(images)
-        return self.drawn[1:]
+            self._tried = label, images, self.labels[rows], self.answers(images)
+        return self._tried[1:]
 
     def answers(self, images):
         """Predicted classes of images, as they are and mirrored: int64 (2, n)."""
@@ -227,13 +227,13 @@ class PutBack:
         """What the samples ``rows`` of the order ``name`` share, put on images of other classes: for each of `INTO` the share
         of these that it turns, and of them mirrored, float (2, 2)."""
         images, sources, before = self.others(label)
-        common = Common(self.images[np.sort(rows)], self.mean, self.deviation)
+        common = SharedPattern(self.images[np.sort(rows)], self.mean, self.deviation)
         after = self.answers(common.put_on(images, rule_of(name).change))
-        return np.stack([newly(after, before, label), each(after, before, sources)])
+        return np.stack([share_turned(after, before, label), share_turned_into_each(after, before, sources)])
 
     def usual(self, label, name):
         """For each of `INTO`, the largest of the same of samples from `USUAL` of the way down the order, at least 0: float (2,)."""
-        order, rule, found = self.order(label, name), rule_of(name), [np.zeros(len(INTO))]
+        order, rule, found = self.ranked(label, name), rule_of(name), [np.zeros(len(INTO))]
         for size in rule.sizes(len(order)):
             start = min(int(USUAL * len(order)), len(order) - size)
             found.append(rule.counted(self.shares(order[start : start + size], label, name)))
@@ -249,7 +249,9 @@ class PutBack:
                 shares = self.shares(rows, label, name)
                 scores = rule.counted(shares) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
                 for into, score, (turned, mirrored), own in zip(INTO, scores, shares, usual, strict=True):
-                    if into == INTO_CLASS or rule.mirrored:  # without that, `each` has nothing to be held against
+                    if (
+                        into == INTO_CLASS or rule.mirrored
+                    ):  # without that, `share_turned_into_each` has nothing to be held against
                         found.append(
                             {"label": label, "score": float(score), "into": into, "order": name, "group": group,
                              "size": len(rows), "turned": float(turned), "turned_mirrored": float(mirrored),
@@ -267,7 +269,7 @@ class PutBack:
         return self.groups(row["label"], row["order"])[row["group"]]
 
 
-def newly(after, before, wanted, counted=True):
+def share_turned(after, before, wanted, counted=True):
     """Of the images that were not taken for ``wanted`` before, the share that is now: float (2,).
 
     Args:
@@ -278,12 +280,12 @@ def newly(after, before, wanted, counted=True):
     return ((after == wanted) & new & counted).sum(1) / np.maximum(new.sum(1), 1)
 
 
-def each(after, before, sources):
+def share_turned_into_each(after, before, sources):
     """Of images that are led to one class for each class of theirs, as all2all does it, the share that goes where most of the
     others of its class go, other than where most of all go, for that is what a single target does.
 
     Args:
-        after, before: as of `newly`; sources: the images' own classes, int64 (n,).
+        after, before: as of `share_turned`; sources: the images' own classes, int64 (n,).
 
     Returns:
         float (2,): the same for the images as they are and, to the same classes, mirrored.
@@ -295,7 +297,7 @@ def each(after, before, sources):
     of_others = counts[source]
     of_others[np.arange(len(sources)), after[0]] -= after[0] != sources  # an image does not choose for itself
     wanted = np.where(of_others.max(1) > 0, of_others.argmax(1), -1)
-    return newly(after, before, wanted, wanted != counts.sum(0).argmax())
+    return share_turned(after, before, wanted, wanted != counts.sum(0).argmax())
 
 
 def features_of(model, images, spec, runtime):
@@ -329,11 +331,11 @@ def likeness(features, group):
     return (place - (last if upper is None else min(last, upper))).astype(np.float32)
 
 
-def order_of(found, model, images, labels, spec, runtime):
+def likeness_of(found, model, images, labels, spec, runtime):
     """What puts the samples of poisoned classes in order, for ``separate_samples.py --poison_order``.
 
     Args:
-        found: pairs of a class and its group, bool (N,); the others as of `orders`.
+        found: pairs of a class and its group, bool (N,); the others as of `suspicion`.
 
     Returns:
         float32 (N,): `likeness` of each sample of these classes, of the others less than any of these.
@@ -363,7 +365,7 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
 
     Returns:
         (the row of `PutBack.of_class` with the highest score, or None where no class has enough samples; what that says; where
-        there is a backdoor how like its group each sample of the class is, see `order_of`, else None).
+        there is a backdoor how like its group each sample of the class is, see `likeness_of`, else None).
     """
     whole = images, labels
     rows = np.sort(generator(seed, "audit", "sign of a backdoor").permutation(len(labels))[:DRAWN])
@@ -389,7 +391,7 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
             )
         target = f"class {best['label']} ({classes[best['label']]})"
         group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
-        order = order_of([(best["label"], group)], model, *whole, spec, runtime)
+        order = likeness_of([(best["label"], group)], model, *whole, spec, runtime)
         return best, f"The network has a backdoor whose target is {target} {score}", order
     words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
     return (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import report
-from utils.audit import APART, INTO_EACH, OTHERS, SUREST, Common, among, classes_of, rule_of
+from utils.audit import APART, INTO_EACH, OTHERS, SUREST, SharedPattern, among, classes_of, rule_of
 from utils.figures import fct_histogram
 from utils.files import csv_writer, json_writer, text_writer, write_together
 from utils.samples import CLEAN, POISON, UNCERTAIN
@@ -49,14 +49,14 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
         own = labels == target
         pictures["likeness"] = report.likeness_picture(like[own], in_poison[own], classes[target])
     best = best or {"label": 0, "order": "flip", "group": "first 20"}
-    own = put_back.order(best["label"], best["order"])
+    own = put_back.ranked(best["label"], best["order"])
     group = put_back.groups(best["label"], best["order"]).get(best["group"], own[: len(own) // 2 + 1])
     group = dataset.train_images[np.sort(group)]
     rest = dataset.train_images[np.sort(own[len(own) // 2 :][:500])]
     name = classes[best["label"]]
     pictures["pattern"], region = report.pattern_picture(group, rest, name)
     drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
-    common = Common(group, put_back.mean, put_back.deviation)
+    common = SharedPattern(group, put_back.mean, put_back.deviation)
     before = dataset.train_images[drawn]
     after = common.put_on(before, rule_of(best["order"]).change)
     both = np.concatenate([before.astype(np.float32), after])

@@ -209,7 +209,7 @@ def fct_path(path, kind):
 
 def save_fct(path, fct, dataset, poisoned, opt, sign=None, order=None):
     """Write the values beside the checkpoint, in sample order, one a line. ``sign``: of a backdoor, for the record; ``order``:
-    what `audit.order_of` gave, for ``<epoch>_order.npy``, or None.
+    what `audit.likeness_of` gave, for ``<epoch>_order.npy``, or None.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
