@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,10 @@ from utils.errors import run_script
 
 
 def pytest_configure():
-    """Under ``pytest -n`` the processes share the cores, and so do those that they start."""
+    """Under ``pytest -n`` the processes share the cores, and so do those that they start. Started in the background, where a shell
+    has Ctrl-C ignored, pytest still has steps that can be interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
