@@ -210,14 +210,13 @@ def defences(words, where, poison_ratio, dataset):
 def write_clean(opt, dataset, flags):
     """Write a copy of the folder without D_p to --write_clean, whole or not at all; the original is only read."""
     target, source = opt.write_clean.absolute(), opt.data_root.absolute()
-    left_out = {os.fspath(dataset.train_images.files[row]) for row in np.flatnonzero(flags == POISON)}
+    left_out = set(dataset.train_images.files[flags == POISON].tolist())
     kept = 0
     with new_folder(target) as staging:
-        for file in map(
-            Path, [*dataset.train_images.files, *dataset.test_images.files]
-        ):  # no others: nobody looked at them
-            if os.fspath(file) in left_out:
+        for name in (*dataset.train_images.files, *dataset.test_images.files):  # no others: nobody looked at them
+            if name in left_out:
                 continue
+            file = Path(name)
             place = staging / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             if opt.copy:
@@ -269,7 +268,7 @@ def main(argv=None):
     poisoned = poison_training_set(dataset, resolved)
     labels, classes = poisoned.labels, dataset.classes
     print(f"{len(labels)} images of {len(classes)} classes, {dataset.spec.size}x{dataset.spec.size}")
-    if min(int(0.2 * np.bincount(labels).max()), int(0.05 * len(labels))) == 0:
+    if np.bincount(labels).max() < 5 or len(labels) < 20:  # of which clean_ratio and poison_ratio are one image
         raise UserError(
             f"{len(labels)} images of {len(classes)} classes are too few: of some class five are needed, twenty in all"
         )

@@ -48,9 +48,7 @@ def steps_of(opt, root):
     steps = {name: step for name, step in planned.items() if name not in apart}
     extractor, results = steps["train_extractor"], {}
     for epoch in range(opt.every, opt.epochs + 1, opt.every):
-        own = (
-            root / f"classifier_{epoch}"
-        )  # the authors' README's folder of a classifier does not name its extractor's epoch
+        own = root / f"classifier_{epoch}"  # a classifier's own folder does not name its extractor's epoch
         checkpoint = typed(extractor.output.with_name(f"ckpt_epoch_{epoch - 1}.pth"))
         paths = ["--output_root", typed(own), "--ckpt", checkpoint, "--samples", typed(separated_folder(resolved))]
         classifier = planned["train_classifier"]

@@ -249,9 +249,8 @@ class PutBack:
                 shares = self.shares(rows, label, name)
                 scores = rule.counted(shares) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
                 for into, score, (turned, mirrored), own in zip(INTO, scores, shares, usual, strict=True):
-                    if (
-                        into == INTO_CLASS or rule.mirrored
-                    ):  # without that, `share_turned_into_each` has nothing to be held against
+                    # Without mirrored images `share_turned_into_each` has nothing to be held against.
+                    if into == INTO_CLASS or rule.mirrored:
                         found.append(
                             {"label": label, "score": float(score), "into": into, "order": name, "group": group,
                              "size": len(rows), "turned": float(turned), "turned_mirrored": float(mirrored),

@@ -105,7 +105,7 @@ def tell_left_out(root, places, parts):
     others = [
         os.path.join(folder, name)
         for place in places
-        for folder, inner, names in os.walk(place, onerror=None)
+        for folder, inner, names in os.walk(place)
         for name in names
         if not name.startswith(".") and os.path.join(folder, name) not in taken
     ]
