@@ -252,9 +252,8 @@ def tensor_writer(content):
     def write(file):
         buffer = io.BytesIO()  # torch.save itself does not tell a full disk from other trouble
         torch.save(content, buffer)
-        file.write(
-            buffer.getvalue()
-        )  # no copy; a view of the buffer in the traceback of a full disk crashes Python 3.12
+        # No copy; a view of the buffer in the traceback of a full disk crashes Python 3.12.
+        file.write(buffer.getvalue())
 
     return write
 

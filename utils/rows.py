@@ -162,9 +162,10 @@ def defences_of(opt):
 
 
 def without_attack(words):
-    """The places in ``words`` (options, each followed by one value) that a step on clean data takes."""
+    """Of ``words`` (options, each followed by one value) those that a step on clean data takes."""
     taken = {f"--{name}" for name in ("dataset", "train_images", "model", "seed", "data_root", "output_root")}
-    return [place + i for place in range(0, len(words), 2) if words[place] in taken for i in (0, 1)]
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for pair in pairs if pair[0] in taken for word in pair]
 
 
 def resolve(opt, ratios):
@@ -205,102 +206,128 @@ def one_cell(table, row, scale, seed, defence, output_root, data_root=None, mode
     return Namespace(**given, **left, model=model, output_root=output_root, data_root=data_root)
 
 
-def plan(opt, **own):
+def plan(opt, **replaced):
     """The steps of the row in the order they run, by name, and the options that `resolve` gives. ``opt.variant``: one of
-    `VARIANTS`, which changes the steps of the defence, or None; ``own``: options of steps in the place of the preset's."""
-    preset = {name: shlex.split(text) for name, text in {**PRESETS[opt.preset], **own}.items()}
-    ratios = preset["ratios"]
-    resolved, words, where = resolve(opt, ratios)
-    changes = VARIANTS[defences_of(opt)[0]][opt.variant] if opt.variant else {}
-    steps = {}
-
-    def add(name, script, more, output, record, needs=(), computes=True):
-        all_words = [*words, *more, *(where if computes else [])]
-        steps[name] = Step(script, all_words, output, record, [steps[need] for need in needs])
-
-    def epochs(name):
-        return int(preset[name][preset[name].index("--epochs") + 1])
-
-    def train(name, stage, needs=()):
-        folder = backdoored_folder(resolved, stage)
-        add(name, f"{name}.py", preset[name], folder / f"{epochs(name) - 1}.tar", folder / "options.json", needs)
-        return steps[name].output
-
-    benign = []
-    if resolved.trigger_type == "fourCornerTrigger":
-        benign = ["train_clean_withTrans"]
-        folder, clean = benign_folder(resolved), [words[i] for i in without_attack(words)]
-        more = preset["train_clean_withTrans"]
-        output = folder / f"{epochs('train_clean_withTrans') - 1}.tar"
-        steps["train_clean_withTrans"] = Step(
-            "train_clean_withTrans.py", [*clean, *more, *where], output, folder / "options.json", []
-        )
-
-    # SD
-    network, features, load = "train_attack_noTrans", train("train_attack_noTrans", "noTrans", benign), []
-    if preset["finetune_attack_noTrans"]:
-        network, features = "finetune_attack_noTrans", train("finetune_attack_noTrans", "noTrans_ftsimi", [network])
-    else:  # step 2's last checkpoint is what the next steps would take by themselves
-        load = ["--checkpoint_load", typed(features)]
-    tau, of_values = [*preset["tau"], *load], ["calculate_consistency"]
-    fct, gamma, histogram = (
-        features.with_name(f"{features.stem}_{kind}.json") for kind in ("fct", "gamma", "histogram")
-    )
-    add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, [network])
-    picture = features.with_suffix(".jpg")
-    add("visualize_consistency", "visualize_consistency.py", [*tau, *ratios], picture, histogram, of_values)
-    add("calculate_gamma", "calculate_gamma.py", [*ratios, *load], gamma, gamma, of_values, computes=False)
-    separated = separated_folder(resolved) / "options.json"
-    more = [*tau, *ratios, *preset["separate_samples"]]
-    add("separate_samples", "separate_samples.py", more, separated, separated, of_values)
-    samples, chosen = "separate_samples", []
-    if "samples" in changes:
-        folder = separated_folder(resolved) / changes["samples"]
-        more = [*ratios, "--kind", changes["samples"], "--out", typed(folder)]
-        record = folder / "options.json"
-        add("ablation_samples", "tools/ablation_samples.py", more, record, record, [samples], computes=False)
-        samples, chosen = "ablation_samples", ["--samples", typed(folder)]
-
-    # BR
-    attack = "train_attack_withTrans" + "_imagenet" * (resolved.dataset == "imagenet")
-    model = train(attack, "withTrans", benign)
+    `VARIANTS`, which changes the steps of the defence, or None; ``replaced``: options of steps in the place of the preset's."""
+    row = _Row(opt, {name: shlex.split(text) for name, text in {**PRESETS[opt.preset], **replaced}.items()})
+    row.add_benign_model()
+    row.add_sd()
+    row.add_backdoored_model()
     if "D-BR" in defences_of(opt):
-        name = "unlearn_purify" + f"_{opt.variant}" * bool(opt.variant)
-        saved = model.with_name(f"{model.stem}_{name}.tar")
-        own = changed(preset["unlearn_relearn"], changes.get("unlearn_relearn", ""))
-        if "--passes" in own:  # a single pass takes nothing along
-            own = [word for word in own if word != "--drop_doubtful"]
-        more = [*ratios, *own, *chosen]
-        if opt.variant:
-            more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]
-        add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), [attack, samples])
-
-    # ST
+        row.add_br()
     if "D-ST" in defences_of(opt):
-        apart = (
-            opt.variant and not {"samples", "train_extractor"} & changes.keys()
-        )  # the variant is the classifier's alone
-        for name, output, needs in (
-            ("train_extractor", "last.pth", samples),
-            ("train_classifier", "ckpt_epoch_{}.pth", "train_extractor"),
-        ):
-            own, root = words, resolved.output_root
-            if opt.variant and not (apart and name == "train_extractor"):  # a folder of its own for what is different
-                root = resolved.output_root / f"D-ST_{opt.variant}"
-                chosen = ["--samples", typed(separated_folder(resolved) / changes.get("samples", ""))]
-                own = changed(words, f"--output_root {shlex.quote(typed(root))}")
-            more = changed(preset[name], changes.get(name, ""))
-            step = Step(f"ST/{name}.py", [*own, *ratios, *more, *chosen, *where], Path(), Path(), [steps[needs]])
-            folder = secure_folder(Namespace(**{**vars(resolved), "output_root": root}))
-            folder = folder / step.module().run_name(step.options())
-            step.output, step.record = folder / output.format(epochs(name) - 1), folder / "options.json"
-            steps[name] = step
-        last = steps["train_classifier"].output
-        paths = ["--model_ckpt", typed(steps["train_extractor"].output), "--classifier_ckpt", typed(last)]
-        steps["train_classifier"].words += ["--ckpt", typed(steps["train_extractor"].output)]
-        result = last.with_name(f"{last.stem}_test.json")
-        add("test", "ST/test.py", [*ratios, *paths], result, result, ["train_classifier"])
-    return steps, resolved
+        row.add_st()
+    return row.steps, row.resolved
+
+
+class _Row:
+    """The `steps` of a row of the tables, added one part after the other; ``preset``: words by step."""
+
+    def __init__(self, opt, preset):
+        self.opt, self.preset, self.ratios = opt, preset, preset["ratios"]
+        self.resolved, self.words, self.where = resolve(opt, self.ratios)
+        self.changes = VARIANTS[defences_of(opt)[0]][opt.variant] if opt.variant else {}
+        self.steps, self.benign = {}, []
+        self.samples, self.chosen = (
+            "separate_samples",
+            [],
+        )  # the step that makes D_c and D_p, and the words that name its folder
+
+    def add(self, name, script, more, output, record, needs=(), computes=True):
+        words = [*self.words, *more, *(self.where if computes else [])]
+        self.steps[name] = Step(script, words, output, record, [self.steps[need] for need in needs])
+
+    def epochs(self, name):
+        return int(self.preset[name][self.preset[name].index("--epochs") + 1])
+
+    def add_training(self, name, stage, needs=()):
+        """A training on the poisoned set; its last checkpoint."""
+        folder = backdoored_folder(self.resolved, stage)
+        output = folder / f"{self.epochs(name) - 1}.tar"
+        self.add(name, f"{name}.py", self.preset[name], output, folder / "options.json", needs)
+        return output
+
+    def add_benign_model(self):
+        """What CL perturbs its images against."""
+        if self.resolved.trigger_type == "fourCornerTrigger":
+            name, folder = "train_clean_withTrans", benign_folder(self.resolved)
+            words = [*without_attack(self.words), *self.preset[name], *self.where]
+            output = folder / f"{self.epochs(name) - 1}.tar"
+            self.steps[name] = Step(f"{name}.py", words, output, folder / "options.json", [])
+            self.benign = [name]
+
+    def add_sd(self):
+        network, load = "train_attack_noTrans", []
+        features = self.add_training(network, "noTrans", self.benign)
+        if self.preset["finetune_attack_noTrans"]:
+            network = "finetune_attack_noTrans"
+            features = self.add_training(network, "noTrans_ftsimi", ["train_attack_noTrans"])
+        else:  # step 2's last checkpoint is what the next steps would take by themselves
+            load = ["--checkpoint_load", typed(features)]
+        tau, ratios, of_values = [*self.preset["tau"], *load], self.ratios, ["calculate_consistency"]
+        fct, gamma, histogram = (
+            features.with_name(f"{features.stem}_{kind}.json") for kind in ("fct", "gamma", "histogram")
+        )
+        self.add("calculate_consistency", "calculate_consistency.py", tau, fct, fct, [network])
+        picture = features.with_suffix(".jpg")
+        self.add("visualize_consistency", "visualize_consistency.py", [*tau, *ratios], picture, histogram, of_values)
+        self.add("calculate_gamma", "calculate_gamma.py", [*ratios, *load], gamma, gamma, of_values, computes=False)
+        separated = separated_folder(self.resolved) / "options.json"
+        more = [*tau, *ratios, *self.preset["separate_samples"]]
+        self.add("separate_samples", "separate_samples.py", more, separated, separated, of_values)
+        if "samples" in self.changes:
+            folder = separated_folder(self.resolved) / self.changes["samples"]
+            more = [*ratios, "--kind", self.changes["samples"], "--out", typed(folder)]
+            record = folder / "options.json"
+            self.add(
+                "ablation_samples", "tools/ablation_samples.py", more, record, record, [self.samples], computes=False
+            )
+            self.samples, self.chosen = "ablation_samples", ["--samples", typed(folder)]
+
+    def add_backdoored_model(self):
+        self.attack = "train_attack_withTrans" + "_imagenet" * (self.resolved.dataset == "imagenet")
+        self.backdoored = self.add_training(self.attack, "withTrans", self.benign)
+
+    def add_br(self):
+        name = "unlearn_purify" + f"_{self.opt.variant}" * bool(self.opt.variant)
+        saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
+        more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
+        if "--passes" in more:  # a single pass takes nothing along
+            more = [word for word in more if word != "--drop_doubtful"]
+        more = [*self.ratios, *more, *self.chosen]
+        if self.opt.variant:
+            more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]
+        needs = [self.attack, self.samples]
+        self.add("unlearn_relearn", "unlearn_relearn.py", more, saved, saved.with_suffix(".json"), needs)
+
+    def add_st(self):
+        extractor = self.add_secure("train_extractor", "last.pth", self.samples)
+        last = f"ckpt_epoch_{self.epochs('train_classifier') - 1}.pth"
+        classifier = self.add_secure("train_classifier", last, "train_extractor")
+        paths = ["--model_ckpt", typed(extractor), "--classifier_ckpt", typed(classifier)]
+        self.steps["train_classifier"].words += ["--ckpt", typed(extractor)]
+        result = classifier.with_name(f"{classifier.stem}_test.json")
+        self.add("test", "ST/test.py", [*self.ratios, *paths], result, result, ["train_classifier"])
+
+    def add_secure(self, name, output, needs):
+        """A training of ST, which names its folder by its own options; its ``output`` (a name) there, as a path."""
+        words, root, chosen = self.words, self.resolved.output_root, self.chosen
+        of_classifier = not {"samples", "train_extractor"} & self.changes.keys()
+        if self.opt.variant and not (
+            name == "train_extractor" and of_classifier
+        ):  # a folder of its own for what is different
+            root = root / f"D-ST_{self.opt.variant}"
+            chosen = ["--samples", typed(separated_folder(self.resolved) / self.changes.get("samples", ""))]
+            words = changed(words, f"--output_root {shlex.quote(typed(root))}")
+        more = changed(self.preset[name], self.changes.get(name, ""))
+        step = Step(
+            f"ST/{name}.py", [*words, *self.ratios, *more, *chosen, *self.where], Path(), Path(), [self.steps[needs]]
+        )
+        folder = secure_folder(Namespace(**{**vars(self.resolved), "output_root": root}))
+        folder = folder / step.module().run_name(step.options())
+        step.output, step.record = folder / output, folder / "options.json"
+        self.steps[name] = step
+        return step.output
 
 
 def changed(words, changes):
