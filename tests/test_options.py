@@ -210,7 +210,12 @@ def test_the_imagenet_step_refuses_what_it_cannot_use(cli, words, tmp_path):
 
 def test_a_batch_larger_than_the_poisoned_set_is_refused(cli, words, pipeline):
     before = snapshot(pipeline)
-    refused(cli("unlearn_relearn.py", *words(pipeline), "--batch_size", 21), "--batch_size 21", "D_p, 20 samples")
+    refused(
+        cli("unlearn_relearn.py", *words(pipeline), "--batch_size", 21),
+        "a batch of 21",
+        "D_p, 20 samples",
+        "--unlearn_batch_size 20",
+    )
     assert snapshot(pipeline) == before
 
 
