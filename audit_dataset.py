@@ -212,7 +212,7 @@ def write_clean(opt, dataset, flags):
     target, source = opt.write_clean.absolute(), opt.data_root.absolute()
     left_out = set(dataset.train_images.files[flags == POISON].tolist())
     kept = 0
-    with new_folder(target) as staging:
+    with new_folder(target, "--write_clean") as staging:
         for name in (*dataset.train_images.files, *dataset.test_images.files):  # no others: nobody looked at them
             if name in left_out:
                 continue

@@ -83,7 +83,7 @@ def main(argv=None):
         poisoned = poison_training_set(dataset, opt)
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean
     classes = [name.replace("/", " or ") for name in dataset.classes]
-    with new_folder(out) as staging:
+    with new_folder(out, "--out") as staging:
         names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
         write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
         rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]

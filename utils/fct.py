@@ -146,11 +146,12 @@ def sd_checkpoint(opt):
 def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     """FCT of the poisoned training set, float32 (N,): the values that step 3 saved for this checkpoint and these
     options, else computed. Raises `UserError` for a checkpoint that does not fit the options or the data."""
-    _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     fct = _saved_fct(path, opt, len(poisoned.labels))
     if fct is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
-        fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
+        _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+        return fct_of_network(path, model, runtime, dataset, poisoned, opt)
+    refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path)
     return fct
 
 

@@ -58,8 +58,9 @@ def atomic_write(path, mode="wb"):
 
 
 @contextmanager
-def new_folder(target):
-    """Yield a folder to fill, which becomes ``target`` when the block ends without an error, and is gone otherwise.
+def new_folder(target, option):
+    """Yield a folder to fill, which becomes ``target`` when the block ends without an error, and is gone otherwise. ``option``: the
+    one that chooses it.
 
     Raises:
         UserError: where something is there already, or cannot be written.
@@ -67,7 +68,7 @@ def new_folder(target):
     target = Path(target).absolute()
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already; give a new name")
-    make_folder(target.parent, "another name")
+    make_folder(target.parent, option)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield staging
