@@ -24,7 +24,7 @@ from utils import args
 from utils.device import choose_runtime
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, read_record, write_rows, write_together
-from utils.manifest import made_with, plain_options, verify, write_options
+from utils.manifest import conflict, made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, shown
 from utils.records import (
     DETECTION,
@@ -108,14 +108,12 @@ def cleaned(steps):
 def refuse_other_result(path, opt):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, unless
     --overwrite is given."""
-    held, wanted = made_with(read_record(path) or {"options": plain_options(opt)}, opt), plain_options(opt)
-    differ = [
-        name for name in ("row", "preset", "dataset", "model", "seed", "poison_rate") if held[name] != wanted[name]
-    ]
+    wanted = plain_options(opt)
+    held = made_with(read_record(path) or {"options": wanted}, opt)
+    differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate"))
     if differ and not opt.overwrite:
-        has, asked = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (held, wanted))
         raise UserError(
-            f"{shown(path)} and the table beside it are of {has}, not of {asked}; give another --name or --out, or --overwrite"
+            f"{shown(path)} and the table beside it are of {differ[0]}, not of {differ[1]}; give another --name or --out, or --overwrite"
         )
 
 

@@ -26,7 +26,7 @@ from utils.files import (
     write_json,
     write_together,
 )
-from utils.manifest import made_with, manifest, plain_options
+from utils.manifest import conflict, made_with, manifest, plain_options
 from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
@@ -50,12 +50,12 @@ KEYS = {"step": str, "epoch": int, "model": dict, "optimizer": dict, "schedule":
 
 def refuse_other(found, opt, what, names=IDENTITY):
     """Raise a `UserError` that names both values where ``found`` (dict) differs from the options."""
-    for name in names:
-        if name in found and found[name] != getattr(opt, name):
-            raise UserError(
-                f"{what} was made with --{name} {found[name]}, but this step was asked for --{name} {getattr(opt, name)}; "
-                f"give the same options to every step"
-            )
+    differ = conflict(found, vars(opt), names)
+    if differ:
+        held, asked = differ
+        raise UserError(
+            f"{what} was made with {held}, but this step was asked for {asked}; give the same options to every step"
+        )
 
 
 def refuse_other_data(checkpoint, digest, path):
@@ -73,9 +73,9 @@ def refuse_other_settings(checkpoint, opt, path):
     an epoch is chosen may change."""
     wanted, found = plain_options(opt), made_with(checkpoint, opt)
     compared = wanted.keys() - NEUTRAL - {*FILES, "epochs", "choose"}
-    differ = [name for name in sorted(compared) if found.get(name, wanted[name]) != wanted[name]][:3]
+    differ = conflict(found, wanted, sorted(compared))
     if differ:
-        asked, held = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (wanted, found))
+        held, asked = differ
         raise UserError(
             f"{shown(path)} is of a run with {held}, which goes on with that and not with {asked}; give the same options, or "
             f"begin anew without --checkpoint_load"
@@ -238,9 +238,9 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     others = sorted(wanted.keys() - NEUTRAL - set(ignored) - set(names))
     compared = names if continues else [*names, *others, *more]
     wanted |= more
-    differ = [name for name in compared if found.get(name, wanted[name]) != wanted[name]][:3]
+    differ = conflict(found, wanted, compared)
     if differ:
-        held, asked = (" ".join(f"--{name} {values[name]}" for name in differ) for values in (found, wanted))
+        held, asked = differ
         go_on = "--checkpoint_load CHECKPOINT to go on with it, " * ("epochs_done" in earlier)
         raise UserError(
             f"{shown(record.parent)} holds the result of {held}, which {asked} would replace; give --overwrite to replace "

@@ -36,6 +36,15 @@ def made_with(record, opt):
     return plain_options(Namespace(**getattr(opt, "defaults", {}))) | record.get("options", {})
 
 
+def conflict(found, wanted, names):
+    """Where two settings (dicts) differ in one of ``names``: both of them as a user would type them, at most three options each; else
+    None. What ``found`` does not tell of agrees."""
+    differ = [name for name in names if found.get(name, wanted[name]) != wanted[name]][:3]
+    if not differ:
+        return None
+    return tuple(" ".join(f"--{name} {values[name]}" for name in differ) for values in (found, wanted))
+
+
 @lru_cache
 def _commit():
     """The commit of the code, with a + where files were changed since, or None outside a clone."""
