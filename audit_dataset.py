@@ -29,7 +29,6 @@ from utils.audit import (
     targets_of,
 )
 from utils.audit_report import SETS, write_report
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct, sd_network
 from utils.files import (
@@ -44,8 +43,9 @@ from utils.files import (
 from utils.manifest import plain_options
 from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
-from utils.samples import CLEAN, POISON, UNCERTAIN, sample_files
-from utils.separation import ratio_of
+from utils.poisoning import poison_training_set
+from utils.samples import sample_files
+from utils.separation import CLEAN, POISON, UNCERTAIN, ratio_of
 from utils.steps import Step, run
 
 EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10

@@ -10,12 +10,13 @@ import torch
 from models import build_model
 from utils import args
 from utils.checkpoints import Run, latest_checkpoint, load_checkpoint
-from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
+from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.losses import intra_class
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
+from utils.poisoning import poison_training_set
 
 STEP = "finetune_attack_noTrans"
 BEFORE = "train_attack_noTrans"

@@ -9,13 +9,14 @@ import torch
 from models import build_model
 from utils import args
 from utils.checkpoints import Run, load_checkpoint
-from utils.dataloader_bd import Batches, make_test_sets, poison_training_set
+from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
+from utils.poisoning import poison_training_set
 
 STEP = "train_attack_noTrans"
 

@@ -27,8 +27,9 @@ from utils.files import load_tensors, read_record, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import backdoored_folder, shown
-from utils.samples import CLEAN, POISON, images_of, load_samples, refuse_samples_of_other_data, sample_files
+from utils.samples import images_of, load_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
+from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip
 from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
@@ -220,6 +221,10 @@ def load_start(opt):
     content = load_tensors(path, command, "checkpoint of this project or plain state dict")
     if is_state_dict(content):
         opt.foreign = precision_of(content)
+        if opt.foreign not in PRECISIONS:
+            raise UserError(
+                f"the weights in {shown(path)} are {opt.foreign}; convert them to one of {', '.join(PRECISIONS)} first"
+            )
         return path, {"step": "", "model": content, "poisoned_digest": None}, True
     checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
     opt.foreign = checkpoint["options"].get("foreign")
@@ -256,13 +261,13 @@ def main(argv=None):
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
 
-    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path, opt.samples)
+    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
 
     def batches_of(flag):
-        samples = load_samples(opt, spec, [flag], opt.samples)
+        samples = load_samples(opt, spec, [flag])
         size = unlearn_batch_size if flag == POISON else opt.batch_size
         settings = (spec, runtime, size, opt.seed, f"{STEP} {flag}")
-        images = images_of(samples, dataset, opt, opt.samples)
+        images = images_of(samples, dataset, opt)
         held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, settings[-1])
         kept = held_out.rest(images), held_out.rest(samples["label"])
         return Batches(*kept, *settings, augmentation=augmentation), held_out, images
@@ -282,7 +287,7 @@ def main(argv=None):
         load_weights(model, checkpoint["model"], path)
     model = prepare(runtime.place(model), opt, runtime, to_relearn)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
-    inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN], opt.samples)]
+    inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
     source = os.path.relpath(path, places.save.parent)
     run = Run(
         opt,

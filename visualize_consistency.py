@@ -4,7 +4,6 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 """
 
 from utils import args
-from utils.dataloader_bd import poison_training_set
 from utils.errors import run_script
 from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
@@ -12,6 +11,7 @@ from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import auroc
 from utils.paths import shown
+from utils.poisoning import poison_training_set
 from utils.separation import gammas_of_ratios
 
 

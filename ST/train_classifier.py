@@ -24,7 +24,8 @@ from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, images_of, load_samples, sample_files
+from utils.samples import images_of, load_samples, sample_files
+from utils.separation import CLEAN, POISON
 from utils.transforms import ContrastiveView
 from utils.validation import HeldOut, best_epoch
 from utils.weights import load_weights
@@ -79,10 +80,10 @@ def main(argv=None):
     own, load = f"python ST/{STEP}.py {args.secure_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
-    samples = load_samples(opt, dataset.spec, [CLEAN, POISON], opt.samples)
+    samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
-    images = images_of(samples, dataset, opt, opt.samples)
+    images = images_of(samples, dataset, opt)
     # Of D_p the ascent alone is made; whether it is forgotten says nothing of ACC, so D_c is held out by itself.
     in_clean = np.flatnonzero(samples["flag"] == CLEAN)
     held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, STEP, among=in_clean)
@@ -110,7 +111,7 @@ def main(argv=None):
     def classify(inputs):
         return classifier(extractor.features(inputs))
 
-    inputs = [path, *sample_files(opt, [CLEAN, POISON], opt.samples)]
+    inputs = [path, *sample_files(opt, [CLEAN, POISON])]
     run = Run(opt, STEP, folder / "options.json", None, inputs, dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()

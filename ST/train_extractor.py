@@ -22,7 +22,8 @@ from utils.dataloader_bd import Batches
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.paths import secure_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, images_of, load_samples, sample_files
+from utils.samples import images_of, load_samples, sample_files
+from utils.separation import CLEAN, POISON, UNCERTAIN
 from utils.transforms import ContrastiveView
 
 STEP = "train_extractor"
@@ -95,10 +96,10 @@ def main(argv=None):
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     sets = [CLEAN, UNCERTAIN, POISON]
     dataset = args.load_data(opt)
-    samples = load_samples(opt, dataset.spec, sets, opt.samples)
+    samples = load_samples(opt, dataset.spec, sets)
     folder = secure_folder(opt) / run_name(opt)
     batches = Batches(
-        images_of(samples, dataset, opt, opt.samples), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
+        images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
         augmentation=ContrastiveView(dataset.spec.size), views=2, extra=samples["flag"] == CLEAN,
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
@@ -109,7 +110,7 @@ def main(argv=None):
     optimizer = runtime.sgd(model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=MASKS[opt.positives])
 
-    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets, opt.samples), dataset.record)
+    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets), dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 

@@ -86,7 +86,7 @@ def test_the_attack_loads_what_train_clean_writes(cli, words, tmp_path, data_roo
     # what the network was given: 20 of the 40 images of class 0, perturbed and with the corners painted
     parser = cli.module("train_attack_noTrans.py").get_parser()
     opt = parser.parse_args([str(word) for word in (*words(tmp_path), *CL)])
-    from utils.dataloader_bd import poison_training_set
+    from utils.poisoning import poison_training_set
 
     dataset = load_dataset("cifar10", data_root)
     poisoned = poison_training_set(dataset, opt)

@@ -9,6 +9,7 @@ from PIL import Image
 from test_poisoning import options
 
 from utils import dataloader_bd as bd
+from utils import poisoning
 from utils.datasets import load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
@@ -116,7 +117,7 @@ def test_streamed_poisoning_is_that_of_images_in_memory(dataset, tmp_path, trigg
     from utils.SSBA.encode_image import ENCODER
 
     opt = options(trigger_type=trigger, poison_rate=0.3, ssba_encoder=ENCODER, ssba_images=None, target_label=1)
-    poisoned = bd.poison_training_set(dataset, opt)
+    poisoned = poisoning.poison_training_set(dataset, opt)
     rows = np.sort(np.random.default_rng(0).permutation(41)[:12])
     decoded = dataset.train_images[rows]
     expected = np.where(poisoned.is_clean[rows, None, None, None], decoded, apply_trigger(trigger, decoded, train=True))
@@ -131,7 +132,7 @@ def test_streamed_poisoning_is_that_of_images_in_memory(dataset, tmp_path, trigg
 
 
 def test_batches_do_not_depend_on_the_workers_and_equal_those_of_an_array(dataset):
-    poisoned = bd.poison_training_set(dataset, options(trigger_type="squareTrigger_imagenet", poison_rate=0.3))
+    poisoned = poisoning.poison_training_set(dataset, options(trigger_type="squareTrigger_imagenet", poison_rate=0.3))
     augmentation = CropFlip.of(dataset.spec)
     assert (augmentation.padding, augmentation.rotation, augmentation.flip) == (0, 20, True)
 

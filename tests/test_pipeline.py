@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_all, run_cli
 
-from utils import dataloader_bd, figures
+from utils import figures, poisoning
 
 NO_TRANS = "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger"
 TUNED = "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
@@ -131,15 +131,15 @@ def test_the_test_step_agrees_with_the_classifiers_log(pipeline):
 
 
 def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monkeypatch):
-    honest = dataloader_bd.poison_training_set
+    honest = poisoning.poison_training_set
     rng = np.random.default_rng(1)
 
     def scrambled(dataset, opt):
         poisoned = honest(dataset, opt)
         swap = {"true_labels": rng.permutation(poisoned.true_labels), "is_clean": rng.permutation(poisoned.is_clean)}
-        return dataloader_bd.PoisonedSet(**{**vars(poisoned), **swap})
+        return poisoning.PoisonedSet(**{**vars(poisoned), **swap})
 
-    monkeypatch.setattr(dataloader_bd, "poison_training_set", scrambled)
+    monkeypatch.setattr(poisoning, "poison_training_set", scrambled)
     assert run_all(words(tmp_path)) == [0] * 11
     quality = [json.loads((root / SAMPLES / "detection.json").read_text()) for root in (pipeline, tmp_path)]
     assert quality[0] != quality[1]  # the scrambling reached the steps

@@ -8,6 +8,7 @@ import torch
 import torchvision.transforms.functional as TF
 
 from utils import dataloader_bd as bd
+from utils import poisoning
 from utils.datasets import DATASETS, Dataset
 from utils.device import Runtime
 from utils.errors import UserError
@@ -42,7 +43,7 @@ def make_dataset(train=400, test=120):
 
 
 def poison(**changes):
-    return bd.poison_training_set(make_dataset(), options(**changes))
+    return poisoning.poison_training_set(make_dataset(), options(**changes))
 
 
 # The poisoned training set
@@ -51,7 +52,7 @@ def poison(**changes):
 @pytest.mark.parametrize(("target_type", "count"), [("all2one", 4500), ("all2all", 5000), ("cleanLabel", 500)])
 def test_rate_is_a_share_of_the_eligible_samples(target_type, count):
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 5000))
-    chosen = bd.poisoned_indices(labels, target_type, 3, 0.1, seed=0)
+    chosen = poisoning.poisoned_indices(labels, target_type, 3, 0.1, seed=0)
     assert len(chosen) == count == len(set(chosen.tolist()))
     assert (np.diff(chosen) > 0).all()
     found = set(labels[chosen].tolist())
@@ -60,24 +61,24 @@ def test_rate_is_a_share_of_the_eligible_samples(target_type, count):
 
 @pytest.mark.parametrize(("rate", "count"), [(0.29, 29), (0.57, 57), (0.07, 7), (0.999, 99), (1.0, 100), (0.01, 1)])
 def test_count_is_exact_where_floating_point_is_not(rate, count):
-    assert len(bd.poisoned_indices(np.zeros(100, dtype=np.int64), "cleanLabel", 0, rate, seed=0)) == count
+    assert len(poisoning.poisoned_indices(np.zeros(100, dtype=np.int64), "cleanLabel", 0, rate, seed=0)) == count
 
 
 def test_poisoned_samples_are_spread_over_the_set():
     labels = np.repeat(np.arange(10), 1000)
-    per_class = np.bincount(labels[bd.poisoned_indices(labels, "all2all", 0, 0.1, seed=0)])
+    per_class = np.bincount(labels[poisoning.poisoned_indices(labels, "all2all", 0, 0.1, seed=0)])
     assert (abs(per_class - 100) < 40).all()
 
 
 def test_a_rate_that_poisons_nothing_is_refused():
     with pytest.raises(UserError, match="poison_rate"):
-        bd.poisoned_indices(np.arange(10), "cleanLabel", 0, 0.5, seed=0)
+        poisoning.poisoned_indices(np.arange(10), "cleanLabel", 0, 0.5, seed=0)
 
 
 @pytest.mark.parametrize("target_type", TYPES)
 def test_labels_change_as_the_attack_wants_and_only_on_poisoned_samples(target_type):
     dataset = make_dataset()
-    poisoned = bd.poison_training_set(dataset, options(target_type=target_type, target_label=4, poison_rate=0.5))
+    poisoned = poisoning.poison_training_set(dataset, options(target_type=target_type, target_label=4, poison_rate=0.5))
     assert 0 < (~poisoned.is_clean).sum() < len(dataset.train_labels)
     for new, true, is_clean in zip(poisoned.labels, dataset.train_labels, poisoned.is_clean, strict=True):
         assert new == (true if is_clean else (true + 1) % 10 if target_type == "all2all" else 4)
@@ -87,7 +88,7 @@ def test_labels_change_as_the_attack_wants_and_only_on_poisoned_samples(target_t
 
 
 def test_the_last_class_of_all2all_becomes_the_first():
-    assert bd.attack_label(np.array([0, 8, 9]), "all2all", 5, 10).tolist() == [1, 9, 0]
+    assert poisoning.attack_label(np.array([0, 8, 9]), "all2all", 5, 10).tolist() == [1, 9, 0]
 
 
 @pytest.mark.parametrize("trigger", TRIGGERS)
@@ -95,7 +96,7 @@ def test_the_last_class_of_all2all_becomes_the_first():
 def test_exactly_the_samples_flagged_poisoned_carry_the_training_trigger(target_type, trigger):
     dataset = make_dataset()
     before = dataset.train_images.copy(), dataset.train_labels.copy()
-    poisoned = bd.poison_training_set(dataset, options(target_type=target_type, trigger_type=trigger))
+    poisoned = poisoning.poison_training_set(dataset, options(target_type=target_type, trigger_type=trigger))
     np.testing.assert_array_equal((poisoned.images != before[0]).any((1, 2, 3)), ~poisoned.is_clean)
     triggered = apply_trigger(trigger, before[0], train=True)
     np.testing.assert_array_equal(poisoned.images[~poisoned.is_clean], triggered[~poisoned.is_clean])

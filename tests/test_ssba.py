@@ -9,6 +9,7 @@ from conftest import ROOT, load_script
 from test_poisoning import make_dataset, options
 
 from utils import dataloader_bd as bd
+from utils import poisoning
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.poisoning import paint
@@ -116,7 +117,7 @@ def test_images_encoded_elsewhere_are_taken_in_sample_order(tmp_path):
     np.save(tmp_path / "test.npy", 255 - dataset.test_images)
     opt = ssba(tmp_path)
     opt.ssba_images = [tmp_path / "train.npy", tmp_path / "test.npy"]
-    poisoned = bd.poison_training_set(dataset, opt)
+    poisoned = poisoning.poison_training_set(dataset, opt)
     chosen = ~poisoned.is_clean
     np.testing.assert_array_equal(poisoned.images[chosen], 255 - dataset.train_images[chosen])
     np.testing.assert_array_equal(poisoned.images[~chosen], dataset.train_images[~chosen])
@@ -139,7 +140,7 @@ def test_images_of_another_shape_or_kind_are_refused(tmp_path, array, message):
     opt = ssba(tmp_path)
     opt.ssba_images = [tmp_path / "train.npy"]
     with pytest.raises(UserError, match=message):
-        bd.poison_training_set(make_dataset(), opt)
+        poisoning.poison_training_set(make_dataset(), opt)
     np.save(tmp_path / "train.npy", make_dataset().train_images)
     with pytest.raises(UserError, match="no second file"):
         bd.make_test_sets(make_dataset(), opt, CPU)

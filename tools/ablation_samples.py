@@ -16,16 +16,16 @@ import numpy as np
 
 from utils import args
 from utils.checkpoints import claim
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file, run_script
 from utils.fct import fct_path
 from utils.files import json_writer, read_record, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
-from utils.samples import CLEAN, POISON, UNCERTAIN, load_order, load_samples, sample_files, sample_writers
+from utils.poisoning import poison_training_set
+from utils.samples import load_order, load_samples, sample_files, sample_writers
 from utils.seeding import generator
-from utils.separation import set_sizes
+from utils.separation import CLEAN, POISON, UNCERTAIN, set_sizes
 
 BY_STEP_3 = "python calculate_consistency.py, which writes it where it sees a backdoor"
 KINDS = ("random", "random_clean", "oracle", "likeness")
@@ -50,7 +50,7 @@ def draw_flags(kind, is_clean, kept, sizes, seed):
         that D_p keeps with ``random_clean``; sizes: of D_c and D_p; seed: of the draw.
 
     Returns:
-        int64 (N,): `samples.CLEAN`, `UNCERTAIN` or `POISON`.
+        int64 (N,): `separation.CLEAN`, `UNCERTAIN` or `POISON`.
     """
     order = generator(seed, "ablation", kind).permutation(len(is_clean))
     flags = np.full(len(is_clean), UNCERTAIN)

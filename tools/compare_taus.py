@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from utils import args
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.fct import AUTO, combine, compute_fct, sd_checkpoint, sd_network
 from utils.files import make_folder, write_rows
 from utils.images import rows_of
 from utils.metrics import detection_quality
 from utils.paths import ROOT, data_name, shown
+from utils.poisoning import poison_training_set
 from utils.records import DETECTION
 from utils.separation import gammas_of_distribution, gammas_of_ratios, separate
 

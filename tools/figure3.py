@@ -18,13 +18,13 @@ import pandas as pd
 
 from models import MODELS
 from utils import args
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct
 from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
+from utils.poisoning import poison_training_set
 from utils.records import DETECTION
 from utils.rows import PRESETS, ROWS, SCALES, TABLES, one_cell, plan
 from utils.separation import gammas_of_ratios, separate

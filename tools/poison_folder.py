@@ -18,10 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils import args
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, run_script
 from utils.files import csv_writer, new_folder, write_together
 from utils.paths import shown
+from utils.poisoning import poison_training_set
 from utils.seeding import generator
 
 

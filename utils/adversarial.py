@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from utils.checkpoints import load_checkpoint
-from utils.engine import progress
+from utils.progress import progress
 from utils.seeding import generator
 from utils.weights import load_weights
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from models import MODELS
 from utils import distributed
-from utils.dataloader_bd import TARGET_TYPES
 from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import PRECISIONS, choose_runtime
 from utils.errors import UserError
 from utils.paths import ROOT, arguments
+from utils.poisoning import TARGET_TYPES
 from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
 from utils.triggers import TRIGGERS
@@ -126,7 +126,7 @@ def add_data_options(parser, models=tuple(MODELS)):
 
 
 def _named(models):
-    return ", ".join(models) if len(models) < 9 else f"{', '.join(MODELS)}, or any classifier of torchvision"
+    return ", ".join(models) if set(models) <= set(MODELS) else f"{', '.join(MODELS)}, or any classifier of torchvision"
 
 
 def load_data(opt):

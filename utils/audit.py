@@ -24,10 +24,10 @@ import torch
 
 from utils.dataloader_bd import Normalize, hold, to_device
 from utils.device import send
-from utils.engine import progress
 from utils.fct import compute_fct
 from utils.images import rows_of
 from utils.metrics import cross_entropies, outputs, predict
+from utils.progress import progress
 from utils.seeding import generator
 from utils.separation import two_groups
 

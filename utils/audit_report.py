@@ -10,8 +10,8 @@ from utils import report
 from utils.audit import APART, INTO_EACH, OTHERS, SUREST, SharedPattern, among, classes_of, rule_of
 from utils.figures import fct_histogram
 from utils.files import csv_writer, json_writer, text_writer, write_together
-from utils.samples import CLEAN, POISON, UNCERTAIN
 from utils.seeding import generator
+from utils.separation import CLEAN, POISON, UNCERTAIN
 
 SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
 ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the paper's transform",

@@ -3,11 +3,11 @@
 import time
 
 import torch
-from tqdm import tqdm
 
 from utils.compiling import compiled, step_of
 from utils.distributed import Parallel, parallel, world
 from utils.errors import UserError
+from utils.progress import progress
 
 
 def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, before_batch=None):
@@ -75,8 +75,3 @@ def _refuse_bad_numbers(step, seen, title, batches):
             f"{', '.join(names)} is not finite in {title}, batch {finite + 1} of {len(batches)}; nothing "
             f"of this epoch is kept, the earlier checkpoints are. Use a smaller learning rate"
         )
-
-
-def progress(iterable, title, total):
-    """A tqdm bar in a terminal, nothing in a pipe or a log."""
-    return tqdm(iterable, title, total, leave=False, dynamic_ncols=True, disable=None)

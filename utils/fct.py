@@ -14,11 +14,11 @@ from utils.checkpoints import IDENTITY, latest_checkpoint, load_checkpoint, refu
 from utils.dataloader_bd import Normalize, fetch, hold
 from utils.device import Runtime
 from utils.distributed import gather, part
-from utils.engine import progress
 from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
 from utils.manifest import is_other, write_options
 from utils.paths import backdoored_folder, shown
+from utils.progress import progress
 from utils.seeding import generator
 from utils.transforms import Tau
 from utils.weights import load_weights

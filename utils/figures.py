@@ -38,7 +38,7 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
     data of the user's own, a few images of the first classes.
 
     Args:
-        path: `Path` of the picture; dataset: a `datasets.Dataset`; poisoned: its `dataloader_bd.PoisonedSet`;
+        path: `Path` of the picture; dataset: a `datasets.Dataset`; poisoned: its `poisoning.PoisonedSet`;
         opt: the options of the attack.
     """
     if poisoned.is_clean is None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from utils.dataloader_bd import evaluation_splits, fetch
 from utils.device import send
 from utils.distributed import gather
-from utils.engine import progress
-from utils.samples import CLEAN, POISON
+from utils.progress import progress
+from utils.separation import CLEAN, POISON
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ def separated_folder(opt):
     return opt.output_root / "saved/separated_samples" / data_name(opt) / opt.model / attack_and_ratios(opt)
 
 
+def samples_folder(opt):
+    """Folder of the sample files that a step of ST or BR reads: ``--samples`` where it is given, else `separated_folder`."""
+    return getattr(opt, "samples", None) or separated_folder(opt)
+
+
 def secure_folder(opt):
     """Folder under which ST keeps its extractors and classifiers."""
     rate = f"poison_rate_{opt.poison_rate}"

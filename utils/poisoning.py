@@ -1,10 +1,13 @@
-"""What the attacker makes of images of a data set: the triggers, and for CL and SSBA what these need from disk.
+"""What the attacker makes of a data set: which samples are poisoned, their labels, and their images; what CL and SSBA need for that
+from disk.
 
 What takes a network to make is kept in saved/poisoned_images/, with its settings, and made once.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +17,124 @@ from utils.adversarial import EPSILON, STEP_SIZE, STEPS, load_benign_model, pert
 from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
+from utils.images import StreamedImages
 from utils.paths import arguments, benign_folder, shown
+from utils.seeding import generator
 from utils.SSBA.encode_image import encode_images
 from utils.triggers import apply_trigger
 
+TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
+
 WORTH_KEEPING = 64  # fewer images are made anew each time
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """A training set as the victim gets it, and what only an evaluation may look at.
+
+    ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's
+    place in the data set.
+    ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them. Of data of the
+    user's own they are None.
+    """
+
+    images: "np.ndarray | TriggeredImages"
+    labels: np.ndarray
+    true_labels: np.ndarray | None
+    is_clean: np.ndarray | None
+    index: np.ndarray
+    digest: str
+
+
+class TriggeredImages:
+    """Streamed images, some of them with the trigger painted on when they are decoded; indexed like the array uint8
+    (N, H, W, 3) they stand for.
+
+    Args:
+        images: an `images.StreamedImages`; chosen: bool (N,), which carry the trigger; paint: see `painter`.
+    """
+
+    decodes = True
+
+    def __init__(self, images, chosen, paint):
+        self.images, self.chosen, self.paint = images, chosen, paint
+
+    @property
+    def shape(self):
+        return self.images.shape
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        """uint8 (n, H, W, 3) of the chosen rows (a slice, indices or a mask)."""
+        images, chosen = self.images[rows], self.chosen[rows]
+        if chosen.any():
+            images[chosen] = self.paint(images[chosen])
+        return images
+
+    def subset(self, rows):
+        """The chosen rows, not decoded yet."""
+        return TriggeredImages(self.images.subset(rows), self.chosen[rows], self.paint)
+
+
+def attack_label(labels, target_type, target_label, num_classes):
+    """The labels (int64 (N,)) that the attacker wants for triggered images whose true labels are ``labels``."""
+    return (labels + 1) % num_classes if target_type == "all2all" else np.full_like(labels, target_label)
+
+
+def poisoned_indices(labels, target_type, target_label, poison_rate, seed):
+    """Which training samples are poisoned (paper section 5.1; the table of target types in the README).
+
+    all2one: floor(rate * samples not of the target class); all2all: floor(rate * N); cleanLabel: floor(rate * samples
+    of the target class); drawn by ``seed``.
+
+    Returns:
+        Sorted int64 array of indices.
+
+    Raises:
+        UserError: where that leaves no sample.
+    """
+    of_target = labels == target_label
+    eligible = {"all2one": ~of_target, "all2all": np.ones_like(of_target), "cleanLabel": of_target}[target_type]
+    candidates = np.flatnonzero(eligible)
+    count = int(Fraction(str(poison_rate)) * len(candidates))  # exact: 0.29 * 100 is 28.999... in floating point
+    if count == 0:
+        raise UserError(f"--poison_rate {poison_rate} of {len(candidates)} eligible samples poisons none; raise it")
+    return np.sort(generator(seed, "poisoned indices").permutation(candidates)[:count])
+
+
+def poison_training_set(dataset, opt):
+    """Poison a `Dataset`'s training images as the options say (trigger_type, target_type, target_label, poison_rate,
+    seed, and the files that CL and SSBA need). Equal options give the same `PoisonedSet` in every step. Data of the user's
+    own is taken as it is.
+
+    Raises:
+        UserError: for a target label that the data set lacks, a rate that poisons nothing, a missing file.
+    """
+    labels, classes = dataset.train_labels, dataset.spec.num_classes
+    if dataset.spec.own:
+        digest = hashlib.sha256(f"{dataset.record['train']['sha256']} {dataset.spec.size}".encode()).hexdigest()
+        return PoisonedSet(dataset.train_images, labels, None, None, np.arange(len(labels)), digest)
+    if opt.target_label >= classes:
+        raise UserError(f"--target_label {opt.target_label}: {dataset.name} has the classes 0 to {classes - 1}")
+    chosen = poisoned_indices(labels, opt.target_type, opt.target_label, opt.poison_rate, opt.seed)
+    is_clean = np.ones(len(labels), dtype=bool)
+    is_clean[chosen] = False
+    if isinstance(dataset.train_images, StreamedImages):
+        if opt.trigger_type == "fourCornerTrigger" or (opt.trigger_type == "SSBA" and opt.ssba_images):
+            raise UserError(
+                f"{dataset.name} is not held in memory, which CL and --ssba_images need; use another --trigger_type"
+            )
+        images = TriggeredImages(dataset.train_images, ~is_clean, painter(opt, train=True))
+    else:
+        images = dataset.train_images.copy()
+        images[chosen] = paint(dataset, opt, chosen, train=True)
+    new_labels = labels.copy()
+    new_labels[chosen] = attack_label(labels[chosen], opt.target_type, opt.target_label, classes)
+    # The first images tell other data, another picture or another network behind a trigger apart.
+    digest = hashlib.sha256(chosen.astype("<i8").tobytes() + images[chosen[:64]].tobytes()).hexdigest()
+    return PoisonedSet(images, new_labels, labels, is_clean, np.arange(len(labels)), digest)
 
 
 def painter(opt, train):

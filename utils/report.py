@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from utils.figures import CLEAN, POISONED, draw, plain, show_images
-from utils.samples import POISON
+from utils.separation import POISON
 
 SHEET_CLASSES, SHEET_COLUMNS = 10, 10
 

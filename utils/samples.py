@@ -6,13 +6,13 @@ import numpy as np
 
 from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
-from utils.dataloader_bd import poison_training_set
 from utils.errors import UserError, require_file
 from utils.files import array_writer, read_record
 from utils.manifest import is_other
-from utils.paths import separated_folder, shown
+from utils.paths import samples_folder, shown
+from utils.poisoning import poison_training_set
+from utils.separation import CLEAN, POISON, UNCERTAIN
 
-CLEAN, UNCERTAIN, POISON = 0, 1, 2
 FILES = {CLEAN: "clean_samples.npy", UNCERTAIN: "suspicious_samples.npy", POISON: "poison_samples.npy"}
 
 
@@ -40,12 +40,12 @@ def sample_writers(folder, poisoned, flags):
     return {folder / name: partial(write, flag=flag) for flag, name in FILES.items()}
 
 
-def load_samples(opt, spec, flags, folder=None):
+def load_samples(opt, spec, flags):
     """Read the sets that separate_samples.py wrote for these options.
 
     Args:
-        opt: the options; spec: of the data set; flags: which sets, of `CLEAN`, `UNCERTAIN`, `POISON`; folder: where they
-        are, if not where these options put them; they may then come from another network.
+        opt: the options; those in ``opt.samples`` may come from another network; spec: of the data set; flags: which
+        sets, of `separation.CLEAN`, `UNCERTAIN`, `POISON`.
 
     Returns:
         A structured array (N,), see `sample_dtype`, the sets one after the other.
@@ -53,8 +53,8 @@ def load_samples(opt, spec, flags, folder=None):
     Raises:
         UserError: for a file that is missing, damaged or not of this kind, or samples of another attack or seed.
     """
-    names = IDENTITY if folder is None else [name for name in IDENTITY if name != "model"]
-    folder = folder or separated_folder(opt)
+    names = [name for name in IDENTITY if name != "model"] if getattr(opt, "samples", None) else IDENTITY
+    folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     command = f"python separate_samples.py {args.attack_arguments(opt)} {ratios}"
     record = read_record(require_file(folder / "options.json", command))
@@ -87,10 +87,10 @@ def load_samples(opt, spec, flags, folder=None):
     return np.concatenate(parts)
 
 
-def refuse_samples_of_other_data(opt, digest, path, folder=None):
+def refuse_samples_of_other_data(opt, digest, path):
     """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
     set has the ``digest``; None: of a network from elsewhere nobody knows."""
-    folder = folder or separated_folder(opt)
+    folder = samples_folder(opt)
     found = (read_record(folder / "options.json") or {}).get("poisoned_digest", digest)
     if digest is not None and found != digest:
         raise UserError(
@@ -118,7 +118,7 @@ def load_order(path, count, command):
     return order
 
 
-def images_of(samples, dataset, opt, folder=None):
+def images_of(samples, dataset, opt):
     """The images of samples that `load_samples` gave: theirs, or where they hold none, for the data set is streamed, those
     of the training set, poisoned as the options say, which are read when they are needed.
 
@@ -127,7 +127,7 @@ def images_of(samples, dataset, opt, folder=None):
     """
     if not dataset.spec.streamed:
         return samples["image"]
-    poisoned, record = poison_training_set(dataset, opt), (folder or separated_folder(opt)) / "options.json"
+    poisoned, record = poison_training_set(dataset, opt), samples_folder(opt) / "options.json"
     if read_record(record).get("poisoned_digest") != poisoned.digest:
         raise UserError(
             f"the data under {shown(opt.data_root)} has changed since {shown(record)} was written; run SD again"
@@ -135,6 +135,6 @@ def images_of(samples, dataset, opt, folder=None):
     return poisoned.images.subset(samples["index"])
 
 
-def sample_files(opt, flags, folder=None):
+def sample_files(opt, flags):
     """Paths of the files of the sets ``flags`` of these options."""
-    return [(folder or separated_folder(opt)) / FILES[flag] for flag in flags]
+    return [samples_folder(opt) / FILES[flag] for flag in flags]

@@ -5,8 +5,9 @@ import math
 import numpy as np
 
 from utils.errors import UserError
-from utils.samples import CLEAN, POISON, UNCERTAIN
 from utils.seeding import generator
+
+CLEAN, UNCERTAIN, POISON = 0, 1, 2  # D_c, D_u, D_p
 
 
 def set_sizes(count, clean_ratio, poison_ratio):
@@ -48,7 +49,7 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
         median one (alpha_c times the median of N_k), as an attack swells its target's label.
 
     Returns:
-        int64 (N,): `samples.CLEAN` for D_c, `UNCERTAIN` for D_u, `POISON` for D_p.
+        int64 (N,): `CLEAN` for D_c, `UNCERTAIN` for D_u, `POISON` for D_p.
 
     Raises:
         UserError: where gamma_low is above gamma_high, or D_c or D_p is empty.

@@ -65,7 +65,10 @@ class Step:
 
     def _follows(self, path, record, options):
         """Whether the file is there, newer than its inputs, and its ``record`` (dict) tells of these options."""
-        if not path.is_file() or any(step.output.stat().st_mtime > path.stat().st_mtime for step in self.needs):
+        before = [step.output for step in self.needs]  # one may have been removed to save space
+        if not path.is_file() or any(
+            not need.is_file() or need.stat().st_mtime > path.stat().st_mtime for need in before
+        ):
             return False
         if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
             return False

@@ -250,41 +250,26 @@ def _draw_boxes(rng, count, size, scale, ratio, attempts=10):
     return {"top": top, "left": left, "height": height, "width": width}
 
 
-class _Tau:
-    """One part of `Tau`."""
-
-    def __init__(self, name, size):
-        self.name, self.size = name, size
-
-    def draw(self, rng, count):
-        size, reach = self.size, self.size * 0.2
-        if self.name == "rotate":
-            parameters = {"degrees": rng.uniform(-180, 180, count)}
-        elif self.name == "affine":
-            parameters = {
-                axis: np.rint(rng.uniform(-reach, reach, count)).astype(np.int64) for axis in ("down", "right")
-            }
-        elif self.name == "crop":
-            parameters = {axis: rng.integers(-4, 5, count) for axis in ("down", "right")}
-        elif self.name == "blur":
-            parameters = {"sigma": rng.uniform(0.1, 2.0, count)}
-        elif self.name == "erase":
-            # The authors' ratio 0.5-1 is height over width, as RandomErasing counts it; here it is width over height.
-            parameters = _draw_boxes(rng, count, size, (0.2, 0.3), (1.0, 2.0))
-        else:  # flip, vflip, shrink, none
-            parameters = {}
-        return {name: torch.from_numpy(value) for name, value in parameters.items()}
-
-    def apply(self, images, parameters):
-        if self.name in ("flip", "vflip"):
-            return images.flip(3 if self.name == "flip" else 2)
-        if self.name == "shrink":
-            return shrink(images)
-        functions = {"rotate": rotate, "affine": shift, "crop": shift, "blur": gaussian_blur, "erase": erase}
-        return functions[self.name](images, **parameters) if self.name in functions else images
-
-
-TAU_NAMES = ("rotate", "affine", "flip", "crop", "blur", "erase", "none", "vflip", "shrink")
+# The parts of tau. name: (draw, apply). ``draw(rng, count, size)`` gives the parameters of ``count`` images of ``size`` pixels a side
+# as a dict of arrays (count,), and is None where nothing is random; ``apply(images, **parameters)`` changes a batch.
+PARTS = {
+    "rotate": (lambda rng, count, size: {"degrees": rng.uniform(-180, 180, count)}, rotate),
+    "affine": (
+        lambda rng, count, size: {
+            axis: np.rint(rng.uniform(-0.2 * size, 0.2 * size, count)).astype(np.int64) for axis in ("down", "right")
+        },
+        shift,
+    ),
+    "flip": (None, lambda images: images.flip(3)),
+    "crop": (lambda rng, count, size: {axis: rng.integers(-4, 5, count) for axis in ("down", "right")}, shift),
+    "blur": (lambda rng, count, size: {"sigma": rng.uniform(0.1, 2.0, count)}, gaussian_blur),
+    # The authors' ratio 0.5-1 is height over width, as RandomErasing counts it; here it is width over height.
+    "erase": (lambda rng, count, size: _draw_boxes(rng, count, size, (0.2, 0.3), (1.0, 2.0)), erase),
+    "none": (None, lambda images: images),
+    "vflip": (None, lambda images: images.flip(2)),
+    "shrink": (None, shrink),
+}
+TAU_NAMES = tuple(PARTS)
 
 
 class Tau:
@@ -298,8 +283,8 @@ class Tau:
     BLOCK = 1024
 
     def __init__(self, trans1, trans2, size):
-        self.parts = [_Tau(trans1, size), _Tau(trans2, size)]
-        self.is_random = not {trans1, trans2} <= {"flip", "vflip", "shrink", "none"}
+        self.parts, self.size = [PARTS[trans1], PARTS[trans2]], size
+        self.is_random = any(draw for draw, _ in self.parts)
 
     def draw(self, rng, count):
         """Parameters of samples 0 to ``count`` - 1. Drawn by blocks of fixed size, each from a generator of its own, so
@@ -309,13 +294,14 @@ class Tau:
 
     def _draw_block(self, rng):
         return {
-            f"{number}.{name}": value
-            for number, part in enumerate(self.parts)
-            for name, value in part.draw(rng, self.BLOCK).items()
+            f"{number}.{name}": torch.from_numpy(value)
+            for number, (draw, _) in enumerate(self.parts)
+            if draw
+            for name, value in draw(rng, self.BLOCK, self.size).items()
         }
 
     def apply(self, images, parameters):
-        for number, part in enumerate(self.parts):
+        for number, (_, apply) in enumerate(self.parts):
             own = {name[2:]: value for name, value in parameters.items() if name.startswith(f"{number}.")}
-            images = part.apply(images, own)
+            images = apply(images, **own)
         return images
