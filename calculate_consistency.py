@@ -8,12 +8,12 @@ it does, writes <epoch>_order.npy, how like the samples that show it each other 
 
 from utils import args
 from utils.audit import sign_of_backdoor
-from utils.checkpoints import claim
 from utils.errors import run_script
 from utils.fct import fct_of_network, fct_path, save_fct, sd_checkpoint, sd_network
 from utils.metrics import auroc
 from utils.paths import shown
 from utils.poisoning import poison_training_set
+from utils.run import claim
 from utils.separation import ratio_of
 
 

@@ -10,7 +10,6 @@ import os
 import numpy as np
 
 from utils import args
-from utils.checkpoints import claim
 from utils.errors import UserError, require_file, run_script
 from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, written_by_step_3
 from utils.files import json_writer, write_together
@@ -18,6 +17,7 @@ from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
 from utils.poisoning import poison_training_set
+from utils.run import claim
 from utils.samples import load_order, sample_writers
 from utils.separation import CLEAN, POISON, UNCERTAIN, confine, gammas_of_ratios, separate, with_alike
 

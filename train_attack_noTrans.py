@@ -8,7 +8,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import Run, load_checkpoint
+from utils.checkpoints import load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
@@ -17,6 +17,7 @@ from utils.losses import cross_entropy
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
 from utils.poisoning import poison_training_set
+from utils.run import Run
 
 STEP = "train_attack_noTrans"
 

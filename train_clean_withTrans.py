@@ -8,13 +8,14 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import CLEAN_IDENTITY, Run, load_checkpoint
+from utils.checkpoints import CLEAN_IDENTITY, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
 from utils.paths import benign_folder, shown
+from utils.run import Run
 from utils.transforms import CropFlip
 
 STEP = "train_clean_withTrans"

@@ -11,22 +11,23 @@ import math
 import os
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
 from models import MODELS, build_model
-from models.foreign import NAMES, PRECISIONS, build_foreign, is_state_dict, plain_state, precision_of
+from models.foreign import NAMES, build_foreign, plain_state
 from utils import args
-from utils.checkpoints import Run, fitting, latest_checkpoint, load_optimizer
+from utils.checkpoints import load_optimizer
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import leads
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.files import load_tensors, read_record, tensor_writer, write_together
+from utils.files import load_tensors, tensor_writer, write_together
 from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
-from utils.paths import backdoored_folder, shown
+from utils.paths import shown
+from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
+from utils.run import Run
 from utils.samples import images_of, load_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
@@ -34,9 +35,7 @@ from utils.transforms import CropFlip
 from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
 
-STEP = "unlearn_relearn"
 HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
-BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
 
 
 def get_parser():
@@ -123,122 +122,6 @@ def bound_of(opt, history, classes):
     return bound
 
 
-def places_of(opt, path, resumed, plain):
-    """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
-
-    Returns:
-        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
-        forgotten (that of --choose forgotten) and result (the state dict, for a plain one).
-
-    Raises:
-        UserError: where two of them are the same file, or one is a folder.
-    """
-    own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
-    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
-    result = save.with_suffix(".pth") if save.suffix == ".tar" else save
-    save = save.with_suffix(".tar") if plain else save
-    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    of_validation, forgotten = (save.with_name(f"{save.stem}_{name}.tar") for name in ("val", "forgotten"))
-    files = [
-        save,
-        log,
-        record,
-        *([result] * plain),
-        *([of_validation] * bool(opt.val_ratio)),
-        *([forgotten] * (opt.choose == "forgotten")),
-        *([path] * (not resumed)),
-    ]
-    if len({file.absolute() for file in files}) < len(files):
-        raise UserError(
-            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
-        )
-    for file in (save, log, record, result):
-        if file.exists() and not file.is_file():
-            raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
-    return SimpleNamespace(
-        save=save, log=log, record=record, of_validation=of_validation, forgotten=forgotten, result=result
-    )
-
-
-def refuse_log_of_another(log, record, overwrite):
-    """Refuse to replace the ``log`` where another run's record beside it than this one's tells of it, unless --overwrite is given."""
-
-    def tells_of_it(other):
-        try:
-            return log.name in (read_record(other) or {}).get("outputs", {})
-        except UserError:  # some other file
-            return False
-
-    others = [path for path in sorted(log.parent.glob("*.json")) if path.absolute() != record.absolute()]
-    owner = next(filter(tells_of_it, others), None)
-    if owner and log.is_file() and not overwrite:
-        raise UserError(
-            f"{shown(log)} is the log of the run that {shown(owner)} tells of; name another with --log, or give --overwrite"
-        )
-
-
-def refuse_lost_choice(choices, history, path):
-    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. choices: {column of the
-    log: file of the epoch in which it is highest}; history: the rows so far."""
-    for name, file in choices.items():
-        if any(name in row for row in history if row["epoch"] >= 0) and not path.with_name(file.name).exists():
-            raise UserError(
-                f"{path.with_name(file.name)}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs "
-                f"before cannot be chosen from; begin anew from the backdoored model with --overwrite"
-            )
-
-
-def summarise(history, choose):
-    """Print the last epoch, the paper's selection and what --choose names, or what there is without a trigger. history: the
-    rows of the log."""
-    measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
-    if "ASR" in history[-1]:
-        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
-        shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
-        if choose == "forgotten":
-            forgotten = max(measured, key=lambda row: row["loss_Dp_after"])
-            shown_rows.append(("The result, where D_p is known least", forgotten))
-        for name, row in shown_rows:
-            figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
-            print(f"{name} ({row['epoch'] + 1}): {figures}")
-    elif measured:
-        print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
-
-
-def load_start(opt):
-    """What is cleaned, or gone on with. Puts into ``opt.foreign`` in which precision a network from elsewhere is kept, or None.
-
-    Returns:
-        (path; checkpoint, a dict as of `checkpoints.load_checkpoint`, of a plain state dict with step, model and poisoned_digest
-        alone; whether the network is from elsewhere: that state dict, or a checkpoint of this step that began with one).
-
-    Raises:
-        UserError: where it is missing, damaged or of other options, or an option does not go with it.
-    """
-    step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
-    command = f"python {step_before}.py {args.attack_arguments(opt)} --epochs {epochs}"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
-    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
-    if is_state_dict(content):
-        opt.foreign = precision_of(content)
-        if opt.foreign not in PRECISIONS:
-            raise UserError(
-                f"the weights in {shown(path)} are {opt.foreign}; convert them to one of {', '.join(PRECISIONS)} first"
-            )
-        return path, {"step": "", "model": content, "poisoned_digest": None}, True
-    checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
-    opt.foreign = checkpoint["options"].get("foreign")
-    if opt.foreign in PRECISIONS:
-        return path, checkpoint, True
-    if opt.mean or opt.std:
-        raise UserError(
-            "--mean and --std are for a plain state dict; this project's networks have those of the data set"
-        )
-    if opt.model not in MODELS:
-        raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
-    return path, checkpoint, False
-
-
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
@@ -263,16 +146,16 @@ def main(argv=None):
 
     refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
 
-    def batches_of(flag):
-        samples = load_samples(opt, spec, [flag])
-        size = unlearn_batch_size if flag == POISON else opt.batch_size
-        settings = (spec, runtime, size, opt.seed, f"{STEP} {flag}")
-        images = images_of(samples, dataset, opt)
-        held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, settings[-1])
-        kept = held_out.rest(images), held_out.rest(samples["label"])
-        return Batches(*kept, *settings, augmentation=augmentation), held_out, images
+    def batches_of(flag, size):
+        name, samples = f"{STEP} {flag}", load_samples(opt, spec, [flag])
+        images, labels = images_of(samples, dataset, opt), samples["label"]
+        held_out = HeldOut(labels, opt.val_ratio, opt.seed, name)
+        batches = Batches(held_out.rest(images), held_out.rest(labels), spec, runtime, size, opt.seed, name,
+                          augmentation=augmentation)  # fmt: skip
+        return batches, held_out, images
 
-    (to_unlearn, *held_out_of_Dp), (to_relearn, *held_out_of_Dc) = batches_of(POISON), batches_of(CLEAN)
+    to_unlearn, *held_out_of_Dp = batches_of(POISON, unlearn_batch_size)
+    to_relearn, *held_out_of_Dc = batches_of(CLEAN, opt.batch_size)
     if unlearn_batch_size > len(to_unlearn.labels):
         raise UserError(
             f"a batch of {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give --unlearn_batch_size "
@@ -288,17 +171,10 @@ def main(argv=None):
     model = prepare(runtime.place(model), opt, runtime, to_relearn)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
-    source = os.path.relpath(path, places.save.parent)
     run = Run(
-        opt,
-        STEP,
-        places.record,
-        checkpoint["poisoned_digest"],
-        inputs,
-        dataset.record,
-        places.log,
-        checkpoint_load=source,
-    )
+        opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
+        checkpoint_load=os.path.relpath(path, places.save.parent),
+    )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
     if resumed:

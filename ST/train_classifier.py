@@ -17,13 +17,14 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import mixed_cross_entropy
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, Run, latest_file, load_checkpoint
+from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate
 from utils.paths import secure_folder, shown
+from utils.run import Run
 from utils.samples import images_of, load_samples, sample_files
 from utils.separation import CLEAN, POISON
 from utils.transforms import ContrastiveView
@@ -112,7 +113,7 @@ def main(argv=None):
         return classifier(extractor.features(inputs))
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
-    run = Run(opt, STEP, folder / "options.json", None, inputs, dataset.record)
+    run = Run(opt, STEP, folder / "options.json", None, inputs=inputs, data=dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 

@@ -17,11 +17,12 @@ import torch
 from models import SupConResNet
 from ST.losses import SupConLoss, authors_mask, contrastive, trusted_mask
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, Run, load_checkpoint
+from utils.checkpoints import SECURE_IDENTITY, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.paths import secure_folder, shown
+from utils.run import Run
 from utils.samples import images_of, load_samples, sample_files
 from utils.separation import CLEAN, POISON, UNCERTAIN
 from utils.transforms import ContrastiveView
@@ -110,7 +111,7 @@ def main(argv=None):
     optimizer = runtime.sgd(model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=MASKS[opt.positives])
 
-    run = Run(opt, STEP, folder / "options.json", None, sample_files(opt, sets), dataset.record)
+    run = Run(opt, STEP, folder / "options.json", None, inputs=sample_files(opt, sets), data=dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 

@@ -12,10 +12,10 @@ from test_pipeline import NO_TRANS, TUNED, WITH_TRANS, same_weights
 from torch import nn
 
 from utils import losses
-from utils.checkpoints import Run
 from utils.device import choose_runtime
 from utils.engine import train_epoch
 from utils.errors import UserError
+from utils.run import Run
 
 
 @pytest.mark.parametrize("bad", [0, 2, 3])

@@ -15,7 +15,7 @@ from PIL import Image
 from steps import Step, moments
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
-from utils import checkpoints
+from utils import run as life
 from utils.files import csv_writer
 
 RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
@@ -210,7 +210,7 @@ def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
             raise KeyboardInterrupt
         return csv_writer(rows)
 
-    monkeypatch.setattr(checkpoints, "csv_writer", stopped)
+    monkeypatch.setattr(life, "csv_writer", stopped)
     assert run_cli(*words) == 130
     monkeypatch.undo()
     place = next((root / folder).glob("*unfinished")) if again else root / folder
@@ -230,7 +230,7 @@ def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, sta
     after, root = states("train_attack_noTrans")[1], tmp_path / "root"
     shutil.copytree(after, root)
     folder, words = NO_TRANS, command("train_attack_noTrans", root, small_data)
-    move, moved = checkpoints._move, []
+    move, moved = life._move, []
 
     def stopped(source, target):
         if moved:
@@ -238,7 +238,7 @@ def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, sta
         moved.append(target)
         move(source, target)
 
-    monkeypatch.setattr(checkpoints, "_move", stopped)
+    monkeypatch.setattr(life, "_move", stopped)
     assert run_cli(*words) == 130
     monkeypatch.undo()
     newest = root / folder / "unfinished/2.tar"
@@ -262,7 +262,7 @@ def test_a_run_that_keeps_few_checkpoints_goes_on_after_the_last(name, small_dat
     assert run(tmp_path / "whole") == 0
     whole, kept, rows = left(tmp_path / "whole")
     assert kept == {"1.tar", "3.tar", "4.tar"} and rows == 5
-    plain = checkpoints.Run.finish_epoch
+    plain = life.Run.finish_epoch
 
     def stopped(self, epoch, *rest):
         if epoch == 3:
@@ -270,7 +270,7 @@ def test_a_run_that_keeps_few_checkpoints_goes_on_after_the_last(name, small_dat
         plain(self, epoch, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Run, "finish_epoch", stopped)
+        patch.setattr(life.Run, "finish_epoch", stopped)
         assert run(tmp_path / "parts") == 130
     folder, kept, rows = left(tmp_path / "parts")
     assert kept == {"1.tar"} and rows == 2  # the third epoch, of which no checkpoint is kept, is done again
@@ -351,21 +351,19 @@ def test_an_earlier_result_stays_until_the_new_one_is_complete(states, small_dat
 
 
 def test_a_replacement_that_was_cut_off_is_finished_by_the_next_run(states, small_data, tmp_path, monkeypatch):
-    from utils import checkpoints
-
     root = tmp_path / "root"
     shutil.copytree(states("train_attack_noTrans")[1], root)
     common = ["--dataset", "cifar10", "--model", "resnet10", "--data_root", small_data, "--output_root", root]
     words = [*common, *SMALL, "--lr", 0.02, "--overwrite"]
     moved = []
 
-    def die_after_two(source, target, move=checkpoints._move):
+    def die_after_two(source, target, move=life._move):
         if len(moved) == 2:
             raise KeyboardInterrupt
         moved.append(target)
         move(source, target)
 
-    monkeypatch.setattr(checkpoints, "_move", die_after_two)
+    monkeypatch.setattr(life, "_move", die_after_two)
     assert run_cli("train_attack_noTrans.py", *words) == 130
     monkeypatch.undo()
     record = root / NO_TRANS / "options.json"

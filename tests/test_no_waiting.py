@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
 from utils import dataloader_bd, device, engine, transforms
-from utils.checkpoints import Run
 from utils.datasets import DATASETS
 from utils.device import Runtime, send
 from utils.fct import _fct_of_rows
 from utils.metrics import predict
+from utils.run import Run
 
 META = Runtime(torch.device("meta"), torch.float32)
 

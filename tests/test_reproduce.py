@@ -19,9 +19,9 @@ from conftest import ROOT, load_script, run_cli
 from test_bad_input import refused
 from test_pipeline import same_weights
 
-from utils.checkpoints import Run
 from utils.errors import UserError
 from utils.rows import PRESET_DATA, PRESETS, plan
+from utils.run import Run
 from utils.steps import Step, end_steps, run, run_apart
 
 TINY = {

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from utils import args
-from utils.checkpoints import claim
 from utils.errors import UserError, require_file, run_script
 from utils.fct import fct_path
 from utils.files import json_writer, read_record, write_together
@@ -23,6 +22,7 @@ from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
 from utils.poisoning import poison_training_set
+from utils.run import claim
 from utils.samples import load_order, load_samples, sample_files, sample_writers
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON, UNCERTAIN, set_sizes

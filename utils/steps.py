@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import args
-from utils.checkpoints import NEUTRAL, unfinished_folder
+from utils.checkpoints import NEUTRAL
 from utils.errors import GRACE, UserError
 from utils.files import load_tensors, read_json, read_record, write_json
 from utils.manifest import made_with, plain_options
 from utils.paths import ROOT, shown, typed
+from utils.run import unfinished_folder
 
 
 @dataclass

@@ -1,0 +1,131 @@
+"""What unlearn_relearn.py reads and writes: the model it cleans, where the results go, and what it says of them at the end."""
+
+from types import SimpleNamespace
+
+from models import MODELS
+from models.foreign import PRECISIONS, is_state_dict, precision_of
+from utils import args
+from utils.checkpoints import fitting, latest_checkpoint
+from utils.errors import UserError
+from utils.files import load_tensors, read_record
+from utils.paths import backdoored_folder, shown
+from utils.validation import best_epoch
+
+STEP = "unlearn_relearn"
+BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
+
+
+def load_start(opt):
+    """What is cleaned, or gone on with. Puts into ``opt.foreign`` in which precision a network from elsewhere is kept, or None.
+
+    Returns:
+        (path; checkpoint, a dict as of `checkpoints.load_checkpoint`, of a plain state dict with step, model and poisoned_digest
+        alone; whether the network is from elsewhere: that state dict, or a checkpoint of this step that began with one).
+
+    Raises:
+        UserError: where it is missing, damaged or of other options, or an option does not go with it.
+    """
+    step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
+    command = f"python {step_before}.py {args.attack_arguments(opt)} --epochs {epochs}"
+    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
+    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
+    if is_state_dict(content):
+        opt.foreign = precision_of(content)
+        if opt.foreign not in PRECISIONS:
+            raise UserError(
+                f"the weights in {shown(path)} are {opt.foreign}; convert them to one of {', '.join(PRECISIONS)} first"
+            )
+        return path, {"step": "", "model": content, "poisoned_digest": None}, True
+    checkpoint = fitting(content, path, opt, command, [*BEFORE, STEP])
+    opt.foreign = checkpoint["options"].get("foreign")
+    if opt.foreign in PRECISIONS:
+        return path, checkpoint, True
+    if opt.mean or opt.std:
+        raise UserError(
+            "--mean and --std are for a plain state dict; this project's networks have those of the data set"
+        )
+    if opt.model not in MODELS:
+        raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
+    return path, checkpoint, False
+
+
+def places_of(opt, path, resumed, plain):
+    """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
+
+    Returns:
+        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
+        forgotten (that of --choose forgotten) and result (the state dict, for a plain one).
+
+    Raises:
+        UserError: where two of them are the same file, or one is a folder.
+    """
+    own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
+    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    result = save.with_suffix(".pth") if save.suffix == ".tar" else save
+    save = save.with_suffix(".tar") if plain else save
+    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
+    of_validation, forgotten = (save.with_name(f"{save.stem}_{name}.tar") for name in ("val", "forgotten"))
+    files = [save, log, record]
+    if plain:
+        files.append(result)
+    if opt.val_ratio:
+        files.append(of_validation)
+    if opt.choose == "forgotten":
+        files.append(forgotten)
+    if not resumed:
+        files.append(path)
+    if len({file.absolute() for file in files}) < len(files):
+        raise UserError(
+            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
+        )
+    for file in (save, log, record, result):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
+    return SimpleNamespace(
+        save=save, log=log, record=record, of_validation=of_validation, forgotten=forgotten, result=result
+    )
+
+
+def refuse_log_of_another(log, record, overwrite):
+    """Refuse to replace the ``log`` where another run's record beside it than this one's tells of it, unless --overwrite is given."""
+
+    def tells_of_it(other):
+        try:
+            return log.name in (read_record(other) or {}).get("outputs", {})
+        except UserError:  # some other file
+            return False
+
+    others = [path for path in sorted(log.parent.glob("*.json")) if path.absolute() != record.absolute()]
+    owner = next(filter(tells_of_it, others), None)
+    if owner and log.is_file() and not overwrite:
+        raise UserError(
+            f"{shown(log)} is the log of the run that {shown(owner)} tells of; name another with --log, or give --overwrite"
+        )
+
+
+def refuse_lost_choice(choices, history, path):
+    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. choices: {column of the
+    log: file of the epoch in which it is highest}; history: the rows so far."""
+    for name, file in choices.items():
+        if any(name in row for row in history if row["epoch"] >= 0) and not path.with_name(file.name).exists():
+            raise UserError(
+                f"{path.with_name(file.name)}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs "
+                f"before cannot be chosen from; begin anew from the backdoored model with --overwrite"
+            )
+
+
+def summarise(history, choose):
+    """Print the last epoch, the paper's selection and what --choose names, or what there is without a trigger. history: the
+    rows of the log."""
+    measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
+    if "ASR" in history[-1]:
+        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
+        shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
+        if choose == "forgotten":
+            forgotten = max(measured, key=lambda row: row["loss_Dp_after"])
+            shown_rows.append(("The result, where D_p is known least", forgotten))
+        for name, row in shown_rows:
+            figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
+            print(f"{name} ({row['epoch'] + 1}): {figures}")
+    elif measured:
+        print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")
