@@ -45,12 +45,13 @@ from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
 from utils.poisoning import poison_training_set
 from utils.samples import sample_files
-from utils.separation import CLEAN, POISON, UNCERTAIN, ratio_of
+from utils.separation import CLEAN, POISON, UNCERTAIN, ratio_of, share_of
 from utils.steps import Step, run
 
 EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10
 SMALL = 20_000  # images; in fewer, batches of 128 are too few steps to plant a backdoor of 1 %
 BATCH_AND_LR = {True: (64, 0.03), False: (128, 0.05)}  # by whether there are fewer
+TAU, CLEAN_RATIO = "flip", "0.2"  # of the first FCT, and of D_c
 ENOUGH = 1000  # images; fewer teach the network too little
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
@@ -127,8 +128,13 @@ def resolve(opt):
     args.add_tau_options(parser)
     args.add_device_options(parser)
     parser.add_argument("--batch_size", type=int, default=256)
-    more = ["--trans1", "flip", "--trans2", "none"]
-    return args.check(parser.parse_args([*words, *where, *more])), words, where
+    return args.check(parser.parse_args([*words, *where, *tau_words(TAU)])), words, where
+
+
+def tau_words(name):
+    """The options of a tau of `TAUS`."""
+    trans1, trans2 = TAUS[name]
+    return ["--trans1", trans1, "--trans2", trans2]
 
 
 def batch_and_lr(opt, count):
@@ -146,7 +152,7 @@ def plan(opt, resolved, words, where, poisoned):
     model, record = folder / f"{opt.epochs - 1}.tar", folder / "options.json"
     steps = {"train": Step("train_attack_noTrans.py", [*words, *train, *where], model, record, [], digest)}
     fct = fct_path(model, "fct.json")
-    load = ["--trans1", "flip", "--trans2", "none", "--checkpoint_load", typed(model)]
+    load = [*tau_words(TAU), "--checkpoint_load", typed(model)]
     steps["fct"] = Step("calculate_consistency.py", [*words, *load, *where], fct, fct, [steps["train"]])
     return steps
 
@@ -154,19 +160,20 @@ def plan(opt, resolved, words, where, poisoned):
 def decide(scores, dataset, labels, train_acc):
     """(verdict, the row of the highest score or None, why nothing can be told or None)."""
     best = max(scores, key=lambda row: row["score"], default=None)
+    if len(scores) >= 2 and best["score"] >= POISONED:
+        return "poisoned", best, None
     commonest = 100 * np.bincount(labels).max() / len(labels)
-    reason = None
     if len(labels) < ENOUGH:
         reason = f"{len(labels)} images are too few, {ENOUGH} are needed"
     elif len(scores) < 2:
         reason = f"{len(scores)} of the {len(dataset.classes)} classes have the {LEAST} images that a class needs"
     elif train_acc < min(90, commonest + 15):
         reason = f"the network has learnt too little ({train_acc:.1f} % of its own training images); try more --epochs"
-    elif NOTHING_BELOW <= best["score"] < POISONED:
+    elif best["score"] >= NOTHING_BELOW:
         reason = f"the score of the class {dataset.classes[best['label']]!r} lies between the thresholds"
-    if best and best["score"] >= POISONED and not (reason and len(scores) < 2):
-        return "poisoned", best, None
-    return ("cannot tell", best, reason) if reason else ("no evidence", best, None)
+    else:
+        return "no evidence", best, None
+    return "cannot tell", best, reason
 
 
 def tau_that_sees(suspicious, values, own):
@@ -178,20 +185,19 @@ def tau_that_sees(suspicious, values, own):
 def separation(resolved, words, where, steps, targets, tau, poison_ratio, order):
     """The step that separates: on poisoned data D_p comes from the target classes alone, by the file ``order``."""
     model = steps["train"].output
-    more = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
+    more = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
     if targets:
         more += ["--poison_classes", *map(str, targets), "--poison_order", typed(order)]
-    resolved.poison_ratio = poison_ratio
     record = separated_folder(resolved) / "options.json"
-    load = ["--trans1", tau[0], "--trans2", tau[1], "--checkpoint_load", typed(model)]
+    load = [*tau_words(tau), "--checkpoint_load", typed(model)]
     needs = [steps["fct"], *([Step("audit_dataset.py", [], order, order, [])] if targets else [])]
     return Step("separate_samples.py", [*words, *load, *more, *where], record, record, needs, steps["train"].digest)
 
 
 def defences(words, where, poison_ratio, dataset):
     """The commands of D-BR and D-ST on this data, as a user would paste them."""
-    batch = min(128, int(poison_ratio * len(dataset.train_labels) + 1e-9))  # no larger than D_p
-    ratios = ["--clean_ratio", "0.2", "--poison_ratio", str(poison_ratio)]
+    batch = min(128, share_of(poison_ratio, len(dataset.train_labels)))  # no larger than D_p
+    ratios = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio)]
     lines = {
         "D-BR": [
             ["train_attack_withTrans.py", *words, "--epochs", "200", *where],
@@ -280,7 +286,7 @@ def main(argv=None):
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output
     resolved.checkpoint_load = model_path
-    known = {"flip": load_fct(model_path, steps["fct"].command)}
+    known = {TAU: load_fct(model_path, steps["fct"].command)}
     checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
     values = suspicion(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
     put_back = PutBack(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
@@ -288,7 +294,7 @@ def main(argv=None):
     train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
-    tau, poison_ratio, order = "flip", 0.05, out / "order.npy"
+    tau, poison_ratio, order = TAU, 0.05, out / "order.npy"
     targets, like = [], None
     if verdict == "poisoned":
         found = targets_of(scores)
@@ -302,8 +308,8 @@ def main(argv=None):
         # Left alone where it is the same: a step whose input is newer than its output runs anew.
         if not order.is_file() or order.read_bytes() != buffer.getvalue():
             write_together({order: lambda file: file.write(buffer.getvalue())})
-    fct = values[tau]
-    steps = {"separate": separation(resolved, words, where, steps, targets, TAUS[tau], poison_ratio, order)}
+    fct, resolved.poison_ratio = values[tau], poison_ratio
+    steps = {"separate": separation(resolved, words, where, steps, targets, tau, poison_ratio, order)}
     run(steps, opt, out / "seconds.json")
     flags = np.full(len(labels), UNCERTAIN)
     for flag in (CLEAN, POISON):

@@ -5,12 +5,12 @@ command of step 5 that uses them; writes them to <epoch>_gamma.json beside the c
 """
 
 from utils import args
-from utils.checkpoints import latest_checkpoint, refuse_other
+from utils.checkpoints import refuse_other
 from utils.errors import run_script
-from utils.fct import fct_path, load_fct
+from utils.fct import fct_path, load_fct, sd_path
 from utils.files import read_record
 from utils.manifest import write_options
-from utils.paths import backdoored_folder, shown
+from utils.paths import shown
 from utils.separation import gammas_of_distribution, gammas_of_ratios
 
 
@@ -32,12 +32,8 @@ def get_parser():
 
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
-    folder = backdoored_folder(opt, "noTrans_ftsimi")
+    path, _ = sd_path(opt)  # step 4 needs its FCT alone, not the checkpoint
     command = f"python calculate_consistency.py {args.attack_arguments(opt)}"
-    path = opt.checkpoint_load or latest_checkpoint(
-        folder, 10, f"python finetune_attack_noTrans.py {args.attack_arguments(opt)}"
-    )
-
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
     if not opt.checkpoint_load:  # a path that is given says which values are meant; the authors' README gives it alone
         refuse_other(record.get("options", {}), opt, shown(values))

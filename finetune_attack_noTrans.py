@@ -52,8 +52,9 @@ def main(argv=None):
 
     model = runtime.place(build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size))
     model = prepare(model, opt, runtime, batches, unused=True)
-    optimizer = runtime.sgd(model.parameters(), lr=0.01, weight_decay=5e-4)  # both as step 1 left
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)  # them, by the checkpoint
+    # The checkpoint of step 1 brings the rate, the momentum and the place in the schedule.
+    optimizer = runtime.sgd(model.parameters(), lr=0.01, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
     del dataset  # in memory the training images are held once, as the victim gets them
@@ -65,7 +66,6 @@ def main(argv=None):
             raise UserError("every batch holds a single class, for which L_intra is zero; use a larger --batch_size")
         model.train()
         row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
-        row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
         if args.due(opt, epoch):
             model.eval()

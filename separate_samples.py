@@ -11,7 +11,7 @@ import numpy as np
 
 from utils import args
 from utils.errors import UserError, require_file, run_script
-from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, written_by_step_3
+from utils.fct import as_written, fct_path, saved_or_new_fct, sd_checkpoint, step_3_record
 from utils.files import json_writer, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
@@ -19,7 +19,7 @@ from utils.paths import separated_folder, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.samples import load_order, sample_writers
-from utils.separation import CLEAN, POISON, UNCERTAIN, confine, gammas_of_ratios, separate, with_alike
+from utils.separation import CLEAN, POISON, UNCERTAIN, confine, gammas_of_ratios, of_classes, separate, with_alike
 
 
 def get_parser():
@@ -70,28 +70,8 @@ def get_parser():
     return parser
 
 
-def found_alike(path, opt, count):
-    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none.
-
-    Raises:
-        UserError: where step 3 was not run on this checkpoint with these options, or its files were changed.
-    """
-    tau = args.tau_arguments(vars(opt))
-    command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
-    source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
-    written = written_by_step_3(path, opt, "order.npy")
-    if written is None:
-        print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
-        return None
-    if not written:
-        raise UserError(
-            f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
-        )
-    return load_order(order, count, command) >= 0
-
-
-def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
+def refuse_contradictions(opt):
+    """Raise a `UserError` where two options choose the same set in different ways."""
     if opt.clean_per_class and opt.gamma_low is not None:
         raise UserError("--clean_per_class takes a share of every label and has no use for --gamma_low; leave one out")
     if opt.clean_even and not opt.clean_per_class:
@@ -105,6 +85,31 @@ def main(argv=None):
         raise UserError(
             "--poison_alike is another way to choose D_p than --poison_classes and --poison_order; leave one out"
         )
+
+
+def found_alike(path, opt, count):
+    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none.
+
+    Raises:
+        UserError: where step 3 was not run on this checkpoint with these options, or its files were changed.
+    """
+    tau = args.tau_arguments(vars(opt))
+    command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
+    source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
+    record = step_3_record(path, opt)
+    if record and order.name not in record.get("outputs", {}):
+        print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
+        return None
+    if not record or not as_written(record, order):
+        raise UserError(
+            f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
+        )
+    return load_order(order, count, command) >= 0
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    refuse_contradictions(opt)
     path, command = sd_checkpoint(opt)
 
     dataset = args.load_data(opt)
@@ -116,13 +121,17 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
-    by, order = "FCT", fct
-    if opt.poison_order:
-        by = shown(opt.poison_order)
-        order = load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
+    by = "FCT"
     if opt.poison_classes or opt.poison_order:
+        order = fct
+        if opt.poison_order:
+            by, order = (
+                shown(opt.poison_order),
+                load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR"),
+            )
         classes = opt.poison_classes or range(dataset.spec.num_classes)
-        flags = confine(flags, order, poisoned.labels, classes, opt.poison_ratio, opt.seed)
+        among = of_classes(poisoned.labels, classes, opt.poison_ratio)
+        flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
         high = float(order[flags == POISON].min())
     alike = found_alike(path, opt, len(fct)) if opt.poison_alike else None
     if alike is not None:
@@ -146,11 +155,11 @@ def main(argv=None):
         writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
-    inputs = [
-        path,
-        *([opt.poison_order] if opt.poison_order else []),
-        *([fct_path(path, "order.npy")] if alike is not None else []),
-    ]
+    inputs = [path]
+    if opt.poison_order:
+        inputs.append(opt.poison_order)
+    if alike is not None:
+        inputs.append(fct_path(path, "order.npy"))
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:
         found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))

@@ -80,7 +80,6 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     for epoch in range(first, opt.epochs):
         model.train()
         row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{step} epoch {epoch + 1}")
-        row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
         model.eval()
         if held_out:

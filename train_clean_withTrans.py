@@ -64,7 +64,6 @@ def main(argv=None):
     for epoch in range(first, opt.epochs):
         model.train()
         row = train_epoch(model, batches, epoch, cross_entropy, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
-        row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
         if args.due(opt, epoch):
             model.eval()

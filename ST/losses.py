@@ -83,6 +83,20 @@ def contrastive(model, inputs, labels, in_clean, loss_of, mask=trusted_mask):
     return loss_of(torch.stack([first, second], 1), mask(labels, in_clean.bool())), {}
 
 
+def classify(model, inputs, labels, in_clean, extractor, poison_weight=0.001):
+    """What the classifier is trained on, as an objective of `engine.train_epoch`; the extractor stays as it is.
+
+    Args:
+        model: maps features float (B, D) to logits (B, K); inputs: float (B, 3, H, W); labels: int64 (B,); in_clean: int64 (B,), 1 for
+        D_c, 0 for D_p; extractor: a `SupConResNet` in evaluation mode; poison_weight: see `mixed_cross_entropy`.
+    """
+    with torch.no_grad():
+        features = extractor.features(inputs).float()
+    logits = model(features).float()
+    loss = mixed_cross_entropy(logits, labels, in_clean.bool(), poison_weight)
+    return loss, {"correct": (logits.argmax(1) == labels).sum()}
+
+
 def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001):
     """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
 

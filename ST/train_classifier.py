@@ -6,6 +6,7 @@ ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_rati
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from models import SupConResNet
-from ST.losses import mixed_cross_entropy
+from ST.losses import classify
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
@@ -102,15 +103,10 @@ def main(argv=None):
     optimizer = runtime.sgd(classifier.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.lr_decay_epochs, opt.lr_decay_rate)
 
-    def objective(classifier, inputs, labels, in_clean):
-        with torch.no_grad():
-            features = extractor.features(inputs).float()
-        logits = classifier(features).float()
-        loss = mixed_cross_entropy(logits, labels, in_clean.bool(), opt.poison_weight)
-        return loss, {"correct": (logits.argmax(1) == labels).sum()}
+    objective = partial(classify, extractor=extractor, poison_weight=opt.poison_weight)
 
-    def classify(inputs):
-        return classifier(extractor.features(inputs))
+    def network(images):
+        return classifier(extractor.features(images))
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
     run = Run(opt, STEP, folder / "options.json", None, inputs=inputs, data=dataset.record)
@@ -119,12 +115,11 @@ def main(argv=None):
 
     for epoch in range(first, opt.epochs):
         row = train_epoch(classifier, batches, epoch, objective, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
-        row["train_acc"] = 100 * row.pop("correct")
         schedule.step()
         if held_out:
-            row["val_acc_Dc"] = held_out.accuracy(classify, images, batches.normalize, runtime)
+            row["val_acc_Dc"] = held_out.accuracy(network, images, batches.normalize, runtime)
         if args.due(opt, epoch):
-            row.update(evaluate(classify, tests, batches.normalize, runtime))
+            row.update(evaluate(network, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"ckpt_epoch_{epoch}.pth"], classifier, optimizer, schedule)
     run.complete()
     if held_out:

@@ -59,25 +59,24 @@ def with_plain_convolutions(model):
     return model
 
 
-# name: (block, blocks per stage, width of the first stage)
+# name: (block, blocks per stage, width of the first stage, stem for images below `LARGE`; None: that of the data set)
 MODELS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
-    # Not in the paper: half as wide and deep as resnet18, for a CPU. Its stem pools in every step, the encoder included.
-    "resnet10": (BasicBlock, (1, 1, 1, 1), 32),
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64, None),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64, None),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64, None),
+    # Not in the paper: half as wide and deep as resnet18, for a CPU. It pools in every step, the encoder included: without, a
+    # contrastive epoch costs about four times as much.
+    "resnet10": (BasicBlock, (1, 1, 1, 1), 32, "pool"),
     # Not in the paper: the network of BackdoorBench's leaderboard. It has no max-pool, no normalisation after its first
     # convolution, and as there none after its last block.
-    "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64),
+    "preactresnet18": (PreActBlock, (2, 2, 2, 2), 64, "plain"),
     # Not in the paper: to resnet10 what that network is to resnet18.
-    "preactresnet10": (PreActBlock, (1, 1, 1, 1), 32),
-    # Not in the paper: resnet10 without its max-pool, three times as dear for two points of ACC.
-    "resnet10_nopool": (BasicBlock, (1, 1, 1, 1), 32),
+    "preactresnet10": (PreActBlock, (1, 1, 1, 1), 32, "pool"),
+    # Not in the paper: resnet10 without its max-pool, three times as slow for two points of ACC.
+    "resnet10_nopool": (BasicBlock, (1, 1, 1, 1), 32, "plain"),
     # On CIFAR-10 not the authors': resnet18 as they have it on CIFAR-100 and in ST, without max-pool.
-    "resnet18_nopool": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet18_nopool": (BasicBlock, (2, 2, 2, 2), 64, "plain"),
 }
-LIGHT = ("resnet10", "preactresnet10")
-UNPOOLED = ("preactresnet18", "resnet10_nopool", "resnet18_nopool")
 
 LARGE = 100  # pixels of an image's side, from which on the stem is ImageNet's
 
@@ -90,7 +89,7 @@ class ResNet(torchvision.models.ResNet):
     """
 
     def __init__(self, name, num_classes, stem):
-        block, layers, width = MODELS[name]
+        block, layers, width, _ = MODELS[name]
         super().__init__(block, layers, num_classes=num_classes)
         if width != 64:
             self._narrow(block, layers, width)
@@ -134,8 +133,7 @@ class SupConResNet(nn.Module):
 
     def __init__(self, name, size=32):
         super().__init__()
-        # A CPU network keeps its max-pool: without it a contrastive epoch costs about four times as much.
-        stem = "imagenet" if size >= LARGE else "pool" if name in LIGHT else "plain"
+        stem = "imagenet" if size >= LARGE else MODELS[name][3] or "plain"
         self.encoder = ResNet(name, num_classes=1, stem=stem)
         size = self.encoder.feature_size
         self.encoder.fc = nn.Identity()
@@ -160,7 +158,6 @@ def build_model(name, dataset, num_classes, size=32):
     Returns:
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
-    stem = "imagenet" if dataset == "imagenet" or size >= LARGE else "plain" if dataset == "cifar100" else "pool"
-    if size < LARGE and name in (*LIGHT, *UNPOOLED):
-        stem = "pool" if name in LIGHT else "plain"
+    of_data = "plain" if dataset == "cifar100" else "pool"
+    stem = "imagenet" if size >= LARGE else MODELS[name][3] or of_data
     return ResNet(name, num_classes, stem)

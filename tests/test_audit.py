@@ -21,7 +21,7 @@ from utils.device import Runtime
 from utils.errors import UserError
 from utils.files import read_json, sha256
 from utils.manifest import plain_options
-from utils.separation import confine, gammas_of_distribution, separate
+from utils.separation import confine, gammas_of_distribution, of_classes, separate
 from utils.triggers import apply_trigger
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -292,12 +292,12 @@ def test_d_p_of_some_classes_alone():
     rng = np.random.default_rng(0)
     fct, labels = rng.random(200).astype(np.float32), np.arange(200) % 4
     flags = separate(fct, 0.2, 0.95, 0.2, 0.05, 0)
-    confined = confine(flags, fct, labels, [1, 3], 0.05, 0)
+    confined = confine(flags, fct, of_classes(labels, [1, 3], 0.05), 0.05, 0)
     own = np.flatnonzero(labels % 2)
     assert set(np.flatnonzero(confined == 2)) == set(own[np.argsort(-fct[own])][:10])
     assert ((confined == 0) == ((flags == 0) & (confined != 2))).all()
     with pytest.raises(UserError, match="50 samples, less than"):
-        confine(flags, fct, labels, [1], 0.5, 0)
+        of_classes(labels, [1], 0.5)
 
 
 def test_poison_classes_and_gamma_high_exclude_one_another(cli, words, tmp_path):

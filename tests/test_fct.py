@@ -345,10 +345,7 @@ def test_even_takes_no_more_of_a_label_than_of_the_median_one():
 
 
 def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
-    fct, labels = (
-        np.arange(100, dtype=np.float32),
-        np.repeat([0, 1], (90, 10)),
-    )  # label 1 is poisoned through and through
+    fct, labels = np.arange(100, dtype=np.float32), np.repeat([0, 1], (90, 10))  # all of label 1 is poisoned
     flags = separate(fct, 19.0, 90.0, 0.2, 0.1, 0, labels=labels)
     assert (flags[90:] == 2).all()
     np.testing.assert_array_equal(np.flatnonzero(flags == 0), np.arange(18))
@@ -356,8 +353,4 @@ def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
 
 def test_no_set_is_silently_empty_where_both_thresholds_are_one_tied_value():
     fct = np.repeat(np.array([0, 1], dtype=np.float32), (30, 70))
-    try:
-        _, _, poison = split(fct, gammas=(1.0, 1.0))
-    except UserError:
-        return
-    assert len(poison) == 5
+    assert [len(part) for part in split(fct, gammas=(1.0, 1.0))] == [95, 0, 5]

@@ -165,7 +165,10 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder_data/resnet10/unknown/0.tar"
     np.save(tmp_path / "x.npy", np.zeros(3))
     torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "wrapped.pth")
+    eighth = {name: value.to(torch.float8_e4m3fn) for name, value in network("resnet18", 10).state_dict().items()}
+    torch.save(eighth, root / "eighth.pth")
     for result, message in (
+        (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
         (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must be different files"),
         (unlearn(cli, place, load="wrapped.pth"), "no checkpoint of this project"),

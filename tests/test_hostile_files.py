@@ -105,7 +105,7 @@ def test_a_pickle_in_the_place_of_pretrained_weights_does_not_run(tmp_path):
     for content in hostile(trace):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"weights\.pth"):
-            load_pretrained(build_model("resnet18", "imagenet", 7), "resnet18", path)
+            load_pretrained(build_model("resnet18", "imagenet", 7, 224), "resnet18", path)
         assert not trace.exists()
 
 

@@ -239,7 +239,7 @@ def test_weights_of_another_class_count_give_all_but_the_last_layer(tmp_path):
     torch.manual_seed(5)
     theirs = torchvision.models.resnet18(num_classes=1000)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    model = build_model("resnet18", "imagenet", 7)
+    model = build_model("resnet18", "imagenet", 7, 224)
     own = model.fc.weight.clone()
     load_pretrained(model, "resnet18", tmp_path / "weights.pth")
     assert torch.equal(model.fc.weight, own) and model.fc.out_features == 7
@@ -249,7 +249,7 @@ def test_weights_of_another_class_count_give_all_but_the_last_layer(tmp_path):
         torch.testing.assert_close(model.eval().features(image), theirs.eval()(image))
 
     with pytest.raises(UserError, match=r"do not fit this network: they lack layer1\.2"):
-        load_pretrained(build_model("resnet34", "imagenet", 7), "resnet34", tmp_path / "weights.pth")
+        load_pretrained(build_model("resnet34", "imagenet", 7, 224), "resnet34", tmp_path / "weights.pth")
     (tmp_path / "weights.pth").write_bytes(b"damaged")
     with pytest.raises(UserError, match="weights"):
         load_pretrained(model, "resnet18", tmp_path / "weights.pth")
@@ -267,7 +267,7 @@ def test_weights_that_cannot_be_downloaded_are_refused(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.raises(UserError, match="--pretrained none"):
-        load_pretrained(build_model("resnet18", "imagenet", 7), "resnet18", "imagenet")
+        load_pretrained(build_model("resnet18", "imagenet", 7, 224), "resnet18", "imagenet")
 
 
 # The builder

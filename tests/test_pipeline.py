@@ -85,15 +85,15 @@ def test_fct_is_saved_in_sample_order(pipeline):
     assert sorted(np.concatenate(parts)) == sorted(values)
 
 
-def test_gamma_prints_values_that_separate_samples_takes(pipeline, words, cli, tmp_path):
-    said = cli("calculate_gamma.py", *words(pipeline)).out
+def test_gamma_prints_values_that_separate_samples_takes(copy, words, cli):
+    said = cli("calculate_gamma.py", *words(copy)).out
     gammas = {line.split()[0]: line.split()[1] for line in said.splitlines() if line.startswith("gamma_")}
-    values = np.sort(np.loadtxt(pipeline / TUNED / "1_all.txt"))
+    values = np.sort(np.loadtxt(copy / TUNED / "1_all.txt"))
     assert (float(gammas["gamma_low"]), float(gammas["gamma_high"])) == (values[79], values[380])
-    before = {name: (pipeline / SAMPLES / name).read_bytes() for name in ("clean_samples.npy", "poison_samples.npy")}
+    before = {name: (copy / SAMPLES / name).read_bytes() for name in ("clean_samples.npy", "poison_samples.npy")}
     given = ["--gamma_low", gammas["gamma_low"], "--gamma_high", gammas["gamma_high"], "--batch_size", 1]
-    assert cli("separate_samples.py", *words(pipeline), *given).code == 0
-    assert before == {name: (pipeline / SAMPLES / name).read_bytes() for name in before}
+    assert cli("separate_samples.py", *words(copy), *given).code == 0
+    assert before == {name: (copy / SAMPLES / name).read_bytes() for name in before}
 
 
 def test_separated_samples_are_plain_arrays_that_together_are_the_training_set(pipeline):
@@ -108,20 +108,20 @@ def test_separated_samples_are_plain_arrays_that_together_are_the_training_set(p
     assert values[sets["poison"]["index"]].min() >= values[sets["suspicious"]["index"]].max()
 
 
-def test_separation_reuses_saved_values_and_recomputes_the_same(pipeline, words, cli, monkeypatch):
-    before = (pipeline / SAMPLES / "clean_samples.npy").read_bytes()
-    assert "computing" not in cli("separate_samples.py", *words(pipeline)).out
-    record = pipeline / TUNED / "1_fct.json"
+def test_separation_reuses_saved_values_and_recomputes_the_same(copy, words, cli):
+    before = (copy / SAMPLES / "clean_samples.npy").read_bytes()
+    assert "computing" not in cli("separate_samples.py", *words(copy)).out
+    record = copy / TUNED / "1_fct.json"
     saved = record.read_text()
     record.unlink()
-    assert "computing" in cli("separate_samples.py", *words(pipeline), "--batch_size", 64).out
+    assert "computing" in cli("separate_samples.py", *words(copy), "--batch_size", 64).out
     record.write_text(saved)
-    assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() == before
+    assert (copy / SAMPLES / "clean_samples.npy").read_bytes() == before
     other_tau = ["--trans1", "flip", "--trans2", "none", "--overwrite"]
-    assert "computing" in cli("separate_samples.py", *words(pipeline), *other_tau).out
-    assert (pipeline / SAMPLES / "clean_samples.npy").read_bytes() != before
-    assert cli("separate_samples.py", *words(pipeline)).code == 2  # the work of another setting
-    assert cli("separate_samples.py", *words(pipeline), "--overwrite").code == 0
+    assert "computing" in cli("separate_samples.py", *words(copy), *other_tau).out
+    assert (copy / SAMPLES / "clean_samples.npy").read_bytes() != before
+    assert cli("separate_samples.py", *words(copy)).code == 2  # the work of another setting
+    assert cli("separate_samples.py", *words(copy), "--overwrite").code == 0
 
 
 def test_the_test_step_agrees_with_the_classifiers_log(pipeline):

@@ -211,6 +211,9 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     source.write_text("newer")
     step.needs = [SimpleNamespace(output=source)]
     assert not step.is_done() and step.interrupted_at() is None
+    step.needs = [SimpleNamespace(output=tmp_path / "removed to save space")]
+    assert not step.is_done() and step.interrupted_at() is None
+    step.needs = [SimpleNamespace(output=source)]
     monkeypatch.setattr(Run, "finish_epoch", interrupt)
     with pytest.raises(UserError, match="code 130"):
         again(step)

@@ -136,9 +136,15 @@ def pictures(count, height, width):
     return images
 
 
+SHAPES = [(4, 32, 32), (2, 28, 28), (2, 64, 64), (1, 224, 224), (2, 30, 40)]
+
+
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", [(4, 32, 32), (2, 28, 28), (2, 64, 64), (1, 224, 224), (2, 30, 40)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in NAMES for shape in SHAPES],
+    ids=str,
+)
 def test_trigger_equals_the_slow_loop_byte_for_byte(name, shape, train):
     images = pictures(*shape)
     before = images.copy()

@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from models import MODELS, SupConResNet, build_model
 from models.resnet import with_plain_convolutions
-from ST.losses import SupConLoss, contrastive, mixed_cross_entropy, trusted_mask
+from ST.losses import SupConLoss, classify, contrastive, mixed_cross_entropy, trusted_mask
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.datasets import load_dataset
@@ -265,10 +265,7 @@ def classifier(work):
     batches = work.batches("classifier", augmentation=ContrastiveView(32), extra=work.trusted)
     loader = work.loader(*VIEW)
 
-    def objective(model, inputs, labels, in_clean):
-        with torch.no_grad():
-            features = encoder.features(inputs).float()
-        return mixed_cross_entropy(model(features).float(), labels, in_clean.bool()), {}
+    objective = partial(classify, extractor=encoder)
 
     def plain():
         for inputs, labels, rows in loader:

@@ -47,7 +47,9 @@ def get_parser():
         help="also D_c as separate_samples.py takes it with --clean_per_class, and with --clean_even",
     )  # fmt: skip
     parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
-    parser.add_argument("--every", type=args.positive_int, default=1, help="take every so-manieth sample, to save time")
+    parser.add_argument(
+        "--every", type=args.positive_int, default=1, metavar="N", help="use only every N-th sample, to save time"
+    )
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
     parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 1 or 2; default: step 2's last")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/taus", help="folder of the table")

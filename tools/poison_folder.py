@@ -74,11 +74,8 @@ def main(argv=None):
     if opt.images and opt.images < len(dataset.train_labels):
         rows = np.sort(generator(opt.seed, "images of a folder").permutation(len(dataset.train_labels))[: opt.images])
         dataset = replace(dataset, train_images=dataset.train_images[rows], train_labels=dataset.train_labels[rows])
-    images, labels, is_clean = (
-        dataset.train_images,
-        dataset.train_labels,
-        np.ones(len(dataset.train_labels), dtype=bool),
-    )
+    images, labels = dataset.train_images, dataset.train_labels
+    is_clean = np.ones(len(labels), dtype=bool)
     if not opt.clean:
         poisoned = poison_training_set(dataset, opt)
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean

@@ -67,7 +67,7 @@ def number(kind, low=None, high=None, low_open=False):
 
     def convert(text):
         value = kind(text)
-        if not abs(value) < (2**63 if isinstance(value, int) else 2.0**127):  # no number is not below either
+        if not abs(value) < (2**63 if isinstance(value, int) else 2.0**127):  # NaN compares false, so it is refused too
             raise argparse.ArgumentTypeError(
                 f"{text:.40} is out of range: it must be finite, an integer within 64 bits, any other within those of float32"
             )

@@ -194,10 +194,9 @@ class PutBack:
         """The ``FIRST.groups[0]`` of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
         difference in units of the class's deviation, which a trigger on a quiet background dominates."""
         if self._look[0] != label:  # its images are read once for a class
-            drawn = generator(self.seed, "audit", "class", label).permutation(np.flatnonzero(self.labels == label))[
-                :OWN
-            ]
-            self._look = label, self.mean_and_deviation(drawn)
+            own = np.flatnonzero(self.labels == label)
+            drawn = generator(self.seed, "audit", "class", label).permutation(own)
+            self._look = label, self.mean_and_deviation(drawn[:OWN])
         mean, deviation = self._look[1]
         rows = np.sort(rows)
         unlike = ((self.images[rows] - mean) / np.maximum(deviation, 8)).reshape(len(rows), -1)
@@ -393,14 +392,11 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
         order = likeness_of([(best["label"], group)], model, *whole, spec, runtime)
         return best, f"The network has a backdoor whose target is {target} {score}", order
     words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
-    return (
-        best,
-        (
-            f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
-            "plant it; all2all can escape this check"
-        ),
-        None,
+    warning = (
+        f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "
+        "plant it; all2all can escape this check"
     )
+    return best, warning, None
 
 
 def among(size):

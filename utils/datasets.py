@@ -5,6 +5,7 @@ import hashlib
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,28 +30,22 @@ from utils.seeding import generator
 
 @dataclass(frozen=True)
 class Spec:
-    """What a data set looks like and how it is usually augmented (paper appendix, authors' loaders).
-
-    Class count, image side in pixels, channel means and standard deviations in [0, 1]; horizontal flip in unlearning
-    and relearning; rotation (degrees), padding (pixels) of the random crop, and flip in training; whether images of
-    another size are resized (else they are refused); whether images are decoded when needed (else held in memory);
-    names of the folder and of its split for tests; whether it is data of the user's own, of which nobody knows what is
-    poisoned, and whose classes and size are found in the data.
-    """
+    """What a data set looks like and how it is usually augmented (paper appendix, authors' loaders). Of data of the user's own,
+    nobody knows what is poisoned, and classes and size are found in the data."""
 
     num_classes: int
-    size: int
-    mean: tuple
+    size: int  # side of an image in pixels
+    mean: tuple  # of each channel, in [0, 1]
     std: tuple
-    flip_relearn: bool = False
-    rotation: float = 0
-    padding: int = 4
-    flip: bool = True
-    resize: bool = False
-    streamed: bool = False
-    folder: str = ""
-    test: str = "test"
-    own: bool = False
+    flip_relearn: bool = False  # mirror in unlearning and relearning
+    rotation: float = 0  # degrees, in training
+    padding: int = 4  # pixels, of the random crop in training
+    flip: bool = True  # mirror in training
+    resize: bool = False  # images of another size (else they are refused)
+    streamed: bool = False  # decode images when they are needed (else they are held in memory)
+    folder: str = ""  # name, where it is not the data set's
+    test: str = "test"  # name of the split for tests
+    own: bool = False  # data of the user's own
 
 
 # Of data of the user's own: the statistics of ImageNet that torchvision's models take.
@@ -91,7 +86,7 @@ class Dataset:
     source: str
     skipped: tuple = ()
 
-    @property
+    @cached_property
     def record(self):
         """What a manifest says of the data: name, source, and of each split size and SHA-256 of the images and labels
         (of streamed ones: of the files' names and sizes, and the labels)."""
@@ -240,9 +235,7 @@ def _load_image_folder(name, folder, spec):
     classes, arrays = None, {}
     for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):
         files, labels, names = _list_split(place, classes)
-        if classes not in (None, names):
-            raise UserError(f"{folder}: the classes under train and {place.name} differ: {classes} and {names}")
-        classes = names
+        classes = _same_classes(place, names, classes)
         arrays[f"{split}_images"] = _decode_cached(folder, split, files, spec)
         arrays[f"{split}_labels"] = labels
     if len(classes) != spec.num_classes:
@@ -250,6 +243,17 @@ def _load_image_folder(name, folder, spec):
             f"{folder}/train holds {len(classes)} classes, {name} has {spec.num_classes}; wrong folder or --dataset?"
         )
     return Dataset(name, spec, classes, source="image folder", **arrays)
+
+
+def _same_classes(place, names, classes):
+    """The class folders ``names`` of a split ``place``; a `UserError` where they are not ``classes``, those under train, if that is
+    not None."""
+    odd = sorted({*names} ^ {*(classes or names)})
+    if odd:
+        raise UserError(
+            f"{place} must have the same class folders as train; {len(odd)} are in one of them alone, the first is {odd[0]!r}"
+        )
+    return names
 
 
 def _test_folder(folder, spec):
@@ -283,14 +287,15 @@ def _load_streamed(name, folder, spec, strict):
     parts, classes = [], None
     for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):
         files, labels, names = list_images(place)
-        if classes not in (None, names):
-            raise UserError(f"{folder}: the classes under train and {place.name} differ: {classes} and {names}")
-        classes = names
+        classes = _same_classes(place, names, classes)
         broken = broken_files(folder, files, folder / f".checked_{split}.json", f"checking {split}")
         tell_broken(broken, len(files), place, strict)
         whole = whole_rows(folder, files, broken)
-        if len(np.unique(labels[whole])) != len(classes):
-            raise UserError(f"{place}: some class has no image that can be read")
+        empty = np.flatnonzero(np.bincount(labels[whole], minlength=len(classes)) == 0)
+        if len(empty):
+            raise UserError(
+                f"{place}: the class {classes[empty[0]]!r} has no image that can be read; mend it or take it out"
+            )
         parts += [StreamedImages([files[row] for row in whole], spec.size), labels[whole]]
     if len(classes) < 2:
         raise UserError(f"{folder} holds one class; an attack, and telling clean from poisoned, need two or more")

@@ -114,13 +114,13 @@ def _computes_bfloat16(device):
 
 def keep_freed_memory():
     """Tell glibc to reuse freed memory: a training step otherwise maps and clears the same pages anew (measured at 32x32: 9 %).
-    The process grows by some 100 MB over the first minutes, as what is kept goes to pieces."""
+    The process grows by some 100 MB over the first minutes, as what is kept fragments."""
     _mallopt(1 << 30)
 
 
 def give_freed_memory_back():
     """The opposite, for what must not grow: whatever is freed of the size of a layer's output goes back to the system at once.
-    By itself glibc does so from 32 MB on, and what is smaller goes to pieces (measured: 400 MB over 20 000 images of 72x72
+    By itself glibc does so from 32 MB on, and what is smaller fragments (measured: 400 MB over 20 000 images of 72x72
     pixels, and 15 % of the time of FCT gained)."""
     _mallopt(4 << 20)
 

@@ -22,7 +22,8 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         before_batch: called with the number of the batch, e.g. to set the learning rate.
 
     Returns:
-        dict: ``loss`` (mean over samples), each of the objective's sums over the samples seen, and ``seconds``.
+        dict: ``loss`` (mean over samples), each of the objective's sums over the samples seen, and ``seconds``; the sum
+        ``correct`` as ``train_acc``, in per cent.
 
     Raises:
         UserError: where there is no batch, or the loss or one of the sums is not finite.
@@ -43,7 +44,8 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
     if isinstance(model, Parallel):
         model.batch(None, 1)
     means = {name: total.item() / seen for name, total in step.totals.items()}
-    return {**means, "seconds": round(time.perf_counter() - started, 2)}
+    right = {"train_acc": 100 * means.pop("correct")} if "correct" in means else {}
+    return {**means, "seconds": round(time.perf_counter() - started, 2), **right}
 
 
 def prepare(network, opt, runtime, batches, unused=False):

@@ -66,7 +66,7 @@ def first_line(error):
 def nearest_existing(path):
     """The longest leading part of ``path`` that exists (a `Path`), with what it holds, as text for a message."""
     path = Path(path).absolute()
-    while not os.path.exists(path):  # which tells of a folder that may not be looked into that it is not there
+    while not os.path.exists(path):  # false too for what lies in a folder we may not enter
         path = path.parent
     if path.is_dir() and os.access(path, os.R_OK):
         names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))

@@ -3,6 +3,7 @@
 FCT(x) = mean over feature dimensions of (e(x) - e(tau(x)))^2.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from models import build_model
 from utils import args
 from utils.checkpoints import IDENTITY, latest_checkpoint, load_checkpoint, refuse_other_data
 from utils.dataloader_bd import Normalize, fetch, hold
-from utils.device import Runtime
 from utils.distributed import gather, part
 from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
@@ -53,14 +53,12 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     def one_value(of_taus):
         return combine(of_taus.T) if trans1 == "auto" else of_taus[:, 0]
 
-    held, common = (
-        hold(images, runtime),
-        (Normalize(spec, runtime.device), list(zip(taus, tables, strict=True)), batch_size),
-    )
+    held = hold(images, runtime)
+    common = Normalize(spec, runtime.device), list(zip(taus, tables, strict=True)), batch_size
     of_taus, norms = _fct_of_rows(model, held, np.arange(len(images)), runtime, *common)
     if runtime.dtype != torch.float32:
         near = near_a_gamma(one_value(of_taus))
-        exact = Runtime(runtime.device, torch.float32, runtime.workers)
+        exact = replace(runtime, dtype=torch.float32)
         of_taus[near], norms[near] = _fct_of_rows(model, held, near, exact, *common)
     return one_value(of_taus), norms
 
@@ -96,7 +94,7 @@ def near_a_gamma(fct, reach=0.01):
     samples, int64 (M,), ascending. Not those of FCT zero: these have collapsed, and their order is a draw.
 
     Args:
-        fct: float32 (N,); reach: of 0.01 what rounding to bfloat16 moves (README: speed) is a fraction.
+        fct: float32 (N,); reach: share of N; rounding to bfloat16 moves a sample by far less than 0.01 (results/speed.md).
     """
     order = np.argsort(fct, kind="stable")
     near = np.concatenate(
@@ -132,14 +130,15 @@ def combine(fct):
     return np.where(np.isinf(largest), 0, np.exp(largest.clip(-80, 80))).astype(np.float32)
 
 
-def sd_checkpoint(opt):
-    """The checkpoint that SD steps 3 to 5 look at, ``--checkpoint_load`` or step 2's last, and the command making it.
-
-    Raises:
-        UserError: where there is no such file.
-    """
+def sd_path(opt):
+    """Path of the checkpoint that SD steps 3 to 5 look at, ``--checkpoint_load`` or step 2's last, and the command making it."""
     command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
-    path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command)
+    return opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command), command
+
+
+def sd_checkpoint(opt):
+    """As `sd_path`; a `UserError` where there is no such file."""
+    path, command = sd_path(opt)
     return require_file(path, command), command
 
 
@@ -163,7 +162,7 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":
-        runtime = Runtime(runtime.device, torch.float32, runtime.workers)
+        runtime = replace(runtime, dtype=torch.float32)
     return checkpoint, runtime.place(model), runtime
 
 
@@ -183,24 +182,22 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     return fct
 
 
-def written_by_step_3(path, opt, kind):
-    """Whether ``<epoch>_<kind>`` beside the checkpoint ``path`` is as step 3 wrote it of this network with these options. None where
-    step 3 ran so, but had no such file to write."""
-    record, file = read_record(fct_path(path, "fct.json")) or {}, fct_path(path, kind)
-    if not _fits(record, path, opt):
-        return False
-    digest = record.get("outputs", {}).get(file.name)
-    return digest and file.is_file() and digest == sha256(file)
-
-
-def _fits(record, path, opt):
-    """Whether the ``record`` of step 3 is of the checkpoint ``path`` and of these options."""
+def step_3_record(path, opt):
+    """The record of step 3 (dict) beside the checkpoint ``path``, where it is of that checkpoint and these options; else None."""
+    record = read_record(fct_path(path, "fct.json")) or {}
     found = dict(record.get("options", {}))
     wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
     for settings in (found, wanted):
         if settings.get("precision") == "auto":
             settings["precision"] = "float32"
-    return wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
+    fits = wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
+    return record if fits else None
+
+
+def as_written(record, file):
+    """Whether the ``file`` is there as the run wrote it whose ``record`` (dict) lies beside it."""
+    digest = record.get("outputs", {}).get(file.name)
+    return digest is not None and file.is_file() and sha256(file) == digest
 
 
 def fct_path(path, kind):
@@ -263,7 +260,8 @@ def load_fct(path, command):
 
 
 def _saved_fct(path, opt, count):
-    if not written_by_step_3(path, opt, "all.txt"):
+    record = step_3_record(path, opt)
+    if not record or not as_written(record, fct_path(path, "all.txt")):
         return None
     fct = load_fct(path, "python calculate_consistency.py")
     return fct if len(fct) == count else None

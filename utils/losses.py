@@ -65,9 +65,9 @@ def doubtful(clean, poisoned, labels, poisoned_labels, classes):
         (M,), theirs; classes: how many there are.
 
     Returns:
-        bool (N,): of the labels that D_p has at least twice as often as it would by chance, which are above half of D_p's mean, and
-        above 2 ln(classes), where two guesses in a row would be right as often; none where that is more than `DOUBTFUL` of these
-        labels, for then D_p holds clean samples too, and what they have taken along has to be mended.
+        bool (N,): True for a sample of D_c where D_p has its label at least twice as often as chance would give, and its cross-entropy
+        is above half of D_p's mean and above 2 ln(classes), that of two guesses in a row. All False where these are more than
+        `DOUBTFUL` of the samples with such labels: D_p then holds clean samples too, and what they took along has to be relearnt.
     """
     often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
     found = often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))

@@ -89,7 +89,7 @@ def write_options(record, opt, **more):
 
 def is_other(record, kind, path):
     """Whether the file ``path`` is another than the one that a record (dict) names among its ``kind``, inputs or outputs,
-    of its own folder; no where the record does not name it."""
+    of its own folder; False where the record does not name it."""
     digest = record.get(kind, {}).get(Path(path).name)
     return digest is not None and digest != sha256(path)
 

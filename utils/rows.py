@@ -158,6 +158,7 @@ def preset_data(preset):
 
 
 def defences_of(opt):
+    """The defences that a row has: those asked for, else both."""
     return opt.defences or DEFENCES
 
 
@@ -171,16 +172,17 @@ def without_attack(words):
 def resolve(opt, ratios):
     """The options as the steps see them: a parsed namespace of data set, attack and ``ratios`` (words), and the common words."""
     target_type, trigger_type = ROWS[opt.row]
-    dataset, model = preset_data(opt.preset)
-    if (opt.dataset or dataset) in DATASETS and DATASETS[opt.dataset or dataset].own:
+    usual_dataset, usual_model = preset_data(opt.preset)
+    dataset, model = opt.dataset or usual_dataset, opt.model or usual_model
+    if dataset in DATASETS and DATASETS[dataset].own:
         raise UserError("this poisons a data set to show the defences; for data of your own: python audit_dataset.py")
-    if (opt.dataset or dataset) == "imagenet":
+    if dataset == "imagenet":
         if opt.row not in ON_IMAGENET:
             raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
         trigger_type = ON_IMAGENET[opt.row]
         if "D-ST" in defences_of(opt):
             raise UserError("the paper's table of imagenet has D-BR alone; add --defences D-BR")
-    words = ["--dataset", opt.dataset or dataset, "--model", opt.model or model, "--trigger_type", trigger_type]
+    words = ["--dataset", dataset, "--model", model, "--trigger_type", trigger_type]
     if target_type != "all2one":
         words += ["--target_type", target_type]
     words += shlex.split(PRESETS[opt.preset]["attack"])
@@ -193,9 +195,10 @@ def resolve(opt, ratios):
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
     resolved = args.check(parser.parse_args([*words, *ratios]))
-    where = [
-        word for name in ("device", "precision") if getattr(opt, name) for word in (f"--{name}", getattr(opt, name))
-    ]
+    where = []
+    for name in ("device", "precision"):
+        if getattr(opt, name):
+            where += [f"--{name}", getattr(opt, name)]
     return resolved, words, where
 
 
@@ -228,10 +231,8 @@ class _Row:
         self.resolved, self.words, self.where = resolve(opt, self.ratios)
         self.changes = VARIANTS[defences_of(opt)[0]][opt.variant] if opt.variant else {}
         self.steps, self.benign = {}, []
-        self.samples, self.chosen = (
-            "separate_samples",
-            [],
-        )  # the step that makes D_c and D_p, and the words that name its folder
+        self.samples = "separate_samples"  # the step that makes D_c and D_p
+        self.chosen = []  # the words that name its folder, where that is not the usual one
 
     def add(self, name, script, more, output, record, needs=(), computes=True):
         words = [*self.words, *more, *(self.where if computes else [])]
@@ -313,9 +314,8 @@ class _Row:
         """A training of ST, which names its folder by its own options; its ``output`` (a name) there, as a path."""
         words, root, chosen = self.words, self.resolved.output_root, self.chosen
         of_classifier = not {"samples", "train_extractor"} & self.changes.keys()
-        if self.opt.variant and not (
-            name == "train_extractor" and of_classifier
-        ):  # a folder of its own for what is different
+        shared = name == "train_extractor" and of_classifier
+        if self.opt.variant and not shared:  # what is different has a folder of its own
             root = root / f"D-ST_{self.opt.variant}"
             chosen = ["--samples", typed(separated_folder(self.resolved) / self.changes.get("samples", ""))]
             words = changed(words, f"--output_root {shlex.quote(typed(root))}")

@@ -221,9 +221,9 @@ class Run:
             self.outputs[path] = sha256(self.at(path))
 
     def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
-        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats). What a
-        device has trained is written while the next epoch is; that waits for it before it writes its own. Without ``paths``
-        the row waits for the next checkpoint: an interrupted run goes on after the last one.
+        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats). On a
+        GPU the files are written while the next epoch trains; the next call waits for them. Without ``paths`` the row waits for the
+        next checkpoint: an interrupted run goes on after the last one.
 
         Raises:
             UserError: where the weights are not finite, nothing is written then; where writing, or that of the epoch before, failed.

@@ -109,12 +109,14 @@ def load_order(path, count, command):
     try:
         order = np.load(require_file(path, command), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{shown(path)} is no .npy file of numbers ({error})") from None
+        raise UserError(f"{shown(path)} is no .npy file of numbers ({error}); it is made with: {command}") from None
     if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
         held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"
-        raise UserError(f"{shown(path)} must hold one number a training sample, ({count},), not {held}")
+        raise UserError(
+            f"{shown(path)} must hold one number a training sample, ({count},), not {held}; it is made with: {command}"
+        )
     if not np.isfinite(order).all():
-        raise UserError(f"{shown(path)} holds values that are not finite")
+        raise UserError(f"{shown(path)} holds values that are not finite; it is made with: {command}")
     return order
 
 

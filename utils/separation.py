@@ -10,9 +10,14 @@ from utils.seeding import generator
 CLEAN, UNCERTAIN, POISON = 0, 1, 2  # D_c, D_u, D_p
 
 
+def share_of(ratio, count):
+    """floor(ratio * count) of a decimal ``ratio``: 0.29 * 100 is 28.999... in floating point."""
+    return int(ratio * count + 1e-9)
+
+
 def set_sizes(count, clean_ratio, poison_ratio):
     """(floor(alpha_c N), floor(alpha_p N)); a `UserError` where one of the sets would be empty."""
-    sizes = tuple(int(ratio * count + 1e-9) for ratio in (clean_ratio, poison_ratio))
+    sizes = tuple(share_of(ratio, count) for ratio in (clean_ratio, poison_ratio))
     for name, ratio, size in zip(("clean", "poison"), (clean_ratio, poison_ratio), sizes, strict=True):
         if size == 0:
             raise UserError(f"--{name}_ratio {ratio} of {count} samples is less than one sample; give a larger ratio")
@@ -20,8 +25,8 @@ def set_sizes(count, clean_ratio, poison_ratio):
 
 
 def ratio_of(count, whole):
-    """A ratio of at most five decimals (folders are named by it) whose share of ``whole`` samples is ``count``, or a few more of
-    more than 100 000."""
+    """The smallest ratio of at most five decimals (folders are named by it) whose `share_of` the ``whole`` is ``count`` or more; of
+    up to 100 000 samples it is ``count``."""
     return math.ceil(1e5 * count / whole) / 1e5
 
 
@@ -77,34 +82,28 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
     most = np.median(sizes) if even else sizes.max()
     for label, size in zip(present, sizes, strict=True):
         own = order[labels[order] == label]
-        lowest = own[: int(clean_ratio * min(size, most) + 1e-9)]
+        lowest = own[: share_of(clean_ratio, min(size, most))]
         flags[lowest[flags[lowest] != POISON]] = CLEAN
     if not (flags == CLEAN).any():
         raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
     return flags
 
 
-def confine(flags, fct, labels, classes, poison_ratio, seed):
-    """D_p from the samples of some classes alone (not in the paper): floor(alpha_p N) of highest FCT among them.
+def confine(flags, values, among, poison_ratio, seed):
+    """D_p from some samples alone (not in the paper): the floor(alpha_p N) of them with the highest values.
 
     Args:
-        flags: int64 (N,), what `separate` gave; fct: float (N,); labels: int64 (N,), as the victim has them; classes:
-        labels that D_p may have; poison_ratio: alpha_p; seed: of the draw among equal values.
+        flags: int64 (N,), what `separate` gave; values: float (N,), FCT or another order; among: bool (N,), the samples
+        that D_p may have, no fewer than that; poison_ratio: alpha_p; seed: of the draw among equal values.
 
     Returns:
         int64 (N,): what was in D_p before is uncertain unless it still is.
 
     Raises:
-        UserError: where these classes have no sample, or fewer than that, or none of D_c is left.
+        UserError: where none of D_c is left.
     """
-    count = int(poison_ratio * len(fct) + 1e-9)
-    own = np.flatnonzero(np.isin(labels, classes))
-    if len(own) < count:
-        raise UserError(
-            f"the classes {' '.join(map(str, classes))} have {len(own)} samples, less than --poison_ratio {poison_ratio} of all "
-            f"{len(fct)}; give a smaller ratio"
-        )
-    order = own[np.lexsort((generator(seed, "ties").random(len(fct))[own], fct[own]))]
+    count, own = share_of(poison_ratio, len(values)), np.flatnonzero(among)
+    order = own[np.lexsort((generator(seed, "ties").random(len(values))[own], values[own]))]
     flags = np.where(flags == POISON, UNCERTAIN, flags)
     flags[order[len(own) - count :]] = POISON
     if not (flags == CLEAN).any():
@@ -112,17 +111,32 @@ def confine(flags, fct, labels, classes, poison_ratio, seed):
     return flags
 
 
+def of_classes(labels, classes, poison_ratio):
+    """The samples of some classes, bool (N,), for `confine`. Raises `UserError` where D_p would need more.
+
+    Args:
+        labels: int64 (N,), as the victim has them; classes: labels; poison_ratio: alpha_p.
+    """
+    among = np.isin(labels, classes)
+    if among.sum() < share_of(poison_ratio, len(labels)):
+        raise UserError(
+            f"the classes {' '.join(map(str, classes))} have {among.sum()} samples, less than --poison_ratio {poison_ratio} of all "
+            f"{len(labels)}; give a smaller ratio"
+        )
+    return among
+
+
 def with_alike(flags, fct, alike, poison_ratio, seed):
     """D_p from the samples that are like those which show a backdoor, and by FCT what these are short of alpha_p N (not in the
     paper).
 
     Args:
-        flags, fct, poison_ratio, seed: as of `confine`; alike: bool (N,), all of which D_p takes.
+        flags, poison_ratio, seed: as of `confine`; fct: float (N,); alike: bool (N,), all of which D_p takes.
 
     Returns, raises: as `confine`.
     """
     ratio = max(poison_ratio, ratio_of(int(alike.sum()), len(fct)))
-    return confine(flags, np.where(alike, np.inf, fct), np.zeros(len(fct), dtype=np.int64), [0], ratio, seed)
+    return confine(flags, np.where(alike, np.inf, fct), np.ones(len(fct), dtype=bool), ratio, seed)
 
 
 def gammas_of_distribution(fct, valley=0.7, certainty=0.9):

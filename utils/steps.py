@@ -112,7 +112,7 @@ _running = set()  # the processes of steps
 def run_apart(script, words, log=None):
     """Run a script of this repository in a process of its own, in the repository's folder; return its exit code. On Linux it is
     forked from one that has torch and the rest imported, which is half of a short step's time. ``log``: see `run`."""
-    # Elsewhere what is imported does not bear a fork.
+    # macOS and Windows cannot safely fork after these imports.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
     process = context.Process(target=_as_script, args=(ROOT / script, list(map(str, words)), log))

@@ -9,6 +9,7 @@ from utils.files import as_logged
 from utils.images import rows_of
 from utils.metrics import percent, predict
 from utils.seeding import generator
+from utils.separation import share_of
 
 
 class HeldOut:
@@ -25,7 +26,7 @@ class HeldOut:
 
     def __init__(self, labels, ratio, seed, name, among=None):
         among = np.arange(len(labels)) if among is None else among
-        count = int(ratio * len(among) + 1e-9)
+        count = share_of(ratio, len(among))
         if ratio and not 0 < count < len(among) - 1:
             raise UserError(f"--val_ratio {ratio} of {len(among)} samples leaves none to look at, or to train on")
         self.rows = np.sort(generator(seed, "held out", name).permutation(among)[:count])
@@ -52,6 +53,6 @@ def best_epoch(history, name):
 
 
 def is_best(row, name, history):
-    """Whether the epoch of a ``row`` (dict) that is not in the log yet would be the `best_epoch` of it and ``history``."""
+    """Whether a ``row`` (dict) that is not in the log yet has a higher ``name`` than every epoch in ``history``."""
     earlier = [old[name] for old in history if old["epoch"] >= 0 and name in old]
     return all(as_logged(row[name]) > value for value in earlier)
