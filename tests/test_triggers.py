@@ -136,22 +136,18 @@ def pictures(count, height, width):
     return images
 
 
-SHAPES = [(4, 32, 32), (2, 28, 28), (2, 64, 64), (1, 224, 224), (2, 30, 40)]
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [(name, shape) for name in NAMES for shape in SHAPES],
-    ids=str,
-)
-def test_trigger_equals_the_slow_loop_byte_for_byte(name, shape, train):
+@pytest.mark.parametrize("shape", [(4, 32, 32), (2, 28, 28), (2, 64, 64), (1, 224, 224), (2, 30, 40)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_trigger_equals_the_slow_loop_byte_for_byte(name, shape):
     images = pictures(*shape)
     before = images.copy()
-    result = apply_trigger(name, images, train=train)
-    assert result.dtype == np.uint8
-    np.testing.assert_array_equal(images, before)  # the input is untouched
-    np.testing.assert_array_equal(result, [slow_trigger(name, image, train) for image in images])
+    for train in (True, False):
+        result = apply_trigger(name, images, train=train)
+        assert result.dtype == np.uint8
+        np.testing.assert_array_equal(images, before)  # the input is untouched
+        if train or name == "sigTrigger":  # the others are the same on training and test images
+            expected = [slow_trigger(name, image, train) for image in images]
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_the_triggers_are_those_tested_here_and_in_test_ssba():
