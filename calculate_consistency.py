@@ -10,6 +10,7 @@ from utils import args
 from utils.audit import sign_of_backdoor
 from utils.errors import run_script
 from utils.fct import fct_of_network, fct_path, save_fct, sd_checkpoint, sd_network
+from utils.files import sha256
 from utils.metrics import auroc
 from utils.paths import shown
 from utils.poisoning import poison_training_set
@@ -30,6 +31,7 @@ def get_parser():
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
+    digest = sha256(path)  # now: a later run may replace it
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
@@ -39,7 +41,7 @@ def main(argv=None):
     sign, words, order = sign_of_backdoor(
         model, poisoned.images, poisoned.labels, fct, dataset.classes, dataset.spec, runtime, opt.seed
     )
-    save_fct(path, fct, dataset, poisoned, opt, sign, order)
+    save_fct(path, digest, fct, dataset, poisoned, opt, sign, order)
     print(words)
     if order is not None:
         count = int((order >= 0).sum())

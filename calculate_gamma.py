@@ -25,7 +25,7 @@ def get_parser():
         help="not in the paper: thresholds, and ratios, from two groups in the values, where there are two",
     )
     parser.add_argument(
-        "--checkpoint_load", type=args.path, help="the checkpoint given to step 3; default: step 2's last"
+        "--checkpoint_load", type=args.file, help="the checkpoint given to step 3; default: step 2's last"
     )
     return parser
 

@@ -32,7 +32,7 @@ def get_parser():
     args.add_training_options(parser, epochs=10, batch_size=128, lr=None)
     parser.add_argument(
         "--checkpoint_load",
-        type=args.path,
+        type=args.file,
         help="checkpoint of step 1, or of this step to continue; default: step 1's last",
     )
     return parser

@@ -182,10 +182,12 @@ def run_table(opt):
             list_commands(steps, numbers)
         return
 
+    stop = threading.Event()
+
     def run_row(row):  # its cells share steps, so they run one after the other
         for cell, steps, resolved in plans:
             if (cell.row, cell.seed) == row:
-                _run_cell(cell, steps, resolved, table, quiet=(opt.jobs or 1) > 1)
+                _run_cell(cell, steps, resolved, table, stop, quiet=(opt.jobs or 1) > 1)
 
     if (opt.jobs or 1) > 1:
         with ThreadPoolExecutor(opt.jobs) as pool:
@@ -194,7 +196,7 @@ def run_table(opt):
                 wait(running)
             except BaseException:  # Ctrl-C, SIGTERM
                 pool.shutdown(wait=False, cancel_futures=True)
-                end_steps()
+                end_steps(stop)
                 raise
         failed = [str(one.exception()) for one in running if isinstance(one.exception(), UserError)]
         for one in running:
@@ -204,7 +206,8 @@ def run_table(opt):
             raise UserError(f"{len(failed)} of {len(rows)} rows stopped: {'; '.join(failed[:3])}")
     else:
         for cell, steps, resolved in plans:
-            _run_cell(cell, steps, resolved, table)
+            _run_cell(cell, steps, resolved, table, stop)
+    collect(table.with_suffix(""), table)  # a run that was killed may have left a record out
     print(f"The table is {shown(table)}; beside the paper's: python tools/make_tables.py")
 
 
@@ -212,8 +215,9 @@ def _name_of(cell):
     return cell_name(cell.row, cell.defences[0], cell.preset, cell.seed, cell.variant_name)
 
 
-def _run_cell(cell, steps, resolved, table, quiet=False):
-    """Run what is not done of a cell, record it, and write the CSV ``table``; ``quiet``: what the steps say goes to a log."""
+def _run_cell(cell, steps, resolved, table, stop, quiet=False):
+    """Run what is not done of a cell, record it, and write the CSV ``table``; ``stop``: see `steps.run`; ``quiet``: what the steps say
+    goes to a log."""
     name, folder = _name_of(cell), table.with_suffix("")
     record = folder / f"{name}.json"
     print(f"Cell {name}", flush=True)
@@ -228,7 +232,7 @@ def _run_cell(cell, steps, resolved, table, quiet=False):
         print(f"{shown(record)} is there already")
         return
     make_folder(ledger.parent)
-    seconds = run(steps, cell, ledger, cell.output_root / f"{name}.log" if quiet else None)
+    seconds = run(steps, cell, ledger, cell.output_root / f"{name}.log" if quiet else None, stop)
     _record_cell(record, cell, steps, resolved, {"commands": commands, "seconds": seconds})
     with _collecting:
         collect(folder, table)
@@ -258,7 +262,9 @@ def _record_cell(path, cell, steps, resolved, made):
         best, rule = log.loc[log["ACC_paper"].idxmax()], LAST
         after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
-    precision = choose_runtime(cell.device or "auto", cell.precision or "auto").precision
+    options = trained.options()
+    used = made_with(read_record(trained.record), options)  # a step that was there already may have had another
+    precision = choose_runtime(options.device, used["precision"]).precision
     content = {
         "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
         "variant": cell.variant_name, "poison_rate": resolved.poison_rate,

@@ -12,7 +12,7 @@ import numpy as np
 from utils import args
 from utils.errors import UserError, require_file, run_script
 from utils.fct import as_written, fct_path, saved_or_new_fct, sd_checkpoint, step_3_record
-from utils.files import json_writer, write_together
+from utils.files import json_writer, sha256, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
@@ -57,7 +57,7 @@ def get_parser():
         help="not in the paper: D_p takes poison_ratio of all samples from those with these labels alone",
     )
     parser.add_argument(
-        "--poison_order", type=args.path, metavar="FILE",
+        "--poison_order", type=args.file, metavar="FILE",
         help="not in the paper: D_p takes the samples of the highest values in this .npy, float32, one a training sample, in "
         "place of FCT; audit_dataset.py writes one",
     )  # fmt: skip
@@ -111,6 +111,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     refuse_contradictions(opt)
     path, command = sd_checkpoint(opt)
+    inputs = {path: sha256(path)}  # now: a later run may replace it
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
@@ -155,11 +156,10 @@ def main(argv=None):
         writers[folder / "detection.json"] = json_writer(quality)
     outputs = {folder / name: digest for name, digest in write_together(writers).items()}
     settings |= {"step": "separate_samples", "poisoned_digest": poisoned.digest, "data": dataset.record}
-    inputs = [path]
     if opt.poison_order:
-        inputs.append(opt.poison_order)
+        inputs[opt.poison_order] = sha256(opt.poison_order)
     if alike is not None:
-        inputs.append(fct_path(path, "order.npy"))
+        inputs[fct_path(path, "order.npy")] = sha256(fct_path(path, "order.npy"))
     write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:
         found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))

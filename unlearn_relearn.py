@@ -19,7 +19,7 @@ from models.foreign import NAMES, build_foreign, plain_state
 from utils import args
 from utils.checkpoints import load_optimizer
 from utils.dataloader_bd import Batches, make_test_sets
-from utils.distributed import leads
+from utils.distributed import leads, rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
@@ -47,12 +47,12 @@ def get_parser():
     args.add_training_options(parser, epochs=20, batch_size=128, lr=1e-4)
     parser.add_argument(
         "--checkpoint_load",
-        type=args.path,
+        type=args.file,
         help="the backdoored model, a model of this step to continue, or a plain state dict; default: BR step 1's last",
     )
     parser.add_argument(
         "--checkpoint_save",
-        type=args.path,
+        type=args.file,
         help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar, of a plain state dict .pth",
     )
     args.add_samples_option(parser)
@@ -88,7 +88,7 @@ def get_parser():
             help="plain state dict: what its images are normalised with, in 0-1; default: the data set's",
         )  # fmt: skip
     parser.add_argument(
-        "--log", type=args.path, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
+        "--log", type=args.file, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
     )
     return parser
 
@@ -168,12 +168,13 @@ def main(argv=None):
     else:
         model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
         load_weights(model, checkpoint["model"], path)
-    model = prepare(runtime.place(model), opt, runtime, to_relearn)
+    network = runtime.place(model)
+    model = prepare(network, opt, runtime, to_relearn)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        checkpoint_load=os.path.relpath(path, places.save.parent),
+        chosen=choices.values(), checkpoint_load=os.path.relpath(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
@@ -193,7 +194,8 @@ def main(argv=None):
 
     for epoch in range(first, opt.epochs):
         # Networks from elsewhere may have dropout.
-        torch.manual_seed(int(generator(opt.seed, STEP, epoch).integers(2**63)))
+        own = [rank()] if rank() else []  # each process has its own part of a batch
+        torch.manual_seed(int(generator(opt.seed, STEP, epoch, *own).integers(2**63)))
         model.train()
         row = {"seconds": 0}
         if "unlearn" in opt.passes:
@@ -221,7 +223,8 @@ def main(argv=None):
         chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
         if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
-        run.finish_epoch(epoch, row, [places.save, *chosen], model, optimizer)
+        # What this run goes on from is written last: a kill before it means that the epoch is done again.
+        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer)
 
     run.complete()
     summarise(run.history, opt.choose)
@@ -237,7 +240,7 @@ def main(argv=None):
             chosen = load_tensors(places.forgotten, f"python {STEP}.py", "checkpoint of this step")["model"]
             load_weights(model, chosen, places.forgotten)
     if plain:
-        write_together({places.result: tensor_writer(plain_state(model, opt.foreign))})
+        write_together({places.result: tensor_writer(plain_state(network, opt.foreign))})
         print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")
     print(f"The model is {shown(places.save)}, the log {shown(places.log)}")
 

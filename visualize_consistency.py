@@ -7,7 +7,7 @@ from utils import args
 from utils.errors import run_script
 from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram
-from utils.files import make_folder
+from utils.files import make_folder, sha256
 from utils.manifest import write_options
 from utils.metrics import auroc
 from utils.paths import shown
@@ -28,6 +28,7 @@ def get_parser():
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
+    digest = sha256(path)
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
@@ -41,7 +42,9 @@ def main(argv=None):
     make_folder(path.parent)
     picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
     fct_histogram(picture, fct, poisoned.is_clean, title, gammas)
-    write_options(record, opt, step="visualize_consistency", data=dataset.record, inputs=[path], outputs=[picture])
+    write_options(
+        record, opt, step="visualize_consistency", data=dataset.record, inputs={path: digest}, outputs=[picture]
+    )
     print(f"The histogram is {shown(picture)}")
 
 

@@ -29,10 +29,10 @@ def get_parser():
     args.add_device_options(parser)
     args.add_ratio_options(parser)
     parser.add_argument(
-        "--model_ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
+        "--model_ckpt", type=args.file, help="extractor of ST step 1; default: the newest last.pth of these options"
     )
     parser.add_argument(
-        "--classifier_ckpt", type=args.path, help="classifier of ST step 2; default: the newest of these options"
+        "--classifier_ckpt", type=args.file, help="classifier of ST step 2; default: the newest of these options"
     )
     return parser
 

@@ -58,7 +58,7 @@ def get_parser():
     args.add_samples_option(parser)
     args.add_validation_option(parser, "D_c")
     parser.add_argument(
-        "--ckpt", type=args.path, help="extractor of ST step 1; default: the newest last.pth of these options"
+        "--ckpt", type=args.file, help="extractor of ST step 1; default: the newest last.pth of these options"
     )
     args.add_resume_option(parser)
     return parser

@@ -48,7 +48,9 @@ class WideConv(nn.Conv2d):
         # What the input pixels weigh in the output pixel (row, column): the part of the kernel that lies on the map.
         parts = [weight[:, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
         dense = torch.stack(parts).flatten(0, 1).flatten(1)
-        return F.linear(x.permute(0, 2, 3, 1).flatten(1), dense).view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
+        return (
+            F.linear(x.permute(0, 2, 3, 1).flatten(1), dense).view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
+        )
 
 
 def with_plain_convolutions(model):

@@ -51,7 +51,7 @@ def get_parser():
         "--every", type=args.positive_int, default=1, metavar="N", help="use only every N-th sample, to save time"
     )
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
-    parser.add_argument("--checkpoint_load", type=args.path, help="checkpoint of step 1 or 2; default: step 2's last")
+    parser.add_argument("--checkpoint_load", type=args.file, help="checkpoint of step 1 or 2; default: step 2's last")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/taus", help="folder of the table")
     return parser
 

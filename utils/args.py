@@ -87,7 +87,16 @@ def path(text):
     """An argparse type: a path with a name; an empty one is most often a shell variable that was not set."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    if any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{text[:40]}... has a name of more than 255 bytes")
     return Path(text)
+
+
+def file(text):
+    """An argparse type: a path that can be a file's."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file")
+    return path(text)
 
 
 positive_int = number(int, 1)
@@ -131,7 +140,10 @@ def _named(models):
 
 def load_data(opt):
     """The `datasets.Dataset` that the options name."""
-    dataset = load_dataset(opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded")
+    with distributed.leader_first():  # what is decoded, or downloaded, once
+        dataset = load_dataset(
+            opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded"
+        )
     return dataset if opt.train_images is None else fewer_images(dataset, opt.train_images)
 
 
@@ -163,10 +175,10 @@ def add_attack_options(parser):
     )
     parser.add_argument(
         "--benign_checkpoint",
-        type=path,
+        type=file,
         help="fourCornerTrigger: checkpoint of train_clean_withTrans.py; default: its last",
     )
-    parser.add_argument("--ssba_encoder", type=path, default=ENCODER, help="SSBA: file of tools/train_ssba.py")
+    parser.add_argument("--ssba_encoder", type=file, default=ENCODER, help="SSBA: file of tools/train_ssba.py")
     parser.add_argument(
         "--ssba_images",
         type=path,
@@ -230,7 +242,7 @@ def add_training_options(parser, epochs, batch_size, lr, lr_name="--lr", evaluat
 
 
 def add_resume_option(parser):
-    parser.add_argument("--checkpoint_load", type=path, help="continue after this checkpoint of this step")
+    parser.add_argument("--checkpoint_load", type=file, help="continue after this checkpoint of this step")
 
 
 def add_compile_option(parser):
@@ -288,7 +300,7 @@ def add_fct_options(parser):
     parser.add_argument(
         "--batch_size", type=positive_int, default=256, help="images a forward pass; FCT is the same but for rounding"
     )
-    parser.add_argument("--checkpoint_load", type=path, help="checkpoint of step 2 (or 1); default: step 2's last")
+    parser.add_argument("--checkpoint_load", type=file, help="checkpoint of step 2 (or 1); default: step 2's last")
 
 
 def tau_arguments(options):

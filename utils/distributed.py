@@ -5,6 +5,7 @@ batch whatever its form; batch statistics are of the whole batch too. K processe
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,16 @@ def join(device):
         reason = first_line(error)
         raise UserError(f"the processes cannot meet ({reason}); start them with torchrun --nproc_per_node=K") from None
     at_exit.callback(dist.destroy_process_group)
+
+
+@contextmanager
+def leader_first():
+    """What is within is done by the first process alone, and then by the others, who find what it has left on disk."""
+    if not leads():
+        dist.barrier()
+    yield
+    if leads() and world() > 1:
+        dist.barrier()
 
 
 def part(rows):

@@ -14,6 +14,9 @@ import torch
 # is wrong; a step that Ctrl-C has reached is to finish what it writes.
 GRACE = 3
 
+# What torch says, by Gloo and by NCCL, of a process that waits for one which is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket")
+
 # What a script gives back when it ends, however it ends: its locks.
 at_exit = ExitStack()
 
@@ -26,7 +29,8 @@ def run_script(main):
     """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM. Of several
     processes that torchrun started, the first alone prints."""
     name = Path(sys.argv[0]).name
-    follows = int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    follows, aloud = several and int(os.environ.get("RANK", "0")) > 0, sys.stderr
     if follows:
         silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
         at_exit.enter_context(redirect_stdout(silence))
@@ -41,13 +45,20 @@ def run_script(main):
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         if follows:
-            # Once the first has ended torchrun stops the others, which have nothing to say and no files.
+            # Where the first has met the same mistake, it ends and torchrun stops the others, which have nothing to say. Else
+            # the mistake is this process's own.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(GRACE)
+            print(f"{name}: error: process {os.environ['RANK']}: {' '.join(str(error).split())}", file=aloud)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
         print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not (several and any(word in str(error) for word in LOST)):
+            raise
+        print(f"{name}: error: another process has ended, see what it said; what was saved is whole", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -59,7 +59,8 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
     if runtime.dtype != torch.float32:
         near = near_a_gamma(one_value(of_taus))
         exact = replace(runtime, dtype=torch.float32)
-        of_taus[near], norms[near] = _fct_of_rows(model, held, near, exact, *common)
+        if len(near):
+            of_taus[near], norms[near] = _fct_of_rows(model, held, near, exact, *common)
     return one_value(of_taus), norms
 
 
@@ -205,9 +206,9 @@ def fct_path(path, kind):
     return path.with_name(f"{path.stem}_{kind}")
 
 
-def save_fct(path, fct, dataset, poisoned, opt, sign=None, order=None):
-    """Write the values beside the checkpoint, in sample order, one a line. ``sign``: of a backdoor, for the record; ``order``:
-    what `audit.likeness_of` gave, for ``<epoch>_order.npy``, or None.
+def save_fct(path, digest, fct, dataset, poisoned, opt, sign=None, order=None):
+    """Write the values beside the checkpoint ``path``, in sample order, one a line. ``digest``: of the checkpoint that they are of;
+    ``sign``: of a backdoor, for the record; ``order``: what `audit.likeness_of` gave, for ``<epoch>_order.npy``, or None.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
@@ -230,7 +231,7 @@ def save_fct(path, fct, dataset, poisoned, opt, sign=None, order=None):
     if order is None:  # what an earlier run left there
         fct_path(path, "order.npy").unlink(missing_ok=True)
     outputs = {path.with_name(name): digest for name, digest in digests.items()}
-    record, inputs = fct_path(path, "fct.json"), {path: sha256(path)}
+    record, inputs = fct_path(path, "fct.json"), {path: digest}
     settings = {"step": "calculate_consistency", "data": dataset.record, "sign_of_backdoor": sign}
     write_options(record, opt, inputs=inputs, outputs=outputs, **settings)
 

@@ -69,7 +69,8 @@ def new_folder(target, option):
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already; give a new name")
     make_folder(target.parent, option)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    sweep(target.parent)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{_HERE}-{os.getpid()}-", suffix=".tmp"))
     try:
         yield staging
         os.chmod(staging, 0o777 & ~_umask())
@@ -150,11 +151,14 @@ _HERE = "".join(letter for letter in socket.gethostname() if letter.isalnum())[:
 
 
 def sweep(folder):
-    """Remove the temporary files in ``folder`` that killed processes of this machine left."""
+    """Remove the temporary files and folders in ``folder`` that killed processes of this machine left."""
     for left in Path(folder).glob(f".*.{_HERE}-*.tmp"):
         pid = left.name.split(f".{_HERE}-")[-1].split("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
-            left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _alive(pid):

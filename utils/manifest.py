@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from utils.distributed import leads
 from utils.errors import UserError
 from utils.files import read_json, read_record, sha256, write_json
 from utils.paths import ROOT, shown
@@ -84,6 +85,8 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
 
 def write_options(record, opt, **more):
     """Write the `manifest` of a run as JSON to ``record``."""
+    if not leads():  # what the first process writes may not be there yet
+        return
     write_json(record, manifest(record, opt, **more))
 
 

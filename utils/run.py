@@ -54,6 +54,9 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
         return
     make_folder(record.parent)
     hold_lock(record)
+    if log:
+        make_folder(log.parent)
+        hold_lock(log)
     sweep(record.parent)
     if _complete(unfinished_folder(record) / record.name):
         print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
@@ -129,14 +132,15 @@ class Run:
     Args:
         opt: the options; step: the script's name without ``.py``; record: path of the claimed JSON, see `claim`;
         digest: of the poisoned indices, or None; inputs: paths of the files that the step builds on; data: what
-        `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; names, more: see `claim`.
+        `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; chosen: files of the best epoch so far;
+        names, more: see `claim`.
     """
 
-    def __init__(self, opt, step, record, digest, *, inputs=(), data=None, log=None, names=IDENTITY, **more):
+    def __init__(self, opt, step, record, digest, *, inputs=(), data=None, log=None, chosen=(), names=IDENTITY, **more):
         self.opt, self.step, self.digest, self.data, self.more = opt, step, digest, data, more
         self.inputs = {path: sha256(path) for path in inputs}
         self.record, self.log, self.names = record, log or record.with_name("log.csv"), names
-        self.history, self.outputs = [], {}
+        self.history, self.outputs, self.chosen = [], {}, list(chosen)
         self.staging = None
         self._writer = self._writing = None
         self.started, self.finished = time.perf_counter(), 0
@@ -147,7 +151,6 @@ class Run:
         if not leads():
             return first
         claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
-        make_folder(self.log.parent)
         if path and not path.exists():  # what an interrupted run had left to do was to put it in its place
             path = self.record.parent / path.name
         staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}
@@ -178,8 +181,9 @@ class Run:
     def _catch_up(self, path, first):
         """The run was stopped between the checkpoint ``path`` and its record: count what the epochs before ``first`` left,
         and write the record, so that they are neither taken for another run's files nor for undone."""
-        # ST's extractor may have kept a second one.
-        left = self.staging.iterdir() if self.staging else path.parent.glob(f"ckpt_epoch_{first - 1}.pth")
+        # ST's extractor may have kept a second one, BR step 2 that of the epoch it chooses.
+        kept = [*path.parent.glob(f"ckpt_epoch_{first - 1}.pth"), *filter(Path.exists, self.chosen)]
+        left = self.staging.iterdir() if self.staging else kept
         for file in {path, *left}:
             if file.name not in (self.record.name, self.log.name) and not file.name.startswith("."):
                 self.outputs[self.record.parent / file.name] = sha256(file)

@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ class Step:
         for record in (unfinished_folder(self.record) / self.record.name, self.record):
             held = read_record(record) or {}
             done = held.get("epochs_done")
-            if not isinstance(done, int) or not 0 < done < epochs:
+            # A run that was complete but for the replacement of an earlier result is continued too, which replaces it.
+            most = epochs if record != self.record else epochs - 1
+            if not isinstance(done, int) or not 0 < done <= most:
                 continue
             # 11.tar and ckpt_epoch_11.pth are the last epoch's own files; last.pth and 11_unlearn_purify.tar every epoch's.
             name = re.sub(rf"(?<!\d){epochs - 1}(?=\.\w+$)", str(done - 1), self.output.name)
@@ -107,17 +110,21 @@ def list_commands(steps, numbers):
 
 
 _running = set()  # the processes of steps
+_starting = threading.Lock()
 
 
-def run_apart(script, words, log=None):
+def run_apart(script, words, log=None, stop=None):
     """Run a script of this repository in a process of its own, in the repository's folder; return its exit code. On Linux it is
-    forked from one that has torch and the rest imported, which is half of a short step's time. ``log``: see `run`."""
+    forked from one that has torch and the rest imported, which is half of a short step's time. ``log``, ``stop``: see `run`."""
     # macOS and Windows cannot safely fork after these imports.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
     process = context.Process(target=_as_script, args=(ROOT / script, list(map(str, words)), log))
-    process.start()
-    _running.add(process)
+    with _starting:
+        if stop and stop.is_set():
+            raise KeyboardInterrupt
+        process.start()
+        _running.add(process)
     try:
         process.join()
     except BaseException:  # Ctrl-C, SIGTERM
@@ -130,8 +137,10 @@ def run_apart(script, words, log=None):
     return process.exitcode
 
 
-def end_steps():
-    """End the steps that other threads run, each as Ctrl-C would."""
+def end_steps(stop):
+    """End the steps that other threads run, each as Ctrl-C would, and let none begin; ``stop``: the event given to their `run`."""
+    with _starting:
+        stop.set()
     _let_end(lambda: _running)
     for process in list(_running):
         process.terminate()
@@ -156,10 +165,10 @@ def _as_script(script, words, log):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(steps, opt, ledger_path, log=None):
+def run(steps, opt, ledger_path, log=None, stop=None):
     """Run the steps that are not done, an interrupted training from its last checkpoint; return the seconds that each took,
     when it last ran (of a training that was interrupted, those of its finished epochs too). ``log``: path of a file to which
-    they print, if not here."""
+    they print, if not here; ``stop``: a `threading.Event` after which no step begins."""
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
@@ -173,7 +182,7 @@ def run(steps, opt, ledger_path, log=None):
         if done:
             continue
         started = time.perf_counter() - before
-        code = run_apart(step.script, [*step.words, *go_on], log)
+        code = run_apart(step.script, [*step.words, *go_on], log, stop)
         if code:
             said = f" (what it said is in {shown(log)})" if log else ""
             raise UserError(
