@@ -96,7 +96,7 @@ def cli(capsys):
 def in_process(monkeypatch):
     """The steps in this process, where torch is loaded already."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("utils.steps.run_apart", lambda script, words, log=None: run_cli(script, *words))
+    monkeypatch.setattr("utils.steps.run_apart", lambda script, words, log=None, stop=None: run_cli(script, *words))
 
 
 @pytest.fixture(scope="session")

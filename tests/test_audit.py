@@ -714,3 +714,78 @@ def test_the_calibrations_sets_are_disjoint_and_poisoned_as_said(fashion):
         and (made[is_clean] == images[:500][is_clean]).all()
     )
     assert (~is_clean).sum() == int(0.1 * (labels[:500] != 3).sum())
+
+
+@pytest.mark.parametrize(
+    ("train_acc", "classes", "verdict"),
+    [
+        (70, 2, "no evidence"),
+        (64, 2, "cannot tell"),
+        (30, 10, "no evidence"),
+        (24, 10, "cannot tell"),
+        (89, 1, "cannot tell"),
+    ],
+)
+def test_what_the_network_must_have_learnt_follows_the_commonest_class(train_acc, classes, verdict):
+    """15 points above always naming the commonest class, 90 at most."""
+    labels = np.arange(2000) % classes
+    names = SimpleNamespace(classes=["a", "b"])
+    assert load_script("audit_dataset.py").decide(scores(0.1, 0.12), names, labels, train_acc)[0] == verdict
+
+
+class Halves(torch.nn.Module):
+    """Says which half of an image is the brighter one: left 0, right 1, upper 2, lower 3."""
+
+    def forward(self, x):
+        grey = x.mean(1)
+        parts = grey[:, :, :4], grey[:, :, 4:], grey[:, :4], grey[:, 4:]
+        return torch.stack([part.mean((1, 2)) for part in parts], 1)
+
+
+def put_back_on(model, count=400):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), np.arange(count) % 4
+    values = {name: rng.random(count).astype(np.float32) for name in ("flip", "rotate", audit.SUREST, *audit.APART)}
+    return audit.PutBack(model, images, labels, values, FOUR, CPU, 0)
+
+
+def test_mirrored_is_left_for_right():
+    images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    images[0, :, :4], images[1, :, 4:], images[2, :4], images[3, 4:] = 255, 255, 255, 255
+    np.testing.assert_array_equal(put_back_on(Halves()).answers(images), [[0, 1, 2, 3], [1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("flip", 0.95 - 0.30 - 0.05), (audit.SUREST, 0.95 - 0.25 - 0.20), (audit.APART[0], 0.95 - 0.25 - 0.20)],
+)
+def test_a_score_is_what_is_turned_less_the_mirrored_or_a_fixed_share_and_less_the_usual(name, score, monkeypatch):
+    put_back = put_back_on(Halves(), 800)
+    put_back.values = {name: put_back.values[name]}
+    order = put_back.ranked(2, name)
+
+    def shares(self, rows, label, name):
+        usual = set(rows) <= set(
+            order[100:]
+        )  # the first 60, or the most alike of the first 100, are the suspicious ones
+        return np.array([[0.25, 0.20] if usual else [0.95, 0.30], [0.0, 0.0]])
+
+    monkeypatch.setattr(audit.PutBack, "shares", shares)
+    found = put_back.of_class(2)
+    assert found["score"] == pytest.approx(score) and found["into"] == audit.INTO_CLASS and found["order"] == name
+    assert (found["turned"], found["turned_mirrored"]) == (0.95, 0.30)
+
+
+@pytest.mark.parametrize("sees", ["flip", "rotate"])
+def test_the_tau_that_is_named_is_the_one_whose_fct_lifts_the_suspects(sees):
+    rng = np.random.default_rng(0)
+    suspicious, own = np.arange(200) < 20, np.arange(200) < 100
+    values = {name: rng.random(200) + (name == sees) * suspicious for name in ("flip", "rotate")}
+    assert load_script("audit_dataset.py").tau_that_sees(suspicious, values, own) == sees
+
+
+@pytest.mark.parametrize(("ratio", "batch"), [(0.05, 128), (0.01, 50), (0.00101, 5)])
+def test_the_unlearning_that_is_proposed_has_a_batch_that_d_p_fills(ratio, batch):
+    data = SimpleNamespace(train_labels=np.zeros(5000), test_labels=np.zeros(0))
+    lines = load_script("audit_dataset.py").defences([], [], ratio, data)
+    assert f"--batch_size {batch}" in lines["D-BR"][1] and f"--poison_ratio {ratio}" in lines["D-BR"][1]

@@ -1,5 +1,6 @@
 """A user's mistake ends in one line, exit code 2, and nothing on disk changed."""
 
+import json
 import os
 import pickle
 import shlex
@@ -422,3 +423,26 @@ def test_a_classifier_goes_with_its_own_extractor(cli, words, pipeline, tmp_path
     )
     tests = [path for path in before if "Linear" in str(path)]
     assert tests and {path: snapshot(root)[path] for path in tests} == {path: before[path] for path in tests}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("seed", 7), ("poison_rate", 0.5), ("target_label", 3), ("target_type", "all2all")]
+)
+@pytest.mark.parametrize("script", ["unlearn_relearn.py", "ST/train_extractor.py"])
+def test_samples_of_another_attack_are_refused_by_their_folder_too(script, option, value, copy, words, cli):
+    record = copy / SAMPLES / "options.json"
+    content = json.loads(record.read_text())
+    content["options"][option] = value
+    record.unlink()  # a link to the file of all tests
+    record.write_text(json.dumps(content))
+    result = cli(script, *words(copy), "--epochs", 1, "--samples", copy / SAMPLES, "--overwrite")
+    assert result.code == 2 and f"--{option} {value}" in result.err
+
+
+@pytest.mark.parametrize("option", ["clean_ratio", "poison_ratio", "target_label"])
+def test_an_extractor_of_other_samples_is_refused(option, words, pipeline, cli):
+    value, held = {"clean_ratio": (0.3, 0.2), "poison_ratio": (0.1, 0.05), "target_label": (4, 0)}[option]
+    result = cli(
+        "ST/train_classifier.py", *words(pipeline), f"--{option}", value, "--ckpt", pipeline / EXTRACTOR / "last.pth"
+    )
+    assert result.code == 2 and f"--{option} {held}, but this step was asked for --{option} {value}" in result.err

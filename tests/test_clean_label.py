@@ -1,13 +1,19 @@
 """CL: the adversarial perturbation, the benign model it needs, and what is kept of it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_script, run_cli
+from test_pipeline import weights
 from test_poisoning import SPEC, make_dataset
 
 from models import build_model
+from utils import poisoning
 from utils.adversarial import perturb
+from utils.datasets import load_dataset
 from utils.triggers import apply_trigger
 
 CL = ["--trigger_type", "fourCornerTrigger", "--target_type", "cleanLabel", "--poison_rate", 0.5]
@@ -105,3 +111,35 @@ def test_options_of_one_trigger_are_refused_with_another(cli, words, tmp_path):
         result = cli("train_attack_noTrans.py", *words(tmp_path), *extra)
         assert result.code == 2 and "no use with --trigger_type gridTrigger" in result.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def benign(words, tmp_path_factory):
+    """Checkpoints of two benign networks, of seeds 0 and 1."""
+    roots = [tmp_path_factory.mktemp(f"benign{seed}") for seed in (0, 1)]
+    for seed, root in enumerate(roots):
+        more = ["--epochs", 1, "--batch_size", 100, "--seed", seed, "--eval_freq", 0]
+        assert run_cli("train_clean_withTrans.py", *words(root), *more) == 0
+    return [root / "saved/benign_model/cifar10/resnet10/0.tar" for root in roots]
+
+
+def test_images_of_cl_are_perturbed_in_evaluation_mode_and_anew_for_another_network(
+    benign, words, data_root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(poisoning, "WORTH_KEEPING", 1)
+    path = tmp_path / "benign.tar"
+    common = [*words(tmp_path), *CL, "--benign_checkpoint", path]
+    opt = load_script("train_attack_noTrans.py").get_parser().parse_args([str(word) for word in common])
+    dataset = load_dataset("cifar10", data_root)
+    found = []
+    for source in (*benign, benign[1]):  # the third time what was kept
+        shutil.copyfile(source, path)
+        poisoned = poisoning.poison_training_set(dataset, opt)
+        rows = np.flatnonzero(~poisoned.is_clean)
+        model = build_model("resnet10", "cifar10", 10)
+        model.load_state_dict(weights(source))
+        images, labels = dataset.train_images[rows], dataset.train_labels[rows]
+        expected = perturb(model.eval(), images, labels, rows, dataset.spec, 0)
+        np.testing.assert_array_equal(poisoned.images[rows], apply_trigger("fourCornerTrigger", expected, train=True))
+        found.append(poisoned.images[rows])
+    assert (found[0] != found[1]).any()

@@ -13,7 +13,7 @@ from models import build_model
 from utils.dataloader_bd import Normalize
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError
-from utils.validation import HeldOut, best_epoch
+from utils.validation import HeldOut, best_epoch, is_best
 
 
 def do(*commands):
@@ -233,3 +233,14 @@ def test_fewer_training_images_go_through_the_steps_with_folders_of_their_own(wo
         assert refused.code == 2 and part in refused.err and not (tmp_path / "new").exists()
     own = cli("train_attack_noTrans.py", "--dataset", "npz", "--data_root", "x.npz", "--train_images", 20)
     assert own.code == 2 and "--train_images has no use" in own.err
+
+
+def test_of_equal_epochs_the_first_is_kept_as_it_is_chosen():
+    history = [{"epoch": -1, "a": 9.0}]
+    kept = []
+    for epoch, value in enumerate((1.0, 3.0, 3.0, 2.0)):
+        row = {"epoch": epoch, "a": value}
+        if is_best(row, "a", history):
+            kept.append(epoch)
+        history.append(row)
+    assert kept == [0, 1] and kept[-1] == best_epoch(history, "a") == 1

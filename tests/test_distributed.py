@@ -16,7 +16,7 @@ from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_
 from torch import nn
 
 from utils import distributed
-from utils.distributed import SharedBatchNorm
+from utils.distributed import SharedBatchNorm, device_of
 
 
 def on_two(script, *words, log):
@@ -172,3 +172,17 @@ def test_without_torchrun_nothing_is_shared():
     assert torch.equal(distributed.part(rows), rows) and distributed.gather(rows, 7) is rows
     network = nn.Linear(2, 2)
     assert distributed.parallel(network, None) is network
+
+
+def test_each_process_takes_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for name, value in {
+        "WORLD_SIZE": 8,
+        "RANK": 7,
+        "LOCAL_RANK": 3,
+    }.items():  # of four a machine, the last of the second
+        monkeypatch.setenv(name, str(value))
+    assert [device_of(name) for name in ("auto", "cuda", "cpu", "cuda:1")] == ["cuda:3", "cuda:3", "cpu", "cuda:1"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert device_of("auto") == "auto"

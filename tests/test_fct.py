@@ -354,3 +354,10 @@ def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
 def test_no_set_is_silently_empty_where_both_thresholds_are_one_tied_value():
     fct = np.repeat(np.array([0, 1], dtype=np.float32), (30, 70))
     assert [len(part) for part in split(fct, gammas=(1.0, 1.0))] == [95, 0, 5]
+
+
+def test_where_a_gamma_given_by_hand_lies_beyond_the_ratio_all_values_equal_to_it_are_taken():
+    values = np.array([0.0] * 20 + [1.0] * 30 + [2.0] * 35 + [3.0] * 10 + [4.0] * 5, dtype=np.float32)
+    flags = separate(values, 1.0, 3.0, 0.2, 0.05, 0)  # 20 lie below, 5 above: as many as the ratios give
+    assert [(flags[values == value] == 0).mean() for value in range(5)] == [1, 1, 0, 0, 0]
+    assert [(flags[values == value] == 2).mean() for value in range(5)] == [0, 0, 0, 1, 1]

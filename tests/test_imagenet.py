@@ -112,7 +112,9 @@ def test_images_of_every_mode_and_size_become_rgb_of_224(dataset):
 # Poisoning and batches
 
 
-@pytest.mark.parametrize("trigger", ["squareTrigger_imagenet", "signalTrigger_imagenet", "kittyTrigger", "SSBA"])
+@pytest.mark.parametrize(
+    "trigger", ["squareTrigger_imagenet", "signalTrigger_imagenet", "kittyTrigger", "sigTrigger", "SSBA"]
+)
 def test_streamed_poisoning_is_that_of_images_in_memory(dataset, tmp_path, trigger):
     from utils.SSBA.encode_image import ENCODER
 
@@ -298,3 +300,13 @@ def test_the_committed_list_has_200_classes():
     builder = load_script("tools/build_imagenet_subset.py")
     ids = builder.read_classes(builder.CLASSES)
     assert len(ids) == 200 and all(len(name) == 9 and name.startswith("n") for name in ids)
+
+
+def test_the_imagenet_subset_is_trained_with_the_papers_settings():
+    script, given = load_script("train_attack_withTrans_imagenet.py"), {}
+    script.train = lambda opt, runtime, step, weight_decay, start_from: given.update(
+        vars(opt), weight_decay=weight_decay
+    )
+    script.main(["--device", "cpu"])
+    expected = {"epochs": 25, "lr": 0.001, "schedule": [15, 20], "gamma": 0.1, "batch_size": 128, "weight_decay": 1e-4}
+    assert expected.items() <= given.items()

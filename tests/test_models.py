@@ -205,3 +205,10 @@ def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain
         assert ours.dtype == others.dtype and ours.stride() == others.stride()
         errors = [(found.float() - wanted).norm() / wanted.norm() for found in (ours, others)]
         assert errors[0] < 0.01 and errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(32, 3), (64, 3), (99, 3), (100, 7), (224, 7)])
+@pytest.mark.parametrize("name", ["resnet18", "resnet10"])
+def test_images_of_100_pixels_and_more_have_the_stem_of_imagenet_whatever_the_data_set(name, size, kernel):
+    for network in (build_model(name, "folder", 5, size), SupConResNet(name, size).encoder):
+        assert network.conv1.kernel_size == (kernel, kernel) and network.conv1.stride == ((kernel + 1) // 4,) * 2

@@ -15,7 +15,7 @@ from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import compute_fct
 from utils.files import read_json
-from utils.images import StreamedImages
+from utils.images import StreamedImages, decode
 from utils.own_data import StoredImages
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -347,3 +347,11 @@ def test_what_needs_a_ground_truth_is_refused(cli, folder, ran, tmp_path):
     assert result.code == 2 and "ground truth" in result.err
     result = cli("reproduce.py", "--dataset", "folder", "--data_root", folder, "--dry_run")
     assert result.code == 2 and "audit_dataset.py" in result.err
+
+
+def test_a_jpeg_decoded_at_a_fraction_keeps_the_detail_that_its_size_can_show(tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((896, 896), Image.NEAREST).save(tmp_path / "a.jpg", quality=95)
+    found = decode(tmp_path / "a.jpg", 224, resize=True).astype(int)
+    expected = coarse.repeat(2, 0).repeat(2, 1)  # two pixels a square, but for JPEG's colours
+    assert np.abs(found.mean(2) - expected.mean(2)).mean() < 8

@@ -263,3 +263,8 @@ def test_the_same_seed_gives_the_same_files_at_any_batch_size_of_inference(pipel
     assert run_cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", path, "--batch_size", 7) == 0
     one, other = (np.loadtxt(folder / "1_all.txt") for folder in (tmp_path, pipeline / TUNED))
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_gamma_says_how_many_samples_lie_beyond_each(copy, words, cli):
+    said = cli("calculate_gamma.py", *words(copy), "--clean_ratio", 0.3, "--poison_ratio", 0.1).out
+    assert "120 of 400 samples have FCT <= gamma_low, 40 have FCT >= gamma_high" in said

@@ -213,7 +213,9 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     assert not step.is_done() and step.interrupted_at() is None
     step.needs = [SimpleNamespace(output=tmp_path / "removed to save space")]
     assert not step.is_done() and step.interrupted_at() is None
-    step.needs = [SimpleNamespace(output=source)]
+    step.needs, step.digest = [], "a" * 64  # of a training set that took the place of the one it was trained on
+    assert not step.is_done() and step.interrupted_at() is None
+    step.needs, step.digest = [SimpleNamespace(output=source)], None
     monkeypatch.setattr(Run, "finish_epoch", interrupt)
     with pytest.raises(UserError, match="code 130"):
         again(step)
@@ -300,14 +302,17 @@ def test_what_ends_reproduce_ends_the_step_too_which_says_so(tmp_path, alone):
 
 
 def test_steps_of_other_threads_can_be_ended(words, tmp_path):
-    log, more = tmp_path / "log", ["--epochs", "1000", "--batch_size", "64"]
+    log, more, stop = tmp_path / "log", ["--epochs", "1000", "--batch_size", "64"], threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run_apart, "train_clean_withTrans.py", [*words(tmp_path / "out"), *more], log)
+        running = pool.submit(run_apart, "train_clean_withTrans.py", [*words(tmp_path / "out"), *more], log, stop)
         while not running.done() and not (log.exists() and "epoch 1/1000" in log.read_text()):
             time.sleep(0.1)
-        end_steps()
+        end_steps(stop)
         assert running.result() == 130
     assert "train_clean_withTrans.py: interrupted; " in log.read_text().splitlines()[-1]
+    with pytest.raises(KeyboardInterrupt):  # none begins after that: a thread may just have been between two steps
+        run_apart("train_clean_withTrans.py", [*words(tmp_path / "later"), *more], log, stop)
+    assert not (tmp_path / "later").exists()
 
 
 def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeypatch):
@@ -320,7 +325,7 @@ def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeyp
         assert ended.wait(30)
 
     monkeypatch.setattr(reproduce, "_run_cell", fake)
-    monkeypatch.setattr(reproduce, "end_steps", ended.set)
+    monkeypatch.setattr(reproduce, "end_steps", lambda stop: ended.set())
     words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--defences", "D-BR", "--jobs", "2"]
     with pytest.raises(KeyboardInterrupt):
         reproduce.main([*words, "--output_root", str(tmp_path)])

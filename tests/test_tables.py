@@ -15,7 +15,7 @@ from conftest import ROOT, load_script
 from PIL import Image
 
 from utils.errors import UserError
-from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, plan
+from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan
 from utils.steps import Step, run
 
 TINY = {
@@ -165,7 +165,7 @@ def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_
     reproduce = load_script("reproduce.py")
     ran, together = [], threading.Barrier(3, timeout=30)
 
-    def fake(cell, steps, resolved, table, quiet=False):
+    def fake(cell, steps, resolved, table, stop, quiet=False):
         assert quiet
         if cell.defences == ["D-BR"]:
             together.wait()  # passes only where three rows run at the same time
@@ -538,3 +538,85 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):
     said = cli("tools/secure_curve.py", "--epochs", "10", "--every", "4", "--output_root", tmp_path)
     assert said.code == 2 and "no multiple of --every 4" in said.err and not any(tmp_path.iterdir())
+
+
+def test_the_committed_records_were_made_by_the_commands_that_are_planned_today():
+    def options(command):  # without places, machine and precision
+        return re.sub(r"\S*/\S*|--(device|precision|data_root|output_root) \S+", "", command).split()
+
+    checked = set()
+    for path in (ROOT / "results/cifar10").glob("*.json"):
+        record = json.loads(path.read_text())
+        cell = one_cell(
+            "cifar10", record["row"], record["scale"], record["seed"], record["defence"], Path("/elsewhere")
+        )
+        planned = [options(step.command) for step in plan(cell)[0].values()]
+        assert planned == [options(command) for command in record["commands"]], path.name
+        checked.add(record["scale"])
+    assert {"cpu", "long", "paper"} <= checked
+
+
+def test_the_picture_has_our_bars_beside_the_papers(results, monkeypatch):
+    module, drawn = load_script("tools/make_tables.py"), []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    paper = pd.read_csv(results / "paper.csv")
+    table, lines, _ = next(module.tables(results, paper))
+    module.picture(results / "x.png", table, paper, lines)
+    axes, names = np.array(drawn[0].axes).reshape(2, 3), list(TABLES["cifar10"])
+    known = {(row, model): (acc, asr) for _, row, model, acc, asr in
+             paper[paper["table"] == "cifar10"][["table", "row", "model", "ACC", "ASR"]].itertuples(index=False)}  # fmt: skip
+    own = {
+        ("SIG", "D-BR"): (77.5, 1.0),
+        ("CL", "D-BR"): (92.5, 0.0),
+        ("CL", "D-ST"): (90.5, 1.5),
+        ("SIG", "backdoored"): (79.5, 99.0),
+    }
+    for column, model in enumerate(("backdoored", "D-BR", "D-ST")):
+        for line in (0, 1):
+            theirs, ours = ([bar.get_height() for bar in bars] for bars in axes[line, column].containers)
+            assert theirs == [known[name, model][line] for name in names]
+            for name in names:
+                if (name, model) in own:
+                    assert ours[names.index(name)] == pytest.approx(own[name, model][line])
+        assert axes[0, column].get_title() == model
+
+
+@pytest.mark.parametrize(("defence", "best"), [("D-BR", 2), ("D-ST", 3)])
+def test_the_papers_selection_is_the_highest_acc_less_asr_in_br_and_the_highest_acc_in_st(
+    defence, best, tmp_path, monkeypatch
+):
+    module, written = load_script("reproduce.py"), {}
+    monkeypatch.setattr(module, "write_cell", lambda path, cell, inputs, **content: written.update(content))
+
+    def step(name, rows=None):
+        (tmp_path / name).mkdir()
+        record = tmp_path / name / "options.json"
+        content = {"options": {"precision": "float32"}, "data": {"source": "x", "train": {"samples": 400}}}
+        record.write_text(json.dumps(content))
+        if rows is not None:
+            pd.DataFrame(rows).to_csv(tmp_path / name / "log.csv", index=False)
+        options = lambda: SimpleNamespace(choose="last", device="cpu", log=tmp_path / name / "log.csv")  # noqa: E731
+        return SimpleNamespace(output=tmp_path / name / "out.json", record=record, options=options)
+
+    def row(epoch, whole, paper, asr):
+        return {"epoch": epoch, "ACC": whole, "ACC_paper": paper, "ASR": asr, "R_ACC": 7.0}
+
+    rows = [row(-1, 99, 99, 0), row(0, 95, 80, 60), row(1, 70, 75, 5), row(2, 80, 85, 50), row(3, 60, 60, 0)]
+    steps = {"train_attack_withTrans": step("a", [row(0, 90, 91, 100)]), "separate_samples": step("b")}
+    (tmp_path / "b/detection.json").write_text("{}")
+    if defence == "D-BR":
+        steps["unlearn_relearn"] = step("c", rows)
+    else:
+        steps |= {"train_classifier": step("c", rows), "test": step("d")}
+        (tmp_path / "d/out.json").write_text(json.dumps(row(3, 60, 60, 0)))
+    cell = SimpleNamespace(
+        defences=[defence], device="cpu", precision="bfloat16", row="CL", preset="cpu", seed=0, variant_name=""
+    )
+    resolved = SimpleNamespace(dataset="cifar10", poison_rate=0.1, model="resnet10")
+    module._record_cell(tmp_path / "x.json", cell, steps, resolved, {})
+    assert written["paper_selection"] == {
+        "epoch": best,
+        **{name: rows[best][name] for name in ("ACC", "ACC_paper", "ASR", "R_ACC")},
+    }
+    assert written["before"]["ACC"] == 90 and written["after"]["ASR"] == 0 and written["rule"] == "last epoch"
+    assert written["precision"] == "float32"  # the step was there already, from a run in that
