@@ -1,5 +1,6 @@
 """A user's mistake ends in one line, exit code 2, and nothing on disk changed."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -446,3 +447,26 @@ def test_an_extractor_of_other_samples_is_refused(option, words, pipeline, cli):
         "ST/train_classifier.py", *words(pipeline), f"--{option}", value, "--ckpt", pipeline / EXTRACTOR / "last.pth"
     )
     assert result.code == 2 and f"--{option} {held}, but this step was asked for --{option} {value}" in result.err
+
+
+def test_two_unlearnings_at_once_do_not_share_a_log(copy, words, cli):
+    log = copy / "both.csv"
+    with open(log.with_name(".both.csv.lock"), "w") as held:  # as the other run holds it
+        fcntl.flock(held, fcntl.LOCK_EX)
+        places = ["--checkpoint_save", copy / "b.tar", "--log", log]
+        refused(cli("unlearn_relearn.py", *words(copy), "--epochs", 1, "--batch_size", 16, *places), "is writing", log)
+    assert not (copy / "b.tar").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "value"),
+    [
+        ("calculate_gamma.py", "--checkpoint_load", "."),
+        ("unlearn_relearn.py", "--checkpoint_save", "/"),
+        ("unlearn_relearn.py", "--log", "x" * 300),
+        ("audit_dataset.py", "--write_clean", "x" * 300),
+        ("reproduce.py", "--verify", "x" * 300),
+    ],
+)
+def test_names_that_no_file_can_have_are_refused(script, option, value, cli):
+    refused(cli(script, option, value), option, "name")

@@ -10,9 +10,11 @@ from conftest import run_cli
 from test_pipeline import CLASSIFIER, SAMPLES, WITH_TRANS, same_weights, weights
 
 from models import build_model
+from utils import run as life
 from utils.dataloader_bd import Normalize
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError
+from utils.files import sha256
 from utils.validation import HeldOut, best_epoch, is_best
 
 
@@ -244,3 +246,29 @@ def test_of_equal_epochs_the_first_is_kept_as_it_is_chosen():
             kept.append(epoch)
         history.append(row)
     assert kept == [0, 1] and kept[-1] == best_epoch(history, "a") == 1
+
+
+def test_a_run_that_is_killed_while_it_keeps_the_chosen_epoch_goes_on_to_the_same(copy, words, monkeypatch):
+    more = [*words(copy), "--batch_size", 16, "--lr", 0.01, "--ascent_bound", 3, "--choose", "forgotten", "--epochs", 2]
+
+    def places(name):
+        return ["--checkpoint_save", copy / f"{name}.tar", "--log", copy / f"{name}.csv"]
+
+    do(("unlearn_relearn.py", *more, *places("whole")))
+    kept, write, written = torch.load(copy / "whole_forgotten.tar", weights_only=True), life.write_together, []
+    assert kept["epoch"] == 1  # so that the second epoch replaces the first one's
+
+    def stopped(files):
+        written.extend(path.name for path in files if path.suffix == ".tar")
+        if len(written) == 4:  # of two checkpoints an epoch
+            raise KeyboardInterrupt
+        return write(files)
+
+    monkeypatch.setattr(life, "write_together", stopped)
+    assert run_cli("unlearn_relearn.py", *more, *places("own")) == 130
+    monkeypatch.undo()
+    do(("unlearn_relearn.py", *more, *places("own"), "--checkpoint_load", copy / "own.tar"))
+    for kind in ("", "_forgotten"):
+        assert same_weights(copy / f"own{kind}.tar", copy / f"whole{kind}.tar"), kind
+    record = json.loads((copy / "own.json").read_text())
+    assert all(sha256(copy / name) == digest for name, digest in record["outputs"].items())

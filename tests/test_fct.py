@@ -361,3 +361,13 @@ def test_where_a_gamma_given_by_hand_lies_beyond_the_ratio_all_values_equal_to_i
     flags = separate(values, 1.0, 3.0, 0.2, 0.05, 0)  # 20 lie below, 5 above: as many as the ratios give
     assert [(flags[values == value] == 0).mean() for value in range(5)] == [1, 1, 0, 0, 0]
     assert [(flags[values == value] == 2).mean() for value in range(5)] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("count", [20, 60])
+def test_a_network_that_has_collapsed_has_fct_zero_in_bfloat16_too(count):
+    model = build_model("resnet10", "fashion", 10)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    fct, norms = compute_fct(model, np.zeros((count, 32, 32, 3), np.uint8), SPEC, runtime)
+    assert not fct.any() and not norms.any()

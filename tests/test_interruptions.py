@@ -17,6 +17,7 @@ from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_
 
 from utils import run as life
 from utils.files import csv_writer
+from utils.steps import Step as Command
 
 RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
 EXTRACTOR = EXTRACTOR.replace("bsz_64", "bsz_32")
@@ -243,6 +244,9 @@ def test_a_step_stopped_while_it_replaces_the_earlier_result_goes_on(epochs, sta
     monkeypatch.undo()
     newest = root / folder / "unfinished/2.tar"
     assert newest.exists() and moved == [root / folder / "0.tar"]
+    record, words_of_step = root / folder / "options.json", [str(word) for word in words[1:]]
+    step = Command(words[0], words_of_step, record.with_name("2.tar"), record, [])
+    assert step.interrupted_at()[0] == newest  # so that reproduce.py does not train it anew
     assert run_cli(*words, "--epochs", epochs, "--checkpoint_load", newest) == 0
     assert all(same_content(root / folder / f"{epoch}.tar", after / folder / f"{epoch}.tar") for epoch in range(3))
     assert not (root / folder / "unfinished").exists()

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_cli
 from test_bad_input import refused
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
+from utils import manifest as manifest_module
 from utils.files import sha256
 
 MANIFESTS = [
@@ -86,3 +88,9 @@ def test_the_committed_results_are_what_their_manifests_tell_of(cli, tmp_path):
     written = [json.loads(path.read_text())["outputs"] for path in (ROOT / "results").glob("*_manifest.json")]
     assert len(written) == 3 and all(len(outputs) == 3 for outputs in written)
     assert said.code == 0 and "9 files are" in said.out and "not here" in said.out
+
+
+def test_of_several_processes_the_first_alone_looks_at_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "leads", lambda: False)
+    manifest_module.write_options(tmp_path / "x.json", SimpleNamespace(), outputs=[tmp_path / "not there yet"])
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_all, run_cli
 
-from utils import figures, poisoning
+from utils import fct, figures, poisoning
+from utils.files import sha256
 
 NO_TRANS = "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger"
 TUNED = "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
@@ -268,3 +269,21 @@ def test_the_same_seed_gives_the_same_files_at_any_batch_size_of_inference(pipel
 def test_gamma_says_how_many_samples_lie_beyond_each(copy, words, cli):
     said = cli("calculate_gamma.py", *words(copy), "--clean_ratio", 0.3, "--poison_ratio", 0.1).out
     assert "120 of 400 samples have FCT <= gamma_low, 40 have FCT >= gamma_high" in said
+
+
+def test_values_are_of_the_network_they_were_computed_with_though_its_file_is_replaced_meanwhile(
+    copy, words, cli, monkeypatch
+):
+    path, compute = copy / TUNED / "1.tar", fct.compute_fct
+    digest = sha256(path)
+
+    def replaced(*given, **named):
+        other = (copy / TUNED / "0.tar").read_bytes()
+        path.unlink()
+        path.write_bytes(other)
+        return compute(*given, **named)
+
+    monkeypatch.setattr(fct, "compute_fct", replaced)
+    assert cli("calculate_consistency.py", *words(copy), "--overwrite").code == 0
+    record = json.loads((copy / TUNED / "1_fct.json").read_text())
+    assert record["inputs"] == {"1.tar": digest} != {"1.tar": sha256(path)}

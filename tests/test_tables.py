@@ -69,7 +69,9 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     assert lines["defence"].tolist() == ["D-BR", "D-ST"]
     assert lines["ASR"].tolist() == [cell["after"]["ASR"], secure["after"]["ASR"]]
 
+    (out / "cifar10.csv").unlink()  # as where a run was killed between a record and the table
     again = cli("reproduce.py", *words)
+    assert pd.read_csv(out / "cifar10.csv").equals(lines)
     assert again.code == 0 and again.out.count("is there already") == 2 and "] python" not in again.out
     other = cli("reproduce.py", *words, "--precision", "float32")
     assert other.code == 2 and "made by other commands" in other.err and "--overwrite" in other.err

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
@@ -275,6 +276,9 @@ def test_tau_shrink_is_pillows_resize_and_torchvisions_mirrored_padding(size):
 
     expected = torch.stack([on_pil(image, slow) for image in images])
     assert (found.int() - expected.int()).abs().max() <= 1  # Pillow computes in whole numbers
+    exact = F.interpolate(images.double(), [size - 2 * margin] * 2, mode="bilinear", antialias=True)
+    exact = F.pad((exact + 0.5 + 1e-9).floor(), [margin] * 4, mode="reflect")
+    assert torch.equal(found, exact.to(torch.uint8))  # what lies halfway goes up, whatever a processor rounds
 
 
 def test_tau_applies_its_second_part_to_the_result_of_its_first():

@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from test_bad_input import refused, snapshot
 
-from utils import own_data
+from utils import files, own_data
 from utils.datasets import DATASETS, load_dataset
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -235,3 +235,14 @@ def test_too_few_images_are_told_before_any_training(cli, tmp_path):
     )
     refused(said, "too few")
     assert not (tmp_path / "report").exists() and not list(tmp_path.glob("o/**/*.tar"))
+
+
+def test_what_a_killed_copy_left_is_removed_by_the_next_one(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f".copy.{files._HERE}-{gone.pid}-abc.tmp"
+    left.mkdir()
+    (left / "image.png").write_bytes(b"x")
+    with files.new_folder(tmp_path / "copy", "--write_clean") as staging:
+        assert staging.name.startswith(f".copy.{files._HERE}-{os.getpid()}-")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
