@@ -48,7 +48,7 @@ def run_script(main):
             # Where the first has met the same mistake, it ends and torchrun stops the others, which have nothing to say. Else
             # the mistake is this process's own.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(GRACE)
+            time.sleep(2 * GRACE)  # one for what the first says, one for its end
             print(f"{name}: error: process {os.environ['RANK']}: {' '.join(str(error).split())}", file=aloud)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):

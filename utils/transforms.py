@@ -86,11 +86,10 @@ def shrink(images):
     At 32 pixels: 24, and 4 on each side. Left, right, top and bottom stay what they are.
     """
     side, margin = images.shape[2], images.shape[2] // 8
-    small = F.interpolate(
-        images.float(), size=[side - 2 * margin] * 2, mode="bilinear", antialias=True, align_corners=False
-    )
-    # One value in forty lies halfway between two levels: up, by more than what devices round differently.
-    small = (small + 0.5 + 1e-3).floor().clamp(0, 255).to(torch.uint8)
+    exact = images.to(exact_device(images.device), torch.float64)
+    small = F.interpolate(exact, size=[side - 2 * margin] * 2, mode="bilinear", antialias=True, align_corners=False)
+    # At 32 pixels one value in forty lies halfway between two levels: up, by more than what devices round differently.
+    small = (small + 0.5 + 1e-6).floor().clamp(0, 255).to(images.device, torch.uint8)
     return F.pad(small, [margin] * 4, mode="reflect")
 
 
