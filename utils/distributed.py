@@ -6,6 +6,7 @@ batch whatever its form; batch statistics are of the whole batch too. K processe
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,8 @@ def join(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first decodes a large folder; of one that is gone they hear at once.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
         dist.barrier()  # one that ends at once, by a mistake, must not end while another is still on its way here
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
