@@ -12,7 +12,8 @@ from pretend import pretended
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, same_weights
 
 from models.resnet import WideConv
-from utils import checkpoints, engine
+from utils import engine
+from utils import run as life
 from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # here it is copied
@@ -61,7 +62,7 @@ def train_there(words, root, epochs):
 
 def test_the_next_epoch_is_trained_while_a_checkpoint_is_written(words, tmp_path, monkeypatch):
     goes_on, begun = threading.Event(), []
-    train_epoch, writer = engine.train_epoch, checkpoints.tensor_writer
+    train_epoch, writer = engine.train_epoch, life.tensor_writer
 
     def begin(*arguments):
         begun.append(arguments)
@@ -74,7 +75,7 @@ def test_the_next_epoch_is_trained_while_a_checkpoint_is_written(words, tmp_path
         return writer(content)
 
     monkeypatch.setattr(engine, "train_epoch", begin)
-    monkeypatch.setattr(checkpoints, "tensor_writer", wait)
+    monkeypatch.setattr(life, "tensor_writer", wait)
     with pretended(monkeypatch):
         assert train_there(words, tmp_path, 2) == 0
     first, second = (torch.load(tmp_path / NO_TRANS / f"{epoch}.tar", weights_only=True) for epoch in (0, 1))
@@ -85,7 +86,7 @@ def test_the_next_epoch_is_trained_while_a_checkpoint_is_written(words, tmp_path
 @pytest.mark.parametrize("epochs", [2, 4])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(epochs, words, tmp_path, monkeypatch, capsys):
     """The second, which is the last of the run or not."""
-    writer, written = checkpoints.tensor_writer, []
+    writer, written = life.tensor_writer, []
 
     def fails(content):
         written.append(content)
@@ -93,7 +94,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(epochs, words, tmp_pat
             raise UserError("the disk is full")
         return writer(content)
 
-    monkeypatch.setattr(checkpoints, "tensor_writer", fails)
+    monkeypatch.setattr(life, "tensor_writer", fails)
     with pretended(monkeypatch):
         assert train_there(words, tmp_path, epochs) == 2
     assert "error: the disk is full" in capsys.readouterr().err and len(written) == 2
