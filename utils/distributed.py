@@ -4,6 +4,7 @@ Every process takes its part of each batch, and what the network gives is gather
 batch whatever its form; batch statistics are of the whole batch too. K processes then give what one gives, but for rounding.
 """
 
+import inspect
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -157,8 +158,10 @@ class Parallel:
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SharedBatchNorm  # the weights and their names stay
         self.network, self._total, self._views = network, None, 1
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
         self._entry = DistributedDataParallel(
-            _Entry(network), broadcast_buffers=False, find_unused_parameters=unused,
+            _Entry(network), **{buffers: False}, find_unused_parameters=unused,
             device_ids=[device] if device.type == "cuda" else None,
         )  # fmt: skip
 
