@@ -122,14 +122,11 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
-    by = "FCT"
+    by, order = "FCT", fct
+    if opt.poison_order:
+        by = shown(opt.poison_order)
+        order = load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
     if opt.poison_classes or opt.poison_order:
-        order = fct
-        if opt.poison_order:
-            by, order = (
-                shown(opt.poison_order),
-                load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR"),
-            )
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         among = of_classes(poisoned.labels, classes, opt.poison_ratio)
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
