@@ -11,9 +11,9 @@ import numpy as np
 
 from utils import args
 from utils.errors import UserError, require_file, run_script
-from utils.fct import as_written, fct_path, saved_or_new_fct, sd_checkpoint, step_3_record
+from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, step_3_record
 from utils.files import json_writer, sha256, write_together
-from utils.manifest import write_options
+from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
 from utils.paths import separated_folder, shown
 from utils.poisoning import poison_training_set

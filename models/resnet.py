@@ -127,6 +127,11 @@ class ResNet(torchvision.models.ResNet):
         return self.fc(self.features(x))
 
 
+def _stem(name, size, usual):
+    """The stem of a network for images of ``size`` pixels a side; ``usual``: of those that have none of their own."""
+    return "imagenet" if size >= LARGE else MODELS[name][3] or usual
+
+
 class SupConResNet(nn.Module):
     """Encoder and two-layer projection head to 128 numbers of length one (Khosla et al. 2020, section 3.1).
 
@@ -135,8 +140,7 @@ class SupConResNet(nn.Module):
 
     def __init__(self, name, size=32):
         super().__init__()
-        stem = "imagenet" if size >= LARGE else MODELS[name][3] or "plain"
-        self.encoder = ResNet(name, num_classes=1, stem=stem)
+        self.encoder = ResNet(name, num_classes=1, stem=_stem(name, size, "plain"))
         size = self.encoder.feature_size
         self.encoder.fc = nn.Identity()
         self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(inplace=True), nn.Linear(size, 128))
@@ -160,6 +164,4 @@ def build_model(name, dataset, num_classes, size=32):
     Returns:
         A `ResNet` on the CPU, with weights drawn from torch's global generator.
     """
-    of_data = "plain" if dataset == "cifar100" else "pool"
-    stem = "imagenet" if size >= LARGE else MODELS[name][3] or of_data
-    return ResNet(name, num_classes, stem)
+    return ResNet(name, num_classes, _stem(name, size, "plain" if dataset == "cifar100" else "pool"))

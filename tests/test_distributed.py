@@ -20,7 +20,7 @@ from utils import distributed
 from utils.distributed import SharedBatchNorm, device_of
 
 
-def on_two(script, *words, log, count=2):
+def on_several(script, *words, log, count=2):
     """Run a script as torchrun starts it, in ``count`` processes; return what the first said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +78,7 @@ def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, 
         shutil.copytree(pipeline, root, copy_function=os.link)
         (root / folder / name).unlink(missing_ok=True)
     more = [*more, "--overwrite", "--precision", "float32"]  # rounding alone would hide what differs in bfloat16
-    on_two(script, *words(roots[1]), *more, log=tmp_path / "said")
+    on_several(script, *words(roots[1]), *more, log=tmp_path / "said")
     monkeypatch.setattr("utils.engine.parallel", exact_normalisation)
     monkeypatch.setattr(distributed._Sum, "apply", lambda value: value)
     assert run_cli(script, *words(roots[0]), *more) == 0
@@ -100,10 +100,10 @@ def test_two_processes_measure_and_separate_as_one(copy, pipeline, words, tmp_pa
     shutil.rmtree(copy / SAMPLES)
     for name in ("1_all.txt", "1_fct.json"):
         (copy / TUNED / name).unlink()
-    on_two("calculate_consistency.py", *words(copy), log=tmp_path / "fct")
+    on_several("calculate_consistency.py", *words(copy), log=tmp_path / "fct")
     one, two = (np.loadtxt(root / TUNED / "1_all.txt") for root in (pipeline, copy))
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-7)
-    on_two("separate_samples.py", *words(copy), *RATIOS, log=tmp_path / "sets")
+    on_several("separate_samples.py", *words(copy), *RATIOS, log=tmp_path / "sets")
     for kind in ("clean", "poison", "suspicious"):
         first, second = (np.load(root / SAMPLES / f"{kind}_samples.npy")["index"] for root in (pipeline, copy))
         assert (first == second).all()
@@ -180,11 +180,8 @@ def test_without_torchrun_nothing_is_shared():
 def test_each_process_takes_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    for name, value in {
-        "WORLD_SIZE": 8,
-        "RANK": 7,
-        "LOCAL_RANK": 3,
-    }.items():  # of four a machine, the last of the second
+    # Eight processes, four a machine, the last of the second.
+    for name, value in {"WORLD_SIZE": 8, "RANK": 7, "LOCAL_RANK": 3}.items():
         monkeypatch.setenv(name, str(value))
     assert [device_of(name) for name in ("auto", "cuda", "cpu", "cuda:1")] == ["cuda:3", "cuda:3", "cpu", "cuda:1"]
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -197,7 +194,7 @@ def test_three_processes_on_data_of_the_users_own_that_was_never_decoded(fashion
     common = ["--dataset", "folder", "--data_root", tmp_path / "data", "--model", "resnet10", "--precision", "float32"]
     more = [*common, "--epochs", 1, "--batch_size", 199]
     folder = "saved/backdoored_model/poison_rate_unknown/withTrans/folder_data/resnet10/unknown"
-    on_two("train_attack_withTrans.py", *more, "--output_root", tmp_path / "three", log=tmp_path / "said", count=3)
+    on_several("train_attack_withTrans.py", *more, "--output_root", tmp_path / "three", log=tmp_path / "said", count=3)
     monkeypatch.setattr("utils.engine.parallel", exact_normalisation)
     monkeypatch.setattr(distributed._Sum, "apply", lambda value: value)
     assert run_cli("train_attack_withTrans.py", *more, "--output_root", tmp_path / "one") == 0
@@ -211,7 +208,7 @@ def test_a_state_dict_cleaned_by_two_processes_has_its_own_names(copy, words, tm
     torch.save(network.state_dict(), tmp_path / "theirs.pth")
     more = ["--model", "squeezenet1_1", "--samples", copy / SAMPLES, "--checkpoint_load", tmp_path / "theirs.pth"]
     own = [word for word in words(copy) if word not in ("--model", "resnet10")]
-    on_two("unlearn_relearn.py", *own, *more, *RATIOS, "--epochs", 1, "--batch_size", 16, log=tmp_path / "said")
+    on_several("unlearn_relearn.py", *own, *more, *RATIOS, "--epochs", 1, "--batch_size", 16, log=tmp_path / "said")
     cleaned = torch.load(tmp_path / "theirs_unlearn_purify.pth", weights_only=True)
     network.load_state_dict(cleaned)
 

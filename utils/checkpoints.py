@@ -1,4 +1,4 @@
-"""Checkpoints that say what they were made with, and the record of a training run."""
+"""Checkpoints that say what they were made with: read, and refused where they do not fit."""
 
 import math
 

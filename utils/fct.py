@@ -16,7 +16,7 @@ from utils.dataloader_bd import Normalize, fetch, hold
 from utils.distributed import gather, part
 from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
-from utils.manifest import is_other, write_options
+from utils.manifest import as_written, is_other, write_options
 from utils.paths import backdoored_folder, shown
 from utils.progress import progress
 from utils.seeding import generator
@@ -193,12 +193,6 @@ def step_3_record(path, opt):
             settings["precision"] = "float32"
     fits = wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
     return record if fits else None
-
-
-def as_written(record, file):
-    """Whether the ``file`` is there as the run wrote it whose ``record`` (dict) lies beside it."""
-    digest = record.get("outputs", {}).get(file.name)
-    return digest is not None and file.is_file() and sha256(file) == digest
 
 
 def fct_path(path, kind):

@@ -97,6 +97,12 @@ def is_other(record, kind, path):
     return digest is not None and digest != sha256(path)
 
 
+def as_written(record, path):
+    """Whether the file ``path`` is there as the run wrote it whose record (dict) lies beside it; False where that does not name it."""
+    named = record.get("outputs", {}).get(path.name) is not None
+    return named and path.is_file() and not is_other(record, "outputs", path)
+
+
 def verify(folder):
     """Hold every file that the manifests in and below ``folder`` name, and the manifests that these build on, against its
     SHA-256.
