@@ -1,5 +1,7 @@
 """Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import choose_runtime
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.images import list_images, name_below, whole_rows
 
 
 def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashion):
@@ -120,6 +123,21 @@ def test_traffic_signs_come_from_torchvisions_files_too(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.datasets.listing_digest", lambda folder, files: "any")
     dataset = load_dataset("gtsrb", tmp_path)
     assert (dataset.train_images == [0, 0, 255]).all() and dataset.test_labels.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("root", ["/somewhere/data", ".", "data/"])
+def test_files_are_listed_by_their_names_below_the_folder(tmp_path, monkeypatch, root):
+    root = Path(root.replace("/somewhere", str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.png", "b/1.PNG", "a/images/0.jpg", "a/left_out.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_bytes(b"x")
+    files, labels, names = list_images(root / "train")
+    assert (labels.tolist(), names) == ([0, 1, 1], ["a", "b"])
+    wanted = ["train/a/images/0.jpg", "train/b/1.PNG", "train/b/2.png"]
+    assert [name_below(root, file) for file in files] == wanted
+    assert [Path(file).relative_to(root) for file in files] == [Path(name) for name in wanted]
+    assert whole_rows(root, files, wanted[1:2]).tolist() == [0, 2]
 
 
 def test_tiny_imagenet_is_read_as_it_is_handed_out(tmp_path):

@@ -438,6 +438,21 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def bars(table, title):
+    """A figure of the ratios, with their least and largest, in the table (a DataFrame as --out has it)."""
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(table) + 1.2), layout="constrained")
+    places = np.arange(len(table))[::-1]
+    axis.barh(places, table["ratio"], color="#3b6fb6")
+    errors = [table["ratio"] - table["ratio_least"], table["ratio_most"] - table["ratio"]]
+    axis.errorbar(table["ratio"], places, xerr=np.clip(errors, 0, None), fmt="none", color="black", capsize=3)
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(places, table["stage"])
+    axis.set_xlabel("times as fast as the plain code (logarithmic)")
+    axis.set_title(title, fontsize=9)
+    return figure
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     runtime = args.runtime_of(opt)
@@ -452,18 +467,9 @@ def main(argv=None):
     write_rows(opt.out, rounded)
 
     table = pd.DataFrame(lines)
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(table) + 1.2), layout="constrained")
-    places = np.arange(len(table))[::-1]
-    axis.barh(places, table["ratio"], color="#3b6fb6")
-    errors = [table["ratio"] - table["ratio_least"], table["ratio_most"] - table["ratio"]]
-    axis.errorbar(table["ratio"], places, xerr=np.clip(errors, 0, None), fmt="none", color="black", capsize=3)
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_yticks(places, table["stage"])
-    axis.set_xlabel("times as fast as the plain code (logarithmic)")
-    axis.set_title(f"{opt.model}, {runtime}, {hardware(opt.device)}, {os.cpu_count()} processors seen", fontsize=9)
+    title = f"{opt.model}, {runtime}, {hardware(opt.device)}, {os.cpu_count()} processors seen"
     picture = opt.out.with_suffix(".png")
-    save_figure(figure, picture)
+    save_figure(bars(table, title), picture)
     print(f"{len(work.labels)} images, batches of {opt.batch_size}, {rounds} rounds, {runtime}, {hardware(opt.device)}")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"The table is {shown(opt.out)}, the picture {shown(picture)}")

@@ -3,6 +3,7 @@ options."""
 
 import hashlib
 import math
+import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -206,7 +207,7 @@ def _load_torchvision(name, folder, spec):
             if name == "gtsrb":
                 parts = [kind(folder, split=split, download=True) for split in ("train", "test")]
                 # torchvision has no public name for its list of files, which spares decoding them at each start
-                pairs = [[(Path(file), label) for file, label in part._samples] for part in parts]
+                pairs = [[(os.fspath(file), label) for file, label in part._samples] for part in parts]
             else:
                 parts = [kind(folder, train=split, download=True) for split in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -275,7 +276,7 @@ def _list_split(folder, classes):
         labels = [number[name] for _, name in rows]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{listing} does not name a file and one of the classes under train a line ({error})") from None
-    return [folder / "images" / file for file, _ in rows], np.asarray(labels, dtype=np.int64), classes
+    return [os.path.join(folder, "images", file) for file, _ in rows], np.asarray(labels, dtype=np.int64), classes
 
 
 def _load_streamed(name, folder, spec, strict):

@@ -23,6 +23,7 @@ from utils.images import (
     known_of,
     list_images,
     listing_digest,
+    name_below,
     tell_broken,
     whole_rows,
 )
@@ -207,7 +208,7 @@ def _stored(root, split, files, size, cache):
             for start in range(0, len(files), 1024):  # a part at a time, so that memory does not grow
                 some = files[start : start + 1024]
                 for file, image in zip(some, in_threads(attempt, some, None), strict=True):
-                    broken += [os.fspath(file.relative_to(root))] if image is None else []
+                    broken += [name_below(root, file)] if image is None else []
                     target.write(bytes(length) if image is None else image.tobytes())
                 bar.update(len(some))
             bar.close()
