@@ -1,5 +1,7 @@
 """The losses of secure training, usable alone."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -83,32 +85,33 @@ def contrastive(model, inputs, labels, in_clean, loss_of, mask=trusted_mask):
     return loss_of(torch.stack([first, second], 1), mask(labels, in_clean.bool())), {}
 
 
-def classify(model, inputs, labels, in_clean, extractor, poison_weight=0.001):
+def classify(model, inputs, labels, in_clean, extractor, poison_weight=0.001, bound=math.inf):
     """What the classifier is trained on, as an objective of `engine.train_epoch`; the extractor stays as it is.
 
     Args:
         model: maps features float (B, D) to logits (B, K); inputs: float (B, 3, H, W); labels: int64 (B,); in_clean: int64 (B,), 1 for
-        D_c, 0 for D_p; extractor: a `SupConResNet` in evaluation mode; poison_weight: see `mixed_cross_entropy`.
+        D_c, 0 for D_p; extractor: a `SupConResNet` in evaluation mode; poison_weight, bound: see `mixed_cross_entropy`.
     """
     with torch.no_grad():
         features = extractor.features(inputs).float()
     logits = model(features).float()
-    loss = mixed_cross_entropy(logits, labels, in_clean.bool(), poison_weight)
+    loss = mixed_cross_entropy(logits, labels, in_clean.bool(), poison_weight, bound)
     return loss, {"correct": (logits.argmax(1) == labels).sum()}
 
 
-def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001):
+def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001, bound=math.inf):
     """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
 
     Args:
-        logits: float (B, K); labels: int64 (B,); trusted: bool (B,), True for D_c, False for D_p.
+        logits: float (B, K); labels: int64 (B,); trusted: bool (B,), True for D_c, False for D_p; bound: in nats, not in the paper:
+        a sample of D_p whose cross-entropy is above it pushes no further.
 
     Returns:
         Scalar; a set with no sample in the batch adds nothing.
     """
     each = F.cross_entropy(logits, labels, reduction="none")
 
-    def mean(members):
-        return (each * members).sum() / members.sum().clamp(min=1)
+    def mean(values, members):
+        return (values * members).sum() / members.sum().clamp(min=1)
 
-    return mean(trusted) - poison_weight * mean(~trusted)
+    return mean(each, trusted) - poison_weight * mean(each.clamp(max=bound), ~trusted)

@@ -5,6 +5,7 @@ Writes ckpt_epoch_0.pth, ckpt_epoch_1.pth, ... (one an epoch), log.csv and optio
 ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/Linear_.../.
 """
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,10 @@ def get_parser():
     parser.add_argument(
         "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"
     )
+    parser.add_argument(
+        "--ascent_bound", type=args.positive, metavar="NATS",
+        help="not in the paper: a sample of D_p whose cross-entropy is above it pushes no further; default: there is none",
+    )  # fmt: skip
     args.add_samples_option(parser)
     args.add_validation_option(parser, "D_c")
     parser.add_argument(
@@ -103,7 +108,8 @@ def main(argv=None):
     optimizer = runtime.sgd(classifier.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.lr_decay_epochs, opt.lr_decay_rate)
 
-    objective = partial(classify, extractor=extractor, poison_weight=opt.poison_weight)
+    bound = math.inf if opt.ascent_bound is None else opt.ascent_bound
+    objective = partial(classify, extractor=extractor, poison_weight=opt.poison_weight, bound=bound)
 
     def network(images):
         return classifier(extractor.features(images))

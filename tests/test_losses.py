@@ -234,17 +234,23 @@ def test_the_gradient_attracts_a_sample_of_the_class_only_if_it_is_trusted(trust
 
 @pytest.mark.parametrize("members", [[1, 1, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
 @pytest.mark.parametrize("weight", [0.001, 0.5])
-def test_mixed_cross_entropy_equals_a_loop(members, weight):
-    logits, labels = randn(5, 4, seed=2) * 3, torch.tensor([0, 1, 2, 3, 0])
-    sums, counts = [0.0, 0.0], [0, 0]
+@pytest.mark.parametrize("bound", [math.inf, 2.0])
+def test_mixed_cross_entropy_equals_a_loop(members, weight, bound):
+    logits, labels = (randn(5, 4, seed=2) * 3).requires_grad_(), torch.tensor([0, 1, 2, 3, 0])
+    sums, counts, above = [0.0, 0.0], [0, 0], []
     for row, label, member in zip(logits.tolist(), labels.tolist(), members, strict=True):
-        sums[member] += math.log(sum(math.exp(value) for value in row)) - row[label]
+        each = math.log(sum(math.exp(value) for value in row)) - row[label]
+        above.append(not member and each > bound)
+        sums[member] += bound if above[-1] else each
         counts[member] += 1
     poison, clean = (total / max(count, 1) for total, count in zip(sums, counts, strict=True))
-    result = mixed_cross_entropy(logits, labels, torch.tensor(members).bool(), weight)
+    trusted = torch.tensor(members).bool()
+    result = mixed_cross_entropy(logits, labels, trusted, weight, bound)
     assert result.item() == pytest.approx(clean - weight * poison, rel=1e-5)
-    if weight == 0.001:
-        assert mixed_cross_entropy(logits, labels, torch.tensor(members).bool()).item() == result.item()
+    result.backward()  # above the bound a sample of D_p moves nothing
+    assert (logits.grad == 0).all(1).tolist() == above and (bound == math.inf or any(above) or 0 not in members)
+    if weight == 0.001 and bound == math.inf:
+        assert mixed_cross_entropy(logits, labels, trusted).item() == result.item()
 
 
 # What an epoch reports of a loss

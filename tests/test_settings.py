@@ -230,7 +230,7 @@ def test_the_seed_decides_tau_and_the_draw_among_ties(copy, words, cli, monkeypa
 
 def test_the_classifier_is_that_of_a_plain_loop(copy, words):
     more = ["--epochs", 2, "--batch_size", 32, "--learning_rate", 0.05, "--lr_decay_epochs", 1, "--lr_decay_rate", 0.3,
-            "--poison_weight", 0.5, "--weight_decay", 0.01, "--precision", "float32", "--eval_freq", 0]  # fmt: skip
+            "--poison_weight", 0.5, "--ascent_bound", 2.5, "--weight_decay", 0.01, "--precision", "float32", "--eval_freq", 0]  # fmt: skip
     assert run_cli("ST/train_classifier.py", *words(copy), *more) == 0
     folder = CLASSIFIER.replace("lr_0.5_decay_0_", "lr_0.05_decay_0.01_")
     extractor = CPU.place(SupConResNet("resnet10"))
@@ -243,14 +243,16 @@ def test_the_classifier_is_that_of_a_plain_loop(copy, words):
     batches = Batches(
         samples["image"], samples["label"], *settings, augmentation=ContrastiveView(32), extra=samples["flag"]
     )
-    momenta = [torch.zeros_like(value) for value in classifier.parameters()]
+    momenta, held = [torch.zeros_like(value) for value in classifier.parameters()], []
     for epoch, rate in enumerate((0.05, 0.015)):
         for inputs, labels, flags in batches.epoch(epoch):
             with torch.no_grad():
                 features = extractor.features(inputs)
             each = F.cross_entropy(classifier(features), labels, reduction="none")
             of_clean, of_poison = each[flags == 0], each[flags == 2]
-            loss = of_clean.mean() - (0.5 * of_poison.mean() if len(of_poison) else 0)
+            held += (of_poison > 2.5).tolist()
+            pushing = of_poison[of_poison <= 2.5].sum() / max(1, len(of_poison))
+            loss = of_clean.mean() - 0.5 * pushing
             with torch.no_grad():
                 for value, momentum, slope in zip(
                     classifier.parameters(),
@@ -263,6 +265,7 @@ def test_the_classifier_is_that_of_a_plain_loop(copy, words):
     found = weights(copy / folder / "ckpt_epoch_1.pth")
     torch.testing.assert_close(found["weight"], classifier.weight.detach(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found["bias"], classifier.bias.detach(), rtol=1e-3, atol=1e-4)
+    assert any(held) and not all(held)
 
 
 def test_the_temperature_reaches_the_loss_and_the_base_stays(copy, words, monkeypatch):

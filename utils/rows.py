@@ -136,6 +136,7 @@ VARIANTS = {
     },
     "D-ST": {
         "no_ascent": {"train_classifier": "--poison_weight 0"},
+        "bounded": {"train_classifier": "--ascent_bound 10"},
         "authors_mask": {"train_extractor": "--positives authors"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
