@@ -170,7 +170,8 @@ def known_of(cache, digest):
 
 
 def name_below(folder, file):
-    """The path ``file`` (text), as seen from the ``folder`` it was found in."""
+    """The path ``file`` (text), as seen from the ``folder`` it was found in: what `os.path.relpath` gives, without its asking for
+    the current folder twice a file, of which there are many."""
     return file.removeprefix(os.path.join(folder, ""))
 
 
