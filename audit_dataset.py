@@ -6,6 +6,14 @@ features put beside these, else the images of highest FCT. Writes report.html (o
 pictures as PNG, suspects.csv and verdict.json to --out. Exit code 0 whatever the verdict.
 """
 
+import sys
+
+from utils import forked
+
+if __name__ == "__main__":
+    forked.begin(sys.argv)  # what the steps need is imported there while this script imports its own
+
+
 import io
 import os
 import shlex

@@ -11,6 +11,14 @@ With --table the cells of a table (row, defence, seed) are run one after the oth
 not run again; all of them together are <out>/<table>.csv. tools/make_tables.py sets them beside the paper's.
 """
 
+import sys
+
+from utils import forked
+
+if __name__ == "__main__":
+    forked.begin(sys.argv)  # what the steps need is imported there while this script imports its own
+
+
 import re
 import threading
 import time

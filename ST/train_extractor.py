@@ -1,7 +1,7 @@
 """ST step 1: train a secure feature extractor by semi-supervised contrastive learning (paper section 4.2).
 
-Samples of D_c attract the D_c samples of their class; those of D_p and D_u only their own other view. Writes last.pth
-every epoch, ckpt_epoch_<n>.pth every --save_freq epochs, log.csv and options.json to
+Samples of D_c attract the D_c samples of their class (--positives authors: all samples of it); those of D_p and D_u only
+their own other view. Writes last.pth every epoch, ckpt_epoch_<n>.pth every --save_freq epochs, log.csv and options.json to
 ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/SupCon_.../.
 """
 
@@ -58,8 +58,10 @@ def get_parser():
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"
     )
     parser.add_argument(
-        "--positives", choices=tuple(MASKS), default="paper", help="authors: the fault of their mask, for comparison"
-    )
+        "--positives", choices=tuple(MASKS), default="paper",
+        help="paper: samples of D_c attract those of D_c with their label; authors: those of D_p and D_u with it too, as the "
+        "authors' code has it: many more labels, of which some are poisoned",
+    )  # fmt: skip
     args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
     args.add_resume_option(parser)

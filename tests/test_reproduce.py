@@ -1,6 +1,7 @@
 """reproduce.py: the commands of a row, what it skips, and its table; and (slow) what the quickstart must reach."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -270,9 +271,9 @@ def test_an_interrupted_training_of_other_options_or_a_damaged_one_begins_anew(
 # Steps in processes of their own
 
 
-@pytest.mark.parametrize("place", ["linux", "elsewhere"])
-def test_a_step_run_apart_is_the_command_that_is_printed(place, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.steps.sys", SimpleNamespace(platform=place, executable=sys.executable, argv=sys.argv))
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])  # on Linux; elsewhere
+def test_a_step_run_apart_is_the_command_that_is_printed(method, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.forked.context", multiprocessing.get_context(method))
     more = ["--epochs", "1", "--batch_size", "64", "--precision", "float32"]
     assert run_apart("train_clean_withTrans.py", [*words(tmp_path / "apart"), *more], tmp_path / "log") == 0
     said = re.sub("seconds [0-9.]+", "", (tmp_path / "log").read_text())
@@ -282,6 +283,17 @@ def test_a_step_run_apart_is_the_command_that_is_printed(place, words, tmp_path,
     assert re.sub("seconds [0-9.]+", "", done.stdout.replace(str(tmp_path / "typed"), str(tmp_path / "apart"))) == said
     made = [next((tmp_path / name).rglob("0.tar")) for name in ("apart", "typed")]
     assert same_weights(*made)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="steps are forked on Linux")
+@pytest.mark.parametrize(("words", "begun"), [("--row SIG", True), ("--row SIG --dry_run", False), ("--help", False)])
+def test_what_steps_are_forked_from_begins_before_anything_slow_is_imported(words, begun):
+    code = (
+        "import sys; from multiprocessing import forkserver; from utils import forked; forked.begin(sys.argv); "
+        "print(forkserver._forkserver._forkserver_pid is not None, 'torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(begun), "False"], done.stderr
 
 
 @pytest.mark.parametrize("alone", [True, False])

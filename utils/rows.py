@@ -102,6 +102,7 @@ PRESETS["full"] = PRESETS["paper"] | {
     "tau": "--trans1 auto",
     "separate_samples": "--clean_per_class",
     "unlearn_relearn": "--epochs 20 --ascent_bound 10 --choose forgotten",
+    "train_extractor": PRESETS["paper"]["train_extractor"] + " --positives authors",
     "train_classifier": PRESETS["paper"]["train_classifier"] + " --ascent_bound 10",
 }
 # As cpu, but the networks are trained for longer, D_p is of what step 3 finds alike, and the bound stays: for a faster processor,
@@ -139,6 +140,7 @@ VARIANTS = {
         "no_ascent": {"train_classifier": "--poison_weight 0"},
         "bounded": {"train_classifier": "--ascent_bound 10"},
         "authors_mask": {"train_extractor": "--positives authors"},
+        "authors_bounded": {"train_extractor": "--positives authors", "train_classifier": "--ascent_bound 10"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
         "likeness": {"samples": "likeness"},

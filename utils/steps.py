@@ -1,7 +1,6 @@
 """Numbered steps as commands: which of them are done, and running those that are not."""
 
 import importlib.util
-import multiprocessing
 import os
 import re
 import runpy
@@ -12,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import args
+from utils import args, forked
 from utils.checkpoints import NEUTRAL
 from utils.errors import GRACE, UserError
 from utils.files import load_tensors, read_json, read_record, write_json
@@ -116,10 +115,7 @@ _starting = threading.Lock()
 def run_apart(script, words, log=None, stop=None):
     """Run a script of this repository in a process of its own, in the repository's folder; return its exit code. On Linux it is
     forked from one that has torch and the rest imported, which is half of a short step's time. ``log``, ``stop``: see `run`."""
-    # macOS and Windows cannot safely fork after these imports.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "utils.args"])
-    process = context.Process(target=_as_script, args=(ROOT / script, list(map(str, words)), log))
+    process = forked.context.Process(target=_as_script, args=(ROOT / script, list(map(str, words)), log))
     with _starting:
         if stop and stop.is_set():
             raise KeyboardInterrupt
