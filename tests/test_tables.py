@@ -127,18 +127,19 @@ def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_full_scale_is_the_papers_but_for_sd_and_the_bounds(cli, tmp_path):
+def test_the_full_scale_is_the_papers_but_for_sd_the_bounds_and_the_mask(cli, tmp_path):
     words = ["--table", "cifar10", "--rows", "SIG", "--dry_run", "--output_root", tmp_path]
     commands = {}
     for scale in ("paper", "full"):
         said = cli("reproduce.py", *words, "--scale", scale).out.replace(f"{scale}_seed0", "x")
         commands[scale] = {line.split("  # ")[0] for line in said.splitlines() if "python " in line}
     same = {shlex.split(command)[1] for command in commands["paper"] & commands["full"]}
-    assert same.issuperset(["train_attack_noTrans.py", "train_attack_withTrans.py", "ST/train_extractor.py"])
+    assert same.issuperset(["train_attack_noTrans.py", "train_attack_withTrans.py", "ST/test.py"])
     own = " ".join(commands["full"] - commands["paper"])
     br = "--epochs 20 --ascent_bound 10 --choose forgotten"
     st = "--epochs 10 --learning_rate 5 --batch_size 512 --ascent_bound 10"
-    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", br, st))
+    extractor = "--cosine --save_freq 20 --batch_size 512 --positives authors"
+    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", br, extractor, st))
     assert "finetune" not in " ".join(commands["full"])
 
 

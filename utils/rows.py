@@ -130,6 +130,7 @@ VARIANTS = {
         "relearn_only": {"unlearn_relearn": "--passes relearn"},
         "no_bound": {"unlearn_relearn": "--ascent_bound 100 --bound_growth 1"},
         "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
+        "drop_doubtful": {"unlearn_relearn": "--drop_doubtful"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
