@@ -330,6 +330,14 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
     assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 6
 
 
+@pytest.mark.parametrize("setting", ["", "rate_0.01", "resnet18_nopool"])
+def test_a_variants_name_and_its_setting_are_told_apart(setting):
+    split_variant = load_script("tools/make_tables.py").split_variant
+    for defence, variants in VARIANTS.items():
+        for name in ["", *variants]:
+            assert split_variant("_".join(filter(None, [setting, name])), defence) == (setting, name)
+
+
 def test_the_readme_gets_the_tables_between_its_markers_and_nothing_else(results, cli, tmp_path):
     readme = tmp_path / "README.md"
     middle = "".join(f"<!-- table {name} -->\nold\n<!-- /table {name} -->\nkept {name}\n" for name in TABLES)

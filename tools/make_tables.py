@@ -94,11 +94,10 @@ def rule_of(part, model):
 
 def split_variant(variant, defence):
     """A record's variant as its setting (another poison rate, another network; "" for the table's own) and its name in
-    `rows.VARIANTS` ("" for the defence as it is)."""
-    for name in VARIANTS[defence]:
-        if variant == name or variant.endswith(f"_{name}"):
-            return variant.removesuffix(name).removesuffix("_"), name
-    return variant, ""
+    `rows.VARIANTS` ("" for the defence as it is), the longest that fits: "authors_bounded" is not "bounded" of "authors"."""
+    fitting = (name for name in VARIANTS[defence] if f"_{variant}".endswith(f"_{name}"))
+    name = max(fitting, key=len, default="")
+    return variant.removesuffix(name).removesuffix("_"), name
 
 
 def ablations(results):

@@ -96,7 +96,7 @@ PRESETS = {
     },
 }
 # The paper's network and epochs with our SD, for its step 2 and its tau lose most rows (README: figure 3), a bound to either ascent,
-# and the epoch in which the backdoor is farthest away (results/paper.md).
+# the epoch in which the backdoor is farthest away, and the extractor's mask as the authors' code has it (results/paper.md).
 PRESETS["full"] = PRESETS["paper"] | {
     "finetune_attack_noTrans": "",
     "tau": "--trans1 auto",
