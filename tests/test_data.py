@@ -1,5 +1,6 @@
 """Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import choose_runtime
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.images import list_images, name_below, whole_rows
+from utils.images import in_threads, list_images, name_below, whole_rows
 
 
 def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashion):
@@ -138,6 +139,16 @@ def test_files_are_listed_by_their_names_below_the_folder(tmp_path, monkeypatch,
     assert [name_below(root, file) for file in files] == wanted
     assert [Path(file).relative_to(root) for file in files] == [Path(name) for name in wanted]
     assert whole_rows(root, files, wanted[1:2]).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(("size", "others"), [(1000, False), (50_000, True)], ids=["small", "large"])
+def test_threads_read_what_is_not_small_and_the_order_stays(tmp_path, size, others):
+    files = [tmp_path / f"{number}.bin" for number in range(20)]
+    for file in files:
+        file.write_bytes(bytes(size))
+    found = in_threads(lambda file: (file, threading.current_thread()), files, None)
+    assert [file for file, _ in found] == files
+    assert {thread is threading.main_thread() for _, thread in found} == {not others}
 
 
 def test_tiny_imagenet_is_read_as_it_is_handed_out(tmp_path):

@@ -225,6 +225,14 @@ def test_every_variant_changes_its_defences_commands(cli, tmp_path):
             assert last not in base
 
 
+def test_variants_that_begin_alike_share_an_extractor(cli, tmp_path):
+    words = ["--table", "cifar10", "--rows", "CL", "--defences", "D-ST", "--output_root", tmp_path, "--dry_run"]
+    said = cli("reproduce.py", *words, "--ablations", "authors_mask", "authors_bounded", "bounded").out
+    extractors = [line for line in said.splitlines() if "ST/train_extractor.py" in line]
+    assert ["--positives authors" in line for line in extractors] == [True, False]
+    assert said.count("ST/train_classifier.py") == said.count("ST/test.py") == 3
+
+
 def test_changed_puts_options_in_the_place_of_those_that_are_there():
     assert changed(["--a", "1", "--b", "2", "3", "--c"], "--b 4 --d") == ["--a", "1", "--c", "--b", "4", "--d"]
     assert changed(["--lr", "0.1"], "") == ["--lr", "0.1"]

@@ -16,6 +16,9 @@ from utils.files import read_json, write_json
 # A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+# Bytes; a JPEG of 64x64 pixels has some 2 000. Two threads take 1.3 to 2 times the processor time of one for images of 32x32
+# pixels, and 16 of them, on 16 cores, took 50 s for CIFAR-10's 60 000; from 256x256 on threads cost nothing.
+SMALL = 4096
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -117,9 +120,17 @@ def _eight_bits(image):
 
 
 def in_threads(function, files, title):
-    """``function`` of every file, in order, with a progress bar where there is a ``title``."""
+    """``function`` of every file, in order, with a progress bar where there is a ``title``. Small files are read one
+    after the other: decoding them is mostly Python, for which threads wait for each other."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, files), title, len(files), unit=" images", disable=None if title else True))
+        results = (map if _small(files) else pool.map)(function, files)
+        return list(tqdm(results, title, len(files), unit=" images", disable=None if title else True))
+
+
+def _small(files):
+    """Whether the first of ``files`` have less than `SMALL` bytes on average."""
+    sizes = [os.path.getsize(file) for file in files[:100] if os.path.isfile(file)]
+    return sum(sizes) < SMALL * len(sizes)
 
 
 def broken_files(folder, files, cache, title):

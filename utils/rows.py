@@ -318,10 +318,10 @@ class _Row:
     def add_secure(self, name, output, needs):
         """A training of ST, which names its folder by its own options; its ``output`` (a name) there, as a path."""
         words, root, chosen = self.words, self.resolved.output_root, self.chosen
-        of_classifier = not {"samples", "train_extractor"} & self.changes.keys()
-        shared = name == "train_extractor" and of_classifier
-        if self.opt.variant and not shared:  # what is different has a folder of its own
-            root = root / f"D-ST_{self.opt.variant}"
+        until = {key: more for key, more in self.changes.items() if name != "train_extractor" or key != "train_classifier"}
+        if until:  # what is different has a folder of its own, which variants that begin alike share
+            owner = next(variant for variant, changes in VARIANTS["D-ST"].items() if changes in (until, self.changes))
+            root = root / f"D-ST_{owner}"
             chosen = ["--samples", typed(separated_folder(self.resolved) / self.changes.get("samples", ""))]
             words = changed(words, f"--output_root {shlex.quote(typed(root))}")
         more = changed(self.preset[name], self.changes.get(name, ""))
