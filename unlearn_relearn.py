@@ -23,7 +23,7 @@ from utils.distributed import leads, rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
+from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, forgotten, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
@@ -78,6 +78,10 @@ def get_parser():
         help="not in the paper: an epoch's descent leaves out the samples of D_c that its ascent took along with D_p",
     )  # fmt: skip
     parser.add_argument(
+        "--drop_relearnt", action="store_true",
+        help="not in the paper: an epoch's ascent leaves out the samples of D_p that the descent before it has brought back",
+    )  # fmt: skip
+    parser.add_argument(
         "--choose", choices=("last", "forgotten"), default="last",
         help="which epoch's model is the result; forgotten: of that after which the network knows D_p least, "
         "<checkpoint_save>_forgotten.tar. Neither test set nor ground truth is asked. Not in the paper",
@@ -124,10 +128,12 @@ def bound_of(opt, history, classes):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
-        raise UserError(
-            "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
-        )
+    for name, what in (
+        ("drop_doubtful", "descent leaves out after an ascent"),
+        ("drop_relearnt", "ascent leaves out after a descent"),
+    ):
+        if getattr(opt, name) and set(opt.passes) != {"unlearn", "relearn"}:
+            raise UserError(f"--{name} says what the {what}; give both --passes, or leave it out")
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
     path, checkpoint, plain = load_start(opt)
@@ -178,6 +184,7 @@ def main(argv=None):
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
+    left = known(model, to_unlearn, runtime)  # of D_p: what of the ascents so far has outlived the descents
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         refuse_lost_choice(choices, checkpoint["history"], path)
@@ -185,7 +192,7 @@ def main(argv=None):
     else:
         first = run.start()
         measures = {
-            "loss_Dp_after": known(model, to_unlearn, runtime).mean().item(),
+            "loss_Dp_after": left.mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
         }
         run.history.append({"epoch": -1, **measures})
@@ -201,7 +208,11 @@ def main(argv=None):
         if "unlearn" in opt.passes:
             bound = bound_of(opt, run.history, spec.num_classes)
             ascent = partial(negative_cross_entropy, bound=bound)
-            up = train_epoch(model, to_unlearn, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
+            taken = to_unlearn
+            if opt.drop_relearnt:
+                stays = forgotten(left, spec.num_classes)
+                taken, row["unlearnt"] = to_unlearn.only(torch.where(stays)[0]), int(stays.sum())
+            up = train_epoch(model, taken, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
             row |= {"bound": bound} if opt.bound_growth > 1 else {}
@@ -218,8 +229,8 @@ def main(argv=None):
             for name, (held_out, images) in (("val_acc_Dc", held_out_of_Dc), ("val_acc_Dp", held_out_of_Dp)):
                 row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
-        # What of the ascent outlives the descent.
-        row["loss_Dp_after"] = known(model, to_unlearn, runtime).mean().item()
+        left = known(model, to_unlearn, runtime)
+        row["loss_Dp_after"] = left.mean().item()
         chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
         if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))

@@ -207,6 +207,38 @@ def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline,
     refused(cli("unlearn_relearn.py", *words), "--drop_doubtful", "both --passes")
 
 
+@pytest.mark.parametrize(
+    ("many", "of"), [(0, 400), (39, 400), (40, 400), (400, 400), (1, 8), (2, 8)], ids=lambda value: str(value)
+)
+def test_what_stays_forgotten_of_d_p(many, of):
+    values = np.linspace(0, np.log(10) - 0.01, of)
+    values[:many] = np.log(10) + 0.01
+    found = losses.forgotten(torch.from_numpy(np.random.default_rng(0).permutation(values)), 10)
+    assert found.dtype == torch.bool and len(found) == of
+    assert int(found.sum()) == (many if many >= max(2, of / 10) else of)
+
+
+def test_the_ascent_leaves_out_what_the_descent_brought_back(cli, words, pipeline, tmp_path, monkeypatch):
+    def of(name, *more):
+        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)
+
+    strong = ["--lr", 0.001, "--drop_relearnt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "FORGOTTEN", 2)  # as if D_p stayed known
+        size = of("kept", "--epochs", 1, *strong)["unlearnt"].iloc[-1]
+    of("plain", "--epochs", 1, *strong[:-1])
+    assert same_weights(tmp_path / "kept.tar", tmp_path / "plain.tar")
+    log = of("three", "--epochs", 4, *strong)
+    assert 2 <= log["unlearnt"].min() < size, log
+    of("part", "--epochs", 2, *strong)
+    on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
+    rest = of("part", "--epochs", 4, *strong, *on)
+    assert rest["unlearnt"].tolist()[1:] == log["unlearnt"].tolist()[1:]
+    assert same_weights(tmp_path / "three.tar", tmp_path / "part.tar")
+    words = [*words(pipeline), "--passes", "unlearn", "--drop_relearnt", "--checkpoint_save", tmp_path / "x.tar"]
+    refused(cli("unlearn_relearn.py", *words), "--drop_relearnt", "both --passes")
+
+
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
     from utils import engine
 

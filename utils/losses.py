@@ -14,6 +14,7 @@ def cross_entropy(model, inputs, labels):
 
 ASCENT_BOUND = 100.0  # nats; a network that has forgotten a sample gives it no less than e^-100
 DOUBTFUL = 0.1  # share of the samples of a label in D_c that can be poisoned
+FORGOTTEN = 0.1  # share of D_p from which on the network has begun to forget
 
 
 def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
@@ -55,6 +56,21 @@ def intra_class(model, inputs, labels):
         correct = (model.fc(features).argmax(1) == labels).sum()
     loss = intra_class_loss(features, labels, model.fc.out_features)
     return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
+
+
+def forgotten(values, classes):
+    """Samples of D_p that the descent on D_c has not brought back: not in the paper. What it brings back is clean, for D_c shows no
+    trigger; a further ascent on it would take away what the network should know.
+
+    Args:
+        values: float (M,), cross-entropy of D_p after the descent, in nats; classes: how many there are.
+
+    Returns:
+        bool (M,): True where it is above ln(classes), that of a guess. All True where these are fewer than `FORGOTTEN` of D_p, or
+        than the two that a batch needs: the poisoned ones are then known, too.
+    """
+    gone = values > math.log(classes)
+    return gone | (gone.sum() < max(2, FORGOTTEN * len(values)))
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):

@@ -131,6 +131,7 @@ VARIANTS = {
         "no_bound": {"unlearn_relearn": "--ascent_bound 100 --bound_growth 1"},
         "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
         "drop_doubtful": {"unlearn_relearn": "--drop_doubtful"},
+        "drop_relearnt": {"unlearn_relearn": "--drop_relearnt"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
@@ -299,7 +300,7 @@ class _Row:
         saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
         more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
         if "--passes" in more:  # a single pass takes nothing along
-            more = [word for word in more if word != "--drop_doubtful"]
+            more = [word for word in more if word not in ("--drop_doubtful", "--drop_relearnt")]
         more = [*self.ratios, *more, *self.chosen]
         if self.opt.variant:
             more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]
@@ -318,7 +319,9 @@ class _Row:
     def add_secure(self, name, output, needs):
         """A training of ST, which names its folder by its own options; its ``output`` (a name) there, as a path."""
         words, root, chosen = self.words, self.resolved.output_root, self.chosen
-        until = {key: more for key, more in self.changes.items() if name != "train_extractor" or key != "train_classifier"}
+        until = {
+            key: more for key, more in self.changes.items() if name != "train_extractor" or key != "train_classifier"
+        }
         if until:  # what is different has a folder of its own, which variants that begin alike share
             owner = next(variant for variant, changes in VARIANTS["D-ST"].items() if changes in (until, self.changes))
             root = root / f"D-ST_{owner}"
