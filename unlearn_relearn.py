@@ -23,7 +23,7 @@ from utils.distributed import leads, rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, forgotten, negative_cross_entropy
+from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy, relearnt
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
@@ -210,7 +210,7 @@ def main(argv=None):
             ascent = partial(negative_cross_entropy, bound=bound)
             taken = to_unlearn
             if opt.drop_relearnt:
-                stays = forgotten(left, spec.num_classes)
+                stays = ~relearnt(left, spec.num_classes)
                 taken, row["unlearnt"] = to_unlearn.only(torch.where(stays)[0]), int(stays.sum())
             up = train_epoch(model, taken, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent

@@ -210,12 +210,12 @@ def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline,
 @pytest.mark.parametrize(
     ("many", "of"), [(0, 400), (39, 400), (40, 400), (400, 400), (1, 8), (2, 8)], ids=lambda value: str(value)
 )
-def test_what_stays_forgotten_of_d_p(many, of):
-    values = np.linspace(0, np.log(10) - 0.01, of)
-    values[:many] = np.log(10) + 0.01
-    found = losses.forgotten(torch.from_numpy(np.random.default_rng(0).permutation(values)), 10)
-    assert found.dtype == torch.bool and len(found) == of
-    assert int(found.sum()) == (many if many >= max(2, of / 10) else of)
+def test_what_comes_back_of_d_p(many, of):
+    rng = np.random.default_rng(0)
+    values = rng.permutation([*[np.log(10) + 0.01] * many, *np.linspace(0, np.log(10) - 0.01, of - many)])
+    found = losses.relearnt(torch.from_numpy(values), 10)
+    begun = many >= max(2, of / 10)
+    assert found.tolist() == [begun and np.exp(-value) > 0.5 for value in values]
 
 
 def test_the_ascent_leaves_out_what_the_descent_brought_back(cli, words, pipeline, tmp_path, monkeypatch):

@@ -58,19 +58,20 @@ def intra_class(model, inputs, labels):
     return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
 
 
-def forgotten(values, classes):
-    """Samples of D_p that the descent on D_c has not brought back: not in the paper. What it brings back is clean, for D_c shows no
-    trigger; a further ascent on it would take away what the network should know.
+def relearnt(values, classes):
+    """Samples of D_p that the descent on D_c has brought back: not in the paper. They are clean, for D_c shows no trigger; a further
+    ascent on them would take away what the network should know.
 
     Args:
         values: float (M,), cross-entropy of D_p after the descent, in nats; classes: how many there are.
 
     Returns:
-        bool (M,): True where it is above ln(classes), that of a guess. All True where these are fewer than `FORGOTTEN` of D_p, or
-        than the two that a batch needs: the poisoned ones are then known, too.
+        bool (M,): True where it is below ln(2), the label thus likelier than all others together. All False where fewer than
+        `FORGOTTEN` of D_p, or than the two that a batch needs, are above ln(classes), that of a guess: the poisoned ones are then
+        known, too.
     """
-    gone = values > math.log(classes)
-    return gone | (gone.sum() < max(2, FORGOTTEN * len(values)))
+    gone = (values > math.log(classes)).sum()
+    return (values < math.log(2)) & (gone >= max(2, FORGOTTEN * len(values)))
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):
