@@ -23,7 +23,7 @@ from utils.distributed import leads, rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy, relearnt
+from utils.losses import ASCENT_BOUND, FORGOTTEN, cross_entropy, doubtful, negative_cross_entropy, relearnt
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
@@ -36,6 +36,7 @@ from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
 
 HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
+WAIT = 3  # epochs for which D_p is unlearnt whole after the network has begun to forget it
 
 
 def get_parser():
@@ -110,6 +111,12 @@ def without_doubtful(model, to_relearn, to_unlearn, classes, runtime):
     drop = doubtful(*values, *(batches.labels for batches in both), classes)
     model.train()
     return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
+
+
+def settled(history):
+    """Whether `FORGOTTEN` of D_p and more was forgotten after `WAIT` of the epochs in ``history`` (the rows of the log). The trigger is
+    not gone with the first poisoned samples, and all of D_p takes it away faster."""
+    return sum(row.get("forgotten", 0) >= FORGOTTEN for row in history) >= WAIT
 
 
 def bound_of(opt, history, classes):
@@ -209,10 +216,10 @@ def main(argv=None):
             bound = bound_of(opt, run.history, spec.num_classes)
             ascent = partial(negative_cross_entropy, bound=bound)
             taken = to_unlearn
-            if opt.drop_relearnt:
-                stays = ~relearnt(left, spec.num_classes)
-                taken, row["unlearnt"] = to_unlearn.only(torch.where(stays)[0]), int(stays.sum())
+            if opt.drop_relearnt and settled(run.history):
+                taken = to_unlearn.only(torch.where(~relearnt(left, spec.num_classes)[0])[0])
             up = train_epoch(model, taken, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
+            row |= {"unlearnt": len(taken.rows)} if opt.drop_relearnt else {}
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
             row |= {"bound": bound} if opt.bound_growth > 1 else {}
@@ -231,6 +238,7 @@ def main(argv=None):
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         left = known(model, to_unlearn, runtime)
         row["loss_Dp_after"] = left.mean().item()
+        row |= {"forgotten": relearnt(left, spec.num_classes)[1]} if opt.drop_relearnt else {}
         chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
         if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))

@@ -66,12 +66,12 @@ def relearnt(values, classes):
         values: float (M,), cross-entropy of D_p after the descent, in nats; classes: how many there are.
 
     Returns:
-        bool (M,): True where it is below ln(2), the label thus likelier than all others together. All False where fewer than
-        `FORGOTTEN` of D_p, or than the two that a batch needs, are above ln(classes), that of a guess: the poisoned ones are then
-        known, too.
+        (bool (M,): True where it is below ln(2), the label thus likelier than all others together; float: the share above ln(classes),
+        that of a guess). All False where that share is below `FORGOTTEN`, or less than the two that a batch needs: the poisoned ones
+        are then known, too.
     """
-    gone = (values > math.log(classes)).sum()
-    return (values < math.log(2)) & (gone >= max(2, FORGOTTEN * len(values)))
+    gone = int((values > math.log(classes)).sum())
+    return (values < math.log(2)) & (gone >= max(2, FORGOTTEN * len(values))), gone / len(values)
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):
