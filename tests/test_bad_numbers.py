@@ -218,25 +218,28 @@ def test_what_comes_back_of_d_p(many, of):
     assert found.tolist() == [begun and np.exp(-value) > 0.5 for value in values] and share == many / of
 
 
-def test_the_ascent_leaves_out_what_the_descent_brought_back(cli, words, pipeline, tmp_path):
-    def of(name, *more):
-        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)
+def test_the_ascent_leaves_out_what_the_descent_brought_back(cli, words, pipeline, tmp_path, monkeypatch):
+    """The network of the tests knows little, so the half of D_p that it knows better stands for what it knows."""
+    monkeypatch.setattr(losses, "relearnt", lambda values, classes: (values < values.median(), 0.2))
 
-    strong = ["--lr", 0.001, "--drop_relearnt"]
-    log = of("six", "--epochs", 6, *strong)[1:]
-    begun = (log["forgotten"] >= 0.1).cumsum().shift(fill_value=0)  # epochs so far
-    whole = log["unlearnt"] == log["unlearnt"].iloc[0]
-    assert whole[begun < 3].all() and (begun >= 3).any() and log["unlearnt"].min() >= 2, log
-    assert not whole.all(), log
-    of("kept", "--epochs", 3, *strong)
-    of("plain", "--epochs", 3, *strong[:-1])
+    def of(name, *more):
+        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)[1:]
+
+    option = "--drop_relearnt"
+    log = of("five", "--epochs", 5, option)
+    whole = log["unlearnt"].iloc[0]
+    assert log["unlearnt"].tolist() == [whole] * 3 + [whole - (whole - 1) // 2] * 2
+    assert log["forgotten"].tolist() == [0.2] * 5
+    of("kept", "--epochs", 3, option)
+    of("plain", "--epochs", 3)
     assert same_weights(tmp_path / "kept.tar", tmp_path / "plain.tar")
-    on = ["--checkpoint_load", tmp_path / "kept.tar", "--overwrite"]
-    rest = of("kept", "--epochs", 6, *strong, *on)[1:]
+    rest = of("kept", "--epochs", 5, option, "--checkpoint_load", tmp_path / "kept.tar", "--overwrite")
     assert rest["unlearnt"].tolist() == log["unlearnt"].tolist()
-    assert same_weights(tmp_path / "six.tar", tmp_path / "kept.tar")
-    words = [*words(pipeline), "--passes", "unlearn", "--drop_relearnt", "--checkpoint_save", tmp_path / "x.tar"]
-    refused(cli("unlearn_relearn.py", *words), "--drop_relearnt", "both --passes")
+    assert same_weights(tmp_path / "five.tar", tmp_path / "kept.tar")
+    of("plain", "--epochs", 5, "--checkpoint_load", tmp_path / "plain.tar", "--overwrite")
+    assert not same_weights(tmp_path / "five.tar", tmp_path / "plain.tar")
+    words = [*words(pipeline), "--passes", "unlearn", option, "--checkpoint_save", tmp_path / "x.tar"]
+    refused(cli("unlearn_relearn.py", *words), option, "both --passes")
 
 
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
