@@ -191,13 +191,15 @@ def main(argv=None):
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
-    left = known(model, to_unlearn, runtime)  # of D_p: what of the ascents so far has outlived the descents
+    # left: the cross-entropies of D_p, what of the ascents so far has outlived the descents
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         refuse_lost_choice(choices, checkpoint["history"], path)
         first = run.take_history(checkpoint, path)
+        left = known(model, to_unlearn, runtime) if opt.drop_relearnt else None
     else:
         first = run.start()
+        left = known(model, to_unlearn, runtime)
         measures = {
             "loss_Dp_after": left.mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
