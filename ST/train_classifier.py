@@ -52,7 +52,7 @@ def get_parser():
         default=[60, 75, 90],
         help="epochs at which the rate drops",
     )
-    parser.add_argument("--lr_decay_rate", type=args.positive, default=0.2, help="what the rate is multiplied by there")
+    parser.add_argument("--lr_decay_rate", type=args.share, default=0.2, help="what the rate is multiplied by there")
     parser.add_argument(
         "--poison_weight", type=args.number(float, 0), default=0.001, help="weight of the ascent on D_p"
     )

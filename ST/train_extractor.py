@@ -52,7 +52,7 @@ def get_parser():
         help="epochs at which the rate drops without --cosine; default: 700 800 900",
     )
     parser.add_argument(
-        "--lr_decay_rate", type=args.positive, default=0.1, help="factor of a drop; cosine ends at its cube"
+        "--lr_decay_rate", type=args.share, default=0.1, help="factor of a drop; cosine ends at its cube"
     )
     parser.add_argument(
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"

@@ -183,6 +183,9 @@ def test_a_data_root_that_cannot_be_looked_at_is_one_line(tmp_path, name):
         ("tools/figure3.py --rows SIG --every_epoch CL --dry_run", ["--every_epoch CL", "--rows SIG"]),
         ("train_attack_noTrans.py --lr 1e39", ["--lr", "out of range", "float32"]),
         ("ST/train_classifier.py --weight_decay 1e300", ["--weight_decay", "out of range"]),
+        ("train_attack_withTrans.py --gamma 1e30 --schedule 1 1", ["--gamma", "at most 1"]),  # the rate drops
+        ("ST/train_extractor.py --lr_decay_rate 2", ["--lr_decay_rate", "at most 1"]),
+        ("ST/train_classifier.py --lr_decay_rate 2", ["--lr_decay_rate", "at most 1"]),
         ("tools/train_ssba.py --steps 10", ["--steps", "at least 20"]),
     ],
 )

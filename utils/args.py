@@ -438,7 +438,7 @@ def add_step_schedule_options(parser):
     parser.add_argument(
         "--schedule", type=positive_int, nargs="+", default=[100, 150], help="epochs at which the rate drops"
     )
-    parser.add_argument("--gamma", type=positive, default=0.1, help="what the rate is multiplied by there")
+    parser.add_argument("--gamma", type=share, default=0.1, help="what the rate is multiplied by there")
     parser.add_argument(
         "--save_freq",
         type=positive_int,
