@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_cli
 from test_bad_input import refused
-from test_pipeline import same_weights
+from test_pipeline import NO_TRANS, TUNED, same_weights
 
 from utils.errors import UserError
 from utils.rows import PRESET_DATA, PRESETS, plan
@@ -226,6 +226,25 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     _, said = again(step)
     assert f"--checkpoint_load {checkpoint}" in said and "is replaced" in said and step.is_done()
     assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
+
+
+def test_fct_of_another_precision_is_taken_again_and_a_network_is_not_trained_again(pipeline, words):
+    def is_done(script, output, record, *options):
+        given = [*map(str, words(pipeline)), *options]
+        return Step(script, given, pipeline / output, pipeline / record, []).is_done()
+
+    fct = "calculate_consistency.py", f"{TUNED}/1_all.txt", f"{TUNED}/1_fct.json", "--precision"
+    assert is_done(*fct, "auto") and is_done(*fct, "float32") and not is_done(*fct, "bfloat16")
+    network = (
+        "train_attack_noTrans.py",
+        f"{NO_TRANS}/1.tar",
+        f"{NO_TRANS}/options.json",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "64",
+    )
+    assert is_done(*network) and is_done(*network, "--precision", "bfloat16")
 
 
 def test_a_record_that_is_older_than_an_option_was_made_with_its_default(cli, pipeline, words, tmp_path):

@@ -162,7 +162,7 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     refuse_other_data(checkpoint, poisoned.digest, path)
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     load_weights(model, checkpoint["model"], path)
-    if opt.precision == "auto":
+    if opt.precision == "auto":  # as `settle_fct_precision` says
         runtime = replace(runtime, dtype=torch.float32)
     return checkpoint, runtime.place(model), runtime
 
@@ -183,14 +183,19 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     return fct
 
 
+def settle_fct_precision(*settings):
+    """Name in options (dicts) of a step that takes FCT the precision that it takes it in where they say auto, in place."""
+    for options in settings:
+        if options.get("precision") == "auto":
+            options["precision"] = "float32"
+
+
 def step_3_record(path, opt):
     """The record of step 3 (dict) beside the checkpoint ``path``, where it is of that checkpoint and these options; else None."""
     record = read_record(fct_path(path, "fct.json")) or {}
     found = dict(record.get("options", {}))
     wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
-    for settings in (found, wanted):
-        if settings.get("precision") == "auto":
-            settings["precision"] = "float32"
+    settle_fct_precision(found, wanted)
     fits = wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
     return record if fits else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from utils import args, forked
 from utils.checkpoints import NEUTRAL
 from utils.errors import GRACE, UserError
+from utils.fct import settle_fct_precision
 from utils.files import load_tensors, read_json, read_record, write_json
 from utils.manifest import made_with, plain_options
 from utils.paths import ROOT, shown, typed
@@ -76,7 +77,12 @@ class Step:
         if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
             return False
         found, wanted = made_with(record, options), plain_options(options)
-        compared = (found.keys() & wanted.keys()) - NEUTRAL - {"precision"}
+        neutral = NEUTRAL
+        if "trans1" in wanted:
+            settle_fct_precision(found, wanted)
+        else:  # a network is taken as it was trained
+            neutral = NEUTRAL | {"precision"}
+        compared = (found.keys() & wanted.keys()) - neutral
         return bool(record.get("options")) and all(found[name] == wanted[name] for name in compared)
 
     def module(self):
