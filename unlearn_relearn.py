@@ -23,7 +23,7 @@ from utils.distributed import leads, rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, FORGOTTEN, cross_entropy, doubtful, negative_cross_entropy, relearnt
+from utils.losses import ASCENT_BOUND, FORGOTTEN, cross_entropy, doubtful, forgotten, negative_cross_entropy, relearnt
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
@@ -219,7 +219,7 @@ def main(argv=None):
             ascent = partial(negative_cross_entropy, bound=bound)
             taken = to_unlearn
             if opt.drop_relearnt and settled(run.history):
-                taken = to_unlearn.only(torch.where(~relearnt(left, spec.num_classes)[0])[0])
+                taken = to_unlearn.only(torch.where(~relearnt(left, spec.num_classes))[0])
             up = train_epoch(model, taken, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row |= {"unlearnt": len(taken.rows)} if opt.drop_relearnt else {}
             row["loss_Dp"] = -up["loss"]  # during the ascent
@@ -240,7 +240,7 @@ def main(argv=None):
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         left = known(model, to_unlearn, runtime)
         row["loss_Dp_after"] = left.mean().item()
-        row |= {"forgotten": relearnt(left, spec.num_classes)[1]} if opt.drop_relearnt else {}
+        row |= {"forgotten": forgotten(left, spec.num_classes)} if opt.drop_relearnt else {}
         chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
         if args.due(opt, epoch) or places.forgotten in chosen:
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))

@@ -58,6 +58,11 @@ def intra_class(model, inputs, labels):
     return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
 
 
+def forgotten(values, classes):
+    """Share of D_p that the network knows less than a guess would. ``values``, ``classes``: see `relearnt`."""
+    return int((values > math.log(classes)).sum()) / len(values)
+
+
 def relearnt(values, classes):
     """Samples of D_p that the descent on D_c has brought back: not in the paper. They are clean, for D_c shows no trigger; a further
     ascent on them would take away what the network should know.
@@ -66,12 +71,11 @@ def relearnt(values, classes):
         values: float (M,), cross-entropy of D_p after the descent, in nats; classes: how many there are.
 
     Returns:
-        (bool (M,): True where it is below ln(2), the label thus likelier than all others together; float: the share above ln(classes),
-        that of a guess). All False where that share is below `FORGOTTEN`, or less than the two that a batch needs: the poisoned ones
-        are then known, too.
+        bool (M,): True where it is below ln(2), the label thus likelier than all others together. All False where less than `FORGOTTEN`
+        of D_p is forgotten, for the poisoned ones are then known, too, and where less than the two that a batch needs would be left.
     """
-    gone = int((values > math.log(classes)).sum())
-    return (values < math.log(2)) & (gone >= max(2, FORGOTTEN * len(values))), gone / len(values)
+    known = values < math.log(2)
+    return known & (forgotten(values, classes) >= FORGOTTEN and int((~known).sum()) > 1)
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):
