@@ -127,20 +127,27 @@ def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_full_scale_is_the_papers_but_for_sd_the_bounds_and_the_mask(cli, tmp_path):
+def test_the_full_scale_trains_as_the_paper_and_separates_as_long(cli, tmp_path):
     words = ["--table", "cifar10", "--rows", "SIG", "--dry_run", "--output_root", tmp_path]
-    commands = {}
-    for scale in ("paper", "full"):
-        said = cli("reproduce.py", *words, "--scale", scale).out.replace(f"{scale}_seed0", "x")
-        commands[scale] = {line.split("  # ")[0] for line in said.splitlines() if "python " in line}
-    same = {shlex.split(command)[1] for command in commands["paper"] & commands["full"]}
-    assert same.issuperset(["train_attack_noTrans.py", "train_attack_withTrans.py", "ST/test.py"])
-    own = " ".join(commands["full"] - commands["paper"])
-    br = "--epochs 20 --ascent_bound 10 --choose forgotten"
-    st = "--epochs 10 --learning_rate 5 --batch_size 512 --ascent_bound 10"
-    extractor = "--cosine --save_freq 20 --batch_size 512 --positives authors"
-    assert all(words in own for words in ("--trans1 auto", "--clean_per_class", br, extractor, st))
-    assert "finetune" not in " ".join(commands["full"])
+    options = {}  # by scale and script, but for what names the folder
+    for scale in ("paper", "full", "long"):
+        lines = cli("reproduce.py", *words, "--scale", scale, "--model", "resnet18").out.splitlines()
+        commands = [shlex.split(line.split("  # ")[0]) for line in lines if "python " in line]
+        options[scale] = {
+            script: [word for word in more if f"{scale}_seed0" not in word] for _, script, *more in commands
+        }
+    full, paper, long = (options[scale] for scale in ("full", "paper", "long"))
+    for script in ("train_attack_noTrans.py", "train_attack_withTrans.py"):
+        assert full[script] == paper[script] != long[script]
+    for script in ("calculate_consistency.py", "separate_samples.py"):
+        assert full[script] == long[script] != paper[script]
+    assert full["unlearn_relearn.py"][-5:] == ["--epochs", "5", "--lr", "0.0004", "--drop_doubtful"]
+    assert "--epochs 200 --learning_rate 0.5 " in " ".join(full["ST/train_extractor.py"])
+    assert full["ST/train_extractor.py"][-2:] == ["--positives", "authors"]
+    assert "--epochs 10 --learning_rate 5 --batch_size 512 --ascent_bound 10" in " ".join(
+        full["ST/train_classifier.py"]
+    )
+    assert "finetune_attack_noTrans.py" in paper.keys() - full.keys()
 
 
 def test_a_dry_run_is_a_list_of_commands_with_what_each_waits_for(cli, tmp_path):
