@@ -72,7 +72,8 @@ def get_parser():
     parser.add_argument(
         "--scale",
         choices=SCALES,
-        help="with --table: the preset of its steps; full: paper with our SD; cpu: for two cores, long: less shortened; default: paper",
+        help="with --table: the preset of its steps; full: paper with our SD and a shorter BR; cpu: for two cores, long: less shortened; "
+        "default: paper",
     )
     parser.add_argument(
         "--ablations", choices=sorted({name for variants in VARIANTS.values() for name in variants}), nargs="*",
