@@ -29,7 +29,7 @@ from utils.audit import (
     INTO_EACH,
     LEAST,
     NOTHING_BELOW,
-    POISONED,
+    POISONED_FROM,
     TAUS,
     PutBack,
     likeness_of,
@@ -41,6 +41,7 @@ from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct, sd_network
 from utils.files import (
     array_writer,
+    bytes_writer,
     csv_writer,
     hold_lock,
     make_folder,
@@ -133,10 +134,8 @@ def resolve(opt):
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
-    args.add_tau_options(parser)
     args.add_device_options(parser)
-    parser.add_argument("--batch_size", type=int, default=256)
-    return args.check(parser.parse_args([*words, *where, *tau_words(TAU)])), words, where
+    return args.check(parser.parse_args([*words, *where])), words, where
 
 
 def tau_words(name):
@@ -168,7 +167,7 @@ def plan(opt, resolved, words, where, poisoned):
 def decide(scores, dataset, labels, train_acc):
     """(verdict, the row of the highest score or None, why nothing can be told or None)."""
     best = max(scores, key=lambda row: row["score"], default=None)
-    if len(scores) >= 2 and best["score"] >= POISONED:
+    if len(scores) >= 2 and best["score"] >= POISONED_FROM:
         return "poisoned", best, None
     commonest = 100 * np.bincount(labels).max() / len(labels)
     if len(labels) < ENOUGH:
@@ -293,7 +292,6 @@ def main(argv=None):
     steps = plan(opt, resolved, words, where, poisoned)
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output
-    resolved.checkpoint_load = model_path
     known = {TAU: load_fct(model_path, steps["fct"].command)}
     checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
     values = suspicion(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
@@ -315,7 +313,7 @@ def main(argv=None):
         array_writer(like)(buffer)
         # Left alone where it is the same: a step whose input is newer than its output runs anew.
         if not order.is_file() or order.read_bytes() != buffer.getvalue():
-            write_together({order: lambda file: file.write(buffer.getvalue())})
+            write_together({order: bytes_writer(buffer.getvalue())})
     fct, resolved.poison_ratio = values[tau], poison_ratio
     steps = {"separate": separation(resolved, words, where, steps, targets, tau, poison_ratio, order)}
     run(steps, opt, out / "seconds.json")
@@ -329,7 +327,7 @@ def main(argv=None):
     write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back)
     print(f"\n{content['headline']}")
     if best:
-        limits = f"(poisoned from {POISONED}, no evidence below {NOTHING_BELOW})"
+        limits = f"(poisoned from {POISONED_FROM}, no evidence below {NOTHING_BELOW})"
         print(f"Score {best['score']:.2f} of the class {classes[best['label']]} {limits}")
     if opt.write_clean:
         if verdict != "poisoned":
@@ -352,7 +350,7 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
         "target_label": targets[0] if targets else None,
         "target_classes": names,
         "statistic": scores[0]["score"] if scores else None,
-        "threshold": POISONED,
+        "threshold": POISONED_FROM,
         "no_evidence_below": NOTHING_BELOW,
         "thresholds_calibrated_for_these_settings": opt.model == "resnet10"
         and opt.epochs == EPOCHS
@@ -381,10 +379,12 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
 def again(opt, *more):
     """The command of this audit, with ``more``."""
     parser, words = get_parser(), ["--data_root", typed(opt.data_root)]
-    for name in ("image_size", "model", "epochs", "batch_size", "lr", "seed", "output_root", "out"):
+    for name in ("image_size", "model", "epochs", "batch_size", "lr", "seed", "precision", "output_root", "out"):
         value = getattr(opt, name)
         if value != parser.get_default(name):
             words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
+    if opt.strict:
+        words.append("--strict")
     return shlex.join(["python", "audit_dataset.py", *words, *more])
 
 

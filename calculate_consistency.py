@@ -46,11 +46,11 @@ def main(argv=None):
     if order is not None:
         count = int((order >= 0).sum())
         print(
-            f"{count} samples of the class are like those that show it. To take these as D_p, in place of FCT (not in the paper):"
+            f"{count} samples of the class are like those that show it. To take these as D_p, in place of FCT (not in the paper), "
+            f"with the same --poison_ratio in the steps after it:"
         )
         print(f"  python separate_samples.py {args.attack_arguments(opt)}{args.tau_arguments(vars(opt))} "
-              f"--poison_classes {sign['label']} --poison_ratio {ratio_of(count, len(order))} "
-              f"--poison_order {shown(fct_path(path, 'order.npy'))} --checkpoint_load {shown(path)}")  # fmt: skip
+              f"--poison_alike --poison_ratio {ratio_of(count, len(order))} --checkpoint_load {shown(path)}")  # fmt: skip
     if poisoned.is_clean is not None:
         print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")

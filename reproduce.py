@@ -31,7 +31,7 @@ import pandas as pd
 from utils import args
 from utils.device import choose_runtime
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, read_record, write_rows, write_together
+from utils.files import bytes_writer, make_folder, read_json, read_record, write_rows, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, shown
 from utils.records import (
@@ -106,14 +106,6 @@ def get_parser():
     return parser
 
 
-def cleaned(steps):
-    """The log of D-BR (a DataFrame) where the test sets were looked at, the row of its result, and the rule that chose it."""
-    log = read_log(steps["unlearn_relearn"], unlearning_log(steps))
-    if steps["unlearn_relearn"].options().choose == "forgotten":
-        return log, log.loc[log["loss_Dp_after"].idxmax()], "epoch after which D_p is known least"
-    return log, log.iloc[-1], LAST
-
-
 def refuse_other_result(path, opt):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, unless
     --overwrite is given."""
@@ -139,7 +131,7 @@ def result_rows(steps):
     detection = detected_by(steps, DETECTION[:4])
     detected = {name: detection[name] for name in DETECTION[:4]}
     if "unlearn_relearn" in steps:
-        _, result, _ = cleaned(steps)
+        result = read_log(steps["unlearn_relearn"], unlearning_log(steps)).iloc[-1]
         rows.append({"model": "D-BR", **result[measures], **detected})
     if "test" in steps:
         result = read_figures(steps["test"], steps["test"].output, measures)
@@ -264,11 +256,12 @@ def _record_cell(path, cell, steps, resolved, made):
     before = read_log(trained).iloc[-1]
     (defence,) = cell.defences
     if defence == "D-BR":
-        log, after, rule = cleaned(steps)
-        best, last = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], steps["unlearn_relearn"]
+        last = steps["unlearn_relearn"]
+        log = read_log(last, unlearning_log(steps))
+        best, after = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], log.iloc[-1]
     else:
         log, last = read_log(steps["train_classifier"]), steps["test"]
-        best, rule = log.loc[log["ACC_paper"].idxmax()], LAST
+        best = log.loc[log["ACC_paper"].idxmax()]
         after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
     options = trained.options()
@@ -280,7 +273,7 @@ def _record_cell(path, cell, steps, resolved, made):
         "model": resolved.model, "data_source": data["source"], "training_images": data["train"]["samples"],
         "epochs": {name: epochs_of(step) for name, step in steps.items() if epochs_of(step)},
         "before": measured(before), "after": measured(after),
-        "rule": rule, "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
+        "rule": LAST, "paper_selection": {"epoch": int(best["epoch"]) + 1, **measured(best)},
         "detection": detected_by(steps),
         "hardware": hardware(cell.device), "precision": precision, **made,
     }  # fmt: skip
@@ -320,7 +313,7 @@ def main(argv=None):
         f"{name}_fct.jpg": steps["visualize_consistency"].output,
     }
     for target, source in pictures.items():
-        write_together({opt.out / target: lambda file, source=source: file.write(source.read_bytes())})
+        write_together({opt.out / target: bytes_writer(source.read_bytes())})
     outputs = [opt.out / target for target in (f"{name}.csv", *pictures)]
     commands = {"seconds": seconds, "commands": [step.command for step in steps.values()]}
     inputs = [step.record for step in steps.values()]

@@ -122,7 +122,7 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
-    by, order = "FCT", fct
+    by, order, from_value = "FCT", fct, high
     if opt.poison_order:
         by = shown(opt.poison_order)
         order = load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
@@ -130,22 +130,26 @@ def main(argv=None):
         classes = opt.poison_classes or range(dataset.spec.num_classes)
         among = of_classes(poisoned.labels, classes, opt.poison_ratio)
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
-        high = float(order[flags == POISON].min())
+        from_value = float(order[flags == POISON].min())
     alike = found_alike(path, opt, len(fct)) if opt.poison_alike else None
     if alike is not None:
         by = f"{int(alike.sum())} alike, and FCT"
         flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)
-        high = float(fct[flags == POISON].min())
+        from_value = float(fct[flags == POISON].min())
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
-    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} ({by} >= {high:g}), D_u {sizes[2]}")
+    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} ({by} >= {from_value:g}), D_u {sizes[2]}")
     print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
 
     folder = separated_folder(opt)
-    settings = {"gamma_low": low, "gamma_high": high, "checkpoint_load": os.path.relpath(path, folder)}
+    thresholds = {  # None where no threshold for all decided
+        "gamma_low": None if opt.clean_per_class else low,
+        "gamma_high": None if opt.poison_classes or opt.poison_order or alike is not None else high,
+    }
+    settings = thresholds | {"checkpoint_load": os.path.relpath(path, folder)}
     claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
     writers = sample_writers(folder, poisoned, flags)
     if poisoned.is_clean is not None:

@@ -19,11 +19,11 @@ from models.foreign import NAMES, build_foreign, plain_state
 from utils import args
 from utils.checkpoints import load_optimizer
 from utils.dataloader_bd import Batches, make_test_sets
-from utils.distributed import leads, rank
+from utils.distributed import rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.files import load_tensors, tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, FORGOTTEN, cross_entropy, doubtful, forgotten, negative_cross_entropy, relearnt
+from utils.files import tensor_writer, write_together
+from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
 from utils.metrics import cross_entropies, evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
@@ -36,7 +36,6 @@ from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
 
 HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
-WAIT = 3  # epochs for which D_p is unlearnt whole after the network has begun to forget it
 
 
 def get_parser():
@@ -63,7 +62,7 @@ def get_parser():
         help="which of the two passes an epoch has; fewer than both are for comparison",
     )  # fmt: skip
     parser.add_argument(
-        "--unlearn_batch_size", type=args.positive_int,
+        "--unlearn_batch_size", type=args.number(int, 2),
         help="samples of D_p a step; default: --batch_size, as in the paper. The few steps of a small D_p are undone by those of D_c",
     )  # fmt: skip
     parser.add_argument(
@@ -78,15 +77,6 @@ def get_parser():
         "--drop_doubtful", action="store_true",
         help="not in the paper: an epoch's descent leaves out the samples of D_c that its ascent took along with D_p",
     )  # fmt: skip
-    parser.add_argument(
-        "--drop_relearnt", action="store_true",
-        help="not in the paper: an epoch's ascent leaves out the samples of D_p that the descent before it has brought back",
-    )  # fmt: skip
-    parser.add_argument(
-        "--choose", choices=("last", "forgotten"), default="last",
-        help="which epoch's model is the result; forgotten: of that after which the network knows D_p least, "
-        "<checkpoint_save>_forgotten.tar. Neither test set nor ground truth is asked. Not in the paper",
-    )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
@@ -98,8 +88,8 @@ def get_parser():
     return parser
 
 
-def known(model, batches, runtime):
-    """How well the network knows each sample of D_p or D_c, see `metrics.cross_entropies`."""
+def sample_losses(model, batches, runtime):
+    """Cross-entropy of each sample of D_p or D_c, see `metrics.cross_entropies`."""
     return cross_entropies(model, batches.images, batches.labels, batches.normalize, runtime)
 
 
@@ -107,16 +97,10 @@ def without_doubtful(model, to_relearn, to_unlearn, classes, runtime):
     """(the batches of D_c without the samples that `losses.doubtful` finds, how many these are); the network is left in training mode."""
     model.eval()
     both = to_relearn, to_unlearn
-    values = [known(model, batches, runtime) for batches in both]
+    values = [sample_losses(model, batches, runtime) for batches in both]
     drop = doubtful(*values, *(batches.labels for batches in both), classes)
     model.train()
     return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
-
-
-def settled(history):
-    """Whether `FORGOTTEN` of D_p and more was forgotten after `WAIT` of the epochs in ``history`` (the rows of the log). The trigger is
-    not gone with the first poisoned samples, and all of D_p takes it away faster."""
-    return sum(row.get("forgotten", 0) >= FORGOTTEN for row in history) >= WAIT
 
 
 def bound_of(opt, history, classes):
@@ -135,21 +119,16 @@ def bound_of(opt, history, classes):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    for name, what in (
-        ("drop_doubtful", "descent leaves out after an ascent"),
-        ("drop_relearnt", "ascent leaves out after a descent"),
-    ):
-        if getattr(opt, name) and set(opt.passes) != {"unlearn", "relearn"}:
-            raise UserError(f"--{name} says what the {what}; give both --passes, or leave it out")
+    if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
+        raise UserError(
+            "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
+        )
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
     path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
     places = places_of(opt, path, resumed, plain)
     refuse_log_of_another(places.log, places.record, opt.overwrite)
-    choices = {"val_score": places.of_validation} if opt.val_ratio else {}  # what is highest in the epoch that is kept
-    if opt.choose == "forgotten":
-        choices["loss_Dp_after"] = places.forgotten
 
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
@@ -169,7 +148,7 @@ def main(argv=None):
 
     to_unlearn, *held_out_of_Dp = batches_of(POISON, unlearn_batch_size)
     to_relearn, *held_out_of_Dc = batches_of(CLEAN, opt.batch_size)
-    if unlearn_batch_size > len(to_unlearn.labels):
+    if "unlearn" in opt.passes and unlearn_batch_size > len(to_unlearn.labels):
         raise UserError(
             f"a batch of {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give --unlearn_batch_size "
             f"{len(to_unlearn.labels)}, or less for more steps an epoch"
@@ -187,21 +166,19 @@ def main(argv=None):
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        chosen=choices.values(), checkpoint_load=os.path.relpath(path, places.save.parent),
+        chosen=[places.of_validation] if opt.val_ratio else [], checkpoint_load=os.path.relpath(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
-    # left: the cross-entropies of D_p, what of the ascents so far has outlived the descents
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
-        refuse_lost_choice(choices, checkpoint["history"], path)
+        if opt.val_ratio:
+            refuse_lost_choice(places.of_validation, "val_score", checkpoint["history"], path)
         first = run.take_history(checkpoint, path)
-        left = known(model, to_unlearn, runtime) if opt.drop_relearnt else None
     else:
         first = run.start()
-        left = known(model, to_unlearn, runtime)
         measures = {
-            "loss_Dp_after": left.mean().item(),
+            "loss_Dp_after": sample_losses(model, to_unlearn, runtime).mean().item(),
             **evaluate(model, tests, to_relearn.normalize, runtime),
         }
         run.history.append({"epoch": -1, **measures})
@@ -217,14 +194,11 @@ def main(argv=None):
         if "unlearn" in opt.passes:
             bound = bound_of(opt, run.history, spec.num_classes)
             ascent = partial(negative_cross_entropy, bound=bound)
-            taken = to_unlearn
-            if opt.drop_relearnt and settled(run.history):
-                taken = to_unlearn.only(torch.where(~relearnt(left, spec.num_classes))[0])
-            up = train_epoch(model, taken, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
-            row |= {"unlearnt": len(taken.rows)} if opt.drop_relearnt else {}
+            up = train_epoch(model, to_unlearn, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
-            row |= {"bound": bound} if opt.bound_growth > 1 else {}
+            if opt.bound_growth > 1:
+                row["bound"] = bound
             row["seconds"] += up["seconds"]
         if "relearn" in opt.passes:
             taken = to_relearn
@@ -238,28 +212,21 @@ def main(argv=None):
             for name, (held_out, images) in (("val_acc_Dc", held_out_of_Dc), ("val_acc_Dp", held_out_of_Dp)):
                 row[name] = held_out.accuracy(model, images, to_relearn.normalize, runtime)
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
-        left = known(model, to_unlearn, runtime)
-        row["loss_Dp_after"] = left.mean().item()
-        row |= {"forgotten": forgotten(left, spec.num_classes)} if opt.drop_relearnt else {}
-        chosen = [file for name, file in choices.items() if is_best(row, name, run.history)]
-        if args.due(opt, epoch) or places.forgotten in chosen:
+        # what of the ascents so far has outlived the descents
+        row["loss_Dp_after"] = sample_losses(model, to_unlearn, runtime).mean().item()
+        chosen = [places.of_validation] if opt.val_ratio and is_best(row, "val_score", run.history) else []
+        if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
         run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer)
 
     run.complete()
-    summarise(run.history, opt.choose)
+    summarise(run.history)
     if opt.val_ratio:
         epoch = best_epoch(run.history, "val_score")
         print(
             f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(places.of_validation)}"
         )
-    if opt.choose == "forgotten":
-        epoch = best_epoch(run.history, "loss_Dp_after")
-        print(f"D_p is known least after epoch {epoch + 1}, whose model is the result: {shown(places.forgotten)}")
-        if plain and leads():
-            chosen = load_tensors(places.forgotten, f"python {STEP}.py", "checkpoint of this step")["model"]
-            load_weights(model, chosen, places.forgotten)
     if plain:
         write_together({places.result: tensor_writer(plain_state(network, opt.foreign))})
         print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")

@@ -6,7 +6,7 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 from utils import args
 from utils.errors import run_script
 from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint
-from utils.figures import fct_histogram
+from utils.figures import fct_histogram, save_figure
 from utils.files import make_folder, sha256
 from utils.manifest import write_options
 from utils.metrics import auroc
@@ -41,7 +41,7 @@ def main(argv=None):
         title += f", {opt.trigger_type} {opt.target_type}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"
     make_folder(path.parent)
     picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
-    fct_histogram(picture, fct, poisoned.is_clean, title, gammas)
+    save_figure(fct_histogram(fct, poisoned.is_clean, title, gammas), picture)
     write_options(
         record, opt, step="visualize_consistency", data=dataset.record, inputs={path: digest}, outputs=[picture]
     )

@@ -96,7 +96,7 @@ def main(argv=None):
     held_out = HeldOut(samples["label"], opt.val_ratio, opt.seed, STEP, among=in_clean)
     batches = Batches(
         held_out.rest(images), held_out.rest(samples["label"]), dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
-        augmentation=ContrastiveView(dataset.spec.size), extra=held_out.rest(samples["flag"]) == CLEAN,
+        augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), extra=held_out.rest(samples["flag"]) == CLEAN,
     )  # fmt: skip
 
     extractor = SupConResNet(opt.model, size=dataset.spec.size)

@@ -103,7 +103,7 @@ def main(argv=None):
     folder = secure_folder(opt) / run_name(opt)
     batches = Batches(
         images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
-        augmentation=ContrastiveView(dataset.spec.size), views=2, extra=samples["flag"] == CLEAN,
+        augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=samples["flag"] == CLEAN,
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
 
@@ -115,6 +115,11 @@ def main(argv=None):
 
     run = Run(opt, STEP, folder / "options.json", None, inputs=sample_files(opt, sets), data=dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
+    if checkpoint and opt.cosine and checkpoint["options"].get("epochs", opt.epochs) != opt.epochs:
+        raise UserError(
+            f"the cosine of {shown(load)} falls over {checkpoint['options']['epochs']} epochs and would start over; go on with "
+            f"--epochs {checkpoint['options']['epochs']}, or begin anew without --checkpoint_load"
+        )
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

@@ -128,6 +128,8 @@ def test_d_p_by_an_order_of_ones_own(cli, words, copy, tmp_path):
     taken = np.load(folder / "poison_samples.npy")
     assert set(taken["index"]) == set(np.argsort(-order)[:40])
     assert not set(np.load(folder / "clean_samples.npy")["index"]) & set(taken["index"])
+    record = json.loads((folder / "options.json").read_text())
+    assert record["gamma_high"] is None and record["gamma_low"] > 0  # no FCT decided on D_p
     assert run(tmp_path / "order.npy", "--poison_classes", 4, 5).code == 0
     taken = np.load(folder / "poison_samples.npy")
     assert len(taken) == 40 and set(taken["label"]) == {4, 5}
@@ -558,7 +560,11 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     result = cli("audit_dataset.py", *words, "--write_clean", tmp_path / "clean")
     assert result.code == 0 and "Poisoned, likely target class" in result.out, result.err
     found = read_json(tmp_path / "re port/verdict.json")
-    assert found["verdict"] == "poisoned" and found["target_class"] == NAMES[2] and found["statistic"] >= audit.POISONED
+    assert (
+        found["verdict"] == "poisoned"
+        and found["target_class"] == NAMES[2]
+        and found["statistic"] >= audit.POISONED_FROM
+    )
     assert f"The network has a backdoor whose target is class {found['target_label']} " in result.out
     line = next(
         line for line in result.out.splitlines() if line.startswith("  python separate_samples.py")

@@ -398,6 +398,21 @@ def test_a_run_that_goes_on_keeps_its_settings(cli, words, pipeline, script, opt
     assert snapshot(pipeline) == before
 
 
+def test_a_cosine_that_fell_over_other_epochs_does_not_start_over(cli, words, pipeline):
+    before, last = snapshot(pipeline), pipeline / EXTRACTOR / "last.pth"
+    options = torch.load(last, weights_only=True)["options"]
+    assert options["cosine"]
+    said = cli("ST/train_extractor.py", *words(pipeline), "--cosine", "--batch_size", options["batch_size"], "--epochs", 9,
+               "--checkpoint_load", last)  # fmt: skip
+    refused(said, f"falls over {options['epochs']} epochs", f"--epochs {options['epochs']}", "begin anew")
+    assert snapshot(pipeline) == before
+
+
+def test_a_batch_of_one_is_refused_in_both_passes(cli, words, pipeline):
+    for option in ("--batch_size", "--unlearn_batch_size"):
+        refused(cli("unlearn_relearn.py", *words(pipeline), option, 1), option, "at least 2")
+
+
 def test_a_classifier_goes_with_its_own_extractor(cli, words, pipeline, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(pipeline, root)

@@ -207,43 +207,6 @@ def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline,
     refused(cli("unlearn_relearn.py", *words), "--drop_doubtful", "both --passes")
 
 
-@pytest.mark.parametrize(
-    ("many", "of"), [(0, 400), (39, 400), (40, 400), (400, 400), (1, 2), (2, 8)], ids=lambda value: str(value)
-)
-def test_what_comes_back_of_d_p(many, of):
-    rng = np.random.default_rng(0)
-    values = rng.permutation([*[np.log(10) + 0.01] * many, *np.linspace(0, np.log(10) - 0.01, of - many)])
-    known = np.exp(-values) > 0.5
-    begun = many >= of / 10 and (~known).sum() > 1
-    assert losses.relearnt(torch.from_numpy(values), 10).tolist() == (known & begun).tolist()
-    assert losses.forgotten(torch.from_numpy(values), 10) == many / of
-
-
-def test_the_ascent_leaves_out_what_the_descent_brought_back(cli, words, pipeline, tmp_path, monkeypatch):
-    """The network of the tests knows little, so the half of D_p that it knows better stands for what it knows."""
-    monkeypatch.setattr(losses, "relearnt", lambda values, classes: values < values.median())
-    monkeypatch.setattr(losses, "forgotten", lambda values, classes: 0.2)
-
-    def of(name, *more):
-        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)[1:]
-
-    option = "--drop_relearnt"
-    log = of("five", "--epochs", 5, option)
-    whole = log["unlearnt"].iloc[0]
-    assert log["unlearnt"].tolist() == [whole] * 3 + [whole - (whole - 1) // 2] * 2
-    assert log["forgotten"].tolist() == [0.2] * 5
-    of("kept", "--epochs", 3, option)
-    of("plain", "--epochs", 3)
-    assert same_weights(tmp_path / "kept.tar", tmp_path / "plain.tar")
-    rest = of("kept", "--epochs", 5, option, "--checkpoint_load", tmp_path / "kept.tar", "--overwrite")
-    assert rest["unlearnt"].tolist() == log["unlearnt"].tolist()
-    assert same_weights(tmp_path / "five.tar", tmp_path / "kept.tar")
-    of("plain", "--epochs", 5, "--checkpoint_load", tmp_path / "plain.tar", "--overwrite")
-    assert not same_weights(tmp_path / "five.tar", tmp_path / "plain.tar")
-    words = [*words(pipeline), "--passes", "unlearn", option, "--checkpoint_save", tmp_path / "x.tar"]
-    refused(cli("unlearn_relearn.py", *words), option, "both --passes")
-
-
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
     from utils import engine
 

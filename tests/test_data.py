@@ -1,9 +1,11 @@
 """Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
 
+import io
 import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, write_folder
@@ -12,8 +14,9 @@ from PIL import Image
 from utils.datasets import DATASETS, fewer_images, load_dataset
 from utils.device import choose_runtime
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, csv_writer
 from utils.images import in_threads, list_images, name_below, whole_rows
+from utils.transforms import ContrastiveView, CropFlip
 
 
 def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashion):
@@ -193,6 +196,29 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     with atomic_write(path, "w") as file:
         file.write("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_rows_of_a_csv_may_have_different_keys():
+    for rows, columns in (
+        ([{"a": 1, "b": 2, "c": 3}, {"a": 4, "c": 5}], "a,b,c"),
+        ([{"epoch": -1, "x": 1, "y": 2}, {"epoch": 0, "loss": 3}], "epoch,x,y,loss"),  # an epoch that was not evaluated
+    ):
+        file = io.BytesIO()
+        csv_writer(rows)(file)
+        lines = file.getvalue().decode().splitlines()
+        assert lines[0] == columns and len(lines) == 3
+        read = pd.read_csv(io.BytesIO(file.getvalue()))
+        assert [{k: v for k, v in row.items() if v == v} for row in read.to_dict("records")] == rows
+
+
+def test_traffic_signs_are_mirrored_in_no_step():
+    for name, flip in (("cifar10", True), ("gtsrb", False)):
+        spec = DATASETS[name]
+        drawn = (
+            ContrastiveView(32, spec.flip).draw(np.random.default_rng(0), 100),
+            CropFlip.of(spec).draw(np.random.default_rng(0), 100),
+        )
+        assert spec.flip == flip and all(parameters["flip"].any().item() == flip for parameters in drawn)
 
 
 def test_precision_follows_the_request(monkeypatch):

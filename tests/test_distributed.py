@@ -46,7 +46,7 @@ STEPS = {
     "train_attack_withTrans.py": (WITH_TRANS, "0.tar", ["--epochs", 1, "--batch_size", 133]),
     "train_clean_withTrans.py": (BENIGN, "0.tar", ["--epochs", 1, "--batch_size", 133]),
     "unlearn_relearn.py": (WITH_TRANS, "1_unlearn_purify.tar",
-                           [*RATIOS, "--epochs", 1, "--batch_size", 13, "--drop_doubtful", "--drop_relearnt"]),
+                           [*RATIOS, "--epochs", 1, "--batch_size", 13, "--drop_doubtful"]),
     "ST/train_extractor.py": (EXTRACTOR.replace("bsz_64", "bsz_133"), "last.pth",
                               [*RATIOS, "--epochs", 1, "--batch_size", 133, "--cosine"]),
     "ST/train_classifier.py": (CLASSIFIER.replace("bsz_32", "bsz_33"), "ckpt_epoch_0.pth",

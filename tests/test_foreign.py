@@ -147,19 +147,6 @@ def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
     assert (root / "theirs.pth").read_bytes() == before
 
 
-def test_the_state_dict_given_back_is_of_the_chosen_epoch(cli, place):
-    root, _ = place
-    saved = ["--checkpoint_save", root / "c.pth", "--log", root / "c.csv", "--lr", 0.05, "--ascent_bound", 3]
-    result = unlearn(cli, place, "--epochs", 6, *saved, "--choose", "forgotten")
-    assert result.code == 0, result.err
-    log = pd.read_csv(root / "c.csv").set_index("epoch").drop(index=-1)
-    kept = torch.load(root / "c_forgotten.tar", weights_only=True)
-    assert kept["epoch"] == log["loss_Dp_after"].idxmax() < 5
-    cleaned, chosen = load_tensors(root / "c.pth", "", ""), kept["model"]
-    for name, value in cleaned.items():
-        assert torch.equal(value, chosen.get(name, chosen.get(f"network.{name}")).to(value.dtype))
-
-
 def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     root, _ = place
     own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder_data/resnet10/unknown/0.tar"

@@ -114,9 +114,8 @@ def test_fct_and_evaluation_work_on_the_device(name, meta):
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # its last step, to the host
         _fct_of_rows(model, held, np.arange(len(images)), META, normalize, [(tau, tables)], 24)
     assert predict(model, held, normalize, META).shape == (48,)
-    assert meta.uploads.sizes == meta.sent and max(meta.sent) <= (
-        24 * 15 if name == "blur" else 48
-    )  # 15: a row of the kernel
+    # 15: a row of the kernel
+    assert meta.uploads.sizes == meta.sent and max(meta.sent) <= (24 * 15 if name == "blur" else 48)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ SENSELESS = [
     ["--device", "cuda:99"],
     ["--device", "meta"],
     ["--poison_rate", "0.001"],
-    ["--batch_size", "1000", "--poison_ratio", "0.04"],
 ]  # fmt: skip
 nasty = st.one_of(
     st.sampled_from(["", " ", "-1", "0", "nan", "inf", "-inf", "1e999", "0x10", "1_", "٣.٣.", "1,5", "None", "9" * 30, "9" * 5000,
@@ -84,8 +83,8 @@ def bad_command(draw):
     if kind == "senseless":
         taken = {word for action in actions for word in action.option_strings}
         fitting = [words for words in SENSELESS if all(word in taken for word in words if word.startswith("--"))]
-        alone = [["--trigger_type", "fourCornerTrigger"], ["--strict"], ["--workers", "2"]]
-        return script, draw(st.sampled_from(fitting or alone)) if fitting else ["--nonsense"]
+        fitting += [["--batch_size", "1000", "--poison_ratio", "0.04"]] * (script == "unlearn_relearn.py")
+        return script, draw(st.sampled_from(fitting)) if fitting else ["--nonsense"]
     if kind == "unknown":
         name = draw(st.text(string.ascii_lowercase + "_", min_size=1, max_size=12))
         words = [f"--{name}"] if f"--{name}" not in PARSERS[script]._option_string_actions else ["--no_such"]
@@ -142,8 +141,7 @@ CHANGES = {
     "log": "{other}/own.csv", "weight_decay": 0.1, "temp": 0.5, "cosine": None, "lr_decay_epochs": 1,
     "train_images": 250, "image_size": 64, "compile": "abacus", "cosine_epochs": 2, "auto": None, "poison_classes": 1, "samples": "nowhere",
     "poison_order": "nowhere.npy", "poison_alike": None, "unlearn_batch_size": 8, "bound_growth": 2, "drop_doubtful": None,
-    "drop_relearnt": None,
-    "mean": 0.5, "std": 0.5, "passes": "relearn", "ascent_bound": 0.5, "val_ratio": 0.3, "choose": "forgotten",
+    "mean": 0.5, "std": 0.5, "passes": "relearn", "ascent_bound": 0.5, "val_ratio": 0.3,
     "positives": "authors",
     "lr_decay_rate": 0.5, "save_freq": 2, "trial": 1, "poison_weight": 0.5, "pretrained": "nowhere.pth",
 }  # fmt: skip

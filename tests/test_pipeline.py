@@ -246,9 +246,9 @@ def test_the_documents_commands_are_understood():
 def test_the_histogram_names_the_transform_that_it_is_of(words, copy, cli, monkeypatch):
     titles, draw = [], figures.fct_histogram
 
-    def drawn(path, fct, is_clean, title, gammas):
+    def drawn(fct, is_clean, title, gammas):
         titles.append(title)
-        draw(path, fct, is_clean, title, gammas)
+        return draw(fct, is_clean, title, gammas)
 
     monkeypatch.setattr(figures, "fct_histogram", drawn)
     for more in ([], ["--trans1", "flip"], ["--trans1", "auto"]):

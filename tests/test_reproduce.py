@@ -65,6 +65,10 @@ def test_bad_options_end_with_code_2(cli, tmp_path):
     for words in (["--row", "none"], ["--dataset", "cifar11"], ["--seed", "-3"], ["--poison_rate", "2"]):
         result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
         assert result.code == 2 and len(result.err.strip().splitlines()) == 1
+    for preset in sorted(PRESETS.keys() - {"paper", "full"}):
+        words = ["--row", "BadNets-all2one", "--dataset", "imagenet", "--defences", "D-BR", "--preset", preset]
+        result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
+        assert result.code == 2 and "give --preset paper" in result.err and len(result.err.strip().splitlines()) == 1
 
 
 def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tmp_path, monkeypatch, capfd, in_process):

@@ -106,18 +106,6 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     assert "seed0_resnet" not in cli("reproduce.py", *words, "--model", "resnet10", "--dry_run").out
 
 
-def test_a_cell_has_the_epoch_that_its_commands_choose(words, tmp_path, cli, monkeypatch):
-    br = "--epochs 6 --batch_size 16 --lr 0.05 --ascent_bound 3 --choose forgotten"
-    monkeypatch.setitem(PRESETS, "quick", TINY | {"unlearn_relearn": br})
-    assert cli("reproduce.py", *words, "--defences", "D-BR").code == 0
-    log = pd.read_csv(next((tmp_path / "runs").rglob("unlearn_purify.csv"))).iloc[1:]
-    best = log.loc[log["loss_Dp_after"].idxmax()]
-    made = json.loads(next((tmp_path / "results/cifar10").glob("*.json")).read_text())
-    assert best["epoch"] < 5 and made["after"] == pytest.approx(best[list(made["after"])].to_dict())
-    assert made["rule"] == "epoch after which D_p is known least"
-    assert pd.read_csv(tmp_path / "results/cifar10.csv")["rule"].tolist() == [made["rule"]]
-
-
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
     said = cli("reproduce.py", "--table", "cifar10", "--dry_run", "--output_root", tmp_path).out
     commands = [line.split("python ")[1] for line in said.splitlines() if "python " in line]

@@ -7,7 +7,6 @@ table and writes it (--out) with a bar picture beside it: medians of the seconds
 largest pair, images a second, peak memory; on CUDA also the share of the bfloat16 peak that a large matrix product reaches.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from ST.losses import SupConLoss, classify, contrastive, mixed_cross_entropy, tr
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.datasets import load_dataset
+from utils.device import cores
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.fct import compute_fct
@@ -316,7 +316,7 @@ def evaluation(work):
     triggered = apply_trigger("gridTrigger", work.images, train=False)
     labels = torch.from_numpy(work.labels).to(work.runtime.device)
     held = [hold(images, work.runtime) for images in (work.images, triggered)]
-    everything = torch.ones_like(labels, dtype=torch.bool)
+    everything = torch.arange(len(labels), device=labels.device)
     tests = TestSets(held[0], labels, everything, held[1], torch.zeros_like(labels), labels)
     normalize = Normalize(work.spec, work.runtime.device)
     end = transforms.Compose([transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
@@ -467,7 +467,7 @@ def main(argv=None):
     write_rows(opt.out, rounded)
 
     table = pd.DataFrame(lines)
-    title = f"{opt.model}, {runtime}, {hardware(opt.device)}, {os.cpu_count()} processors seen"
+    title = f"{opt.model}, {runtime}, {hardware(opt.device)}, {cores()} cores seen"
     picture = opt.out.with_suffix(".png")
     save_figure(bars(table, title), picture)
     print(f"{len(work.labels)} images, batches of {opt.batch_size}, {rounds} rounds, {runtime}, {hardware(opt.device)}")

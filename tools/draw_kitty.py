@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from utils import args
 from utils.errors import UserError, run_script
-from utils.files import make_folder, write_together
+from utils.files import bytes_writer, make_folder, write_together
 from utils.paths import shown
 from utils.triggers import KITTY
 
@@ -81,7 +81,7 @@ def main(argv=None):
     if opt.out.is_file() and opt.out.read_bytes() != buffer.getvalue() and not opt.overwrite:
         raise UserError(f"{shown(opt.out)} is another picture; give --overwrite to replace it, or another --out")
     make_folder(opt.out.absolute().parent, "--out")
-    write_together({opt.out: lambda file: file.write(buffer.getvalue())})
+    write_together({opt.out: bytes_writer(buffer.getvalue())})
     print(f"The picture is {shown(opt.out)}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from models import MODELS
 from utils import distributed
 from utils.datasets import DATASETS, fewer_images, load_dataset
-from utils.device import PRECISIONS, choose_runtime
+from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
 from utils.paths import ROOT, arguments
 from utils.poisoning import TARGET_TYPES
@@ -379,7 +379,7 @@ def start(parser, argv=None):
 
 def runtime_of(opt):
     """The `Runtime` that the options of `add_device_options` choose."""
-    workers = min(8, os.cpu_count() or 1) if opt.workers is None else opt.workers
+    workers = min(8, cores()) if opt.workers is None else opt.workers
     runtime = choose_runtime(distributed.device_of(opt.device), opt.precision, workers, opt.deterministic)
     distributed.join(runtime.device)
     return runtime

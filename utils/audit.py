@@ -41,9 +41,9 @@ USUAL = 0.7  # how far down the order there is no poisoned sample, where fewer t
 OWN = 500  # samples of a class by which its mean and deviation are taken
 OTHERS = 120  # images of other classes on which it is tried
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
-POISONED = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
+POISONED_FROM = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
-FURTHER = 0.5  # share of the highest score from which on a further class is a target: chance alone can reach POISONED
+FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def likeness_of(found, model, images, labels, spec, runtime):
 def targets_of(scores):
     """The rows of the target classes among those of `PutBack.test`, highest score first; empty where no class is poisoned."""
     ordered = sorted(scores, key=lambda row: -row["score"])
-    return [row for row in ordered if row["score"] >= max(POISONED, FURTHER * ordered[0]["score"])]
+    return [row for row in ordered if row["score"] >= max(POISONED_FROM, FURTHER * ordered[0]["score"])]
 
 
 def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
@@ -379,8 +379,8 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
     put_back = PutBack(model, images, labels, {"FCT": fct, SUREST: sure}, spec, runtime, seed, FEWER_OTHERS)
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
-    score = f"(score {best['score']:.2f}; {POISONED} and more shows one, below {NOTHING_BELOW} there is no sign)"
-    if best["score"] >= POISONED:
+    score = f"(score {best['score']:.2f}; {POISONED_FROM} and more shows one, below {NOTHING_BELOW} there is no sign)"
+    if best["score"] >= POISONED_FROM:
         if best["into"] == INTO_EACH:
             return (
                 best,

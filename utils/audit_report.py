@@ -9,7 +9,7 @@ import numpy as np
 from utils import report
 from utils.audit import APART, INTO_EACH, OTHERS, SUREST, SharedPattern, among, classes_of, rule_of
 from utils.figures import fct_histogram
-from utils.files import csv_writer, json_writer, text_writer, write_together
+from utils.files import bytes_writer, csv_writer, json_writer, text_writer, write_together
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON, UNCERTAIN
 
@@ -64,13 +64,11 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
     content["strongest_region"] = dict(zip(("top", "left", "side"), region, strict=True))
 
-    histogram = out / "histogram.png"
     title = f"{len(fct)} images, tau {content['settings']['tau']}"
-    fct_histogram(histogram, fct, ~in_poison, title, names=("not in D_p", "D_p"))
-    pictures["histogram"] = histogram.read_bytes()
+    pictures["histogram"] = report.png(fct_histogram(fct, ~in_poison, title, names=("not in D_p", "D_p")))
 
     writers = {out / "suspects.csv": csv_writer(rows)}
-    writers |= {out / f"{name}.png": (lambda file, data=data: file.write(data)) for name, data in pictures.items()}
+    writers |= {out / f"{name}.png": bytes_writer(data) for name, data in pictures.items()}
     writers[out / "verdict.json"] = json_writer(content)
     writers[out / "report.html"] = text_writer(page(dataset, labels, flags, fct, order, content, pictures, best))
     write_together(writers)

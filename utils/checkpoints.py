@@ -52,10 +52,9 @@ def refuse_other_data(checkpoint, digest, path):
 
 def refuse_other_settings(checkpoint, opt, path):
     """Raise a `UserError` where a run that goes on after a checkpoint of its own was asked for other settings than it has:
-    the optimizer and the schedule come from there, so that such a record would be false. How long it trains and how
-    an epoch is chosen may change."""
+    the optimizer and the schedule come from there, so that such a record would be false. How long it trains may change."""
     wanted, found = plain_options(opt), made_with(checkpoint, opt)
-    compared = wanted.keys() - NEUTRAL - {*FILES, "epochs", "choose"}
+    compared = wanted.keys() - NEUTRAL - {*FILES, "epochs"}
     differ = conflict(found, wanted, sorted(compared))
     if differ:
         held, asked = differ

@@ -21,7 +21,7 @@ TOGETHER = 4096
 class TestSets:
     """The two test sets: images uint8 (N, 3, H, W) on the device, or streamed; labels int64 (N,) on the device.
 
-    ``triggered`` leaves out the target class for all2one and cleanLabel, whose images the attack has no use for.
+    ``triggered_images`` leaves out the target class for all2one and cleanLabel, whose images the attack has no use for.
     """
 
     clean_images: "torch.Tensor | StreamedImages"
@@ -155,8 +155,8 @@ class Normalize:
 class Batches:
     """Shuffled, augmented, normalised batches from images that live on the device as uint8, or are streamed.
 
-    Order and augmentation are functions of (seed, name, epoch, sample) alone, so an interrupted run continues with the
-    same batches and no generator's state needs to be kept.
+    Order and augmentation are functions of (seed, name, epoch, sample) and of how many samples there are, so an interrupted run
+    continues with the same batches and no generator's state needs to be kept.
 
     Args:
         images: uint8 (N, H, W, 3), an array or streamed; labels: int64 (N,).

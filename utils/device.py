@@ -12,6 +12,11 @@ from utils.errors import UserError, at_exit, first_line
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
+def cores():
+    """How many processor cores this process may use; in a container that can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a network runs: a torch device, the dtype of autocast (float32 means no autocast), and how many

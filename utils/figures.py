@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.poisoning import paint
 
-CLEAN, POISONED = "#3b6fb6", "#d1495b"
+CLEAN_COLOUR, POISONED_COLOUR = "#3b6fb6", "#d1495b"
 
 
 def save_figure(figure, path):
@@ -99,15 +99,15 @@ def plain(text):
     return shown.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def fct_histogram(path, fct, is_clean, title, gammas=None, bins=80, names=("clean", "poisoned")):
-    """A picture (its `Path`) of one `draw_histogram` with axes named and a title."""
+def fct_histogram(fct, is_clean, title, gammas=None, bins=80, names=("clean", "poisoned")):
+    """A figure of one `draw_histogram` with axes named and a title."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     draw_histogram(axis, fct, is_clean, gammas, bins, names)
     axis.set_xlabel(r"FCT, $\Delta_{trans}(x; \tau, f)$ (logarithmic)")
     axis.set_ylabel("samples (linear to 10, then logarithmic)")
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8)
-    save_figure(figure, path)
+    return figure
 
 
 def draw_histogram(axis, fct, is_clean, gammas=None, bins=80, names=("clean", "poisoned")):
@@ -126,9 +126,9 @@ def draw_histogram(axis, fct, is_clean, gammas=None, bins=80, names=("clean", "p
     decades = np.log10(high / low)
     zero = np.array([low / 10 ** (0.12 * decades), low / 10 ** (0.07 * decades)])  # a bar left of the axis proper
 
-    kinds = [("samples", slice(None), CLEAN)]
+    kinds = [("samples", slice(None), CLEAN_COLOUR)]
     if is_clean is not None:
-        kinds = [(names[0], is_clean, CLEAN), (names[1], ~is_clean, POISONED)]
+        kinds = [(names[0], is_clean, CLEAN_COLOUR), (names[1], ~is_clean, POISONED_COLOUR)]
     for name, members, colour in kinds:
         values = fct[members]
         label = f"{name} ({len(values)})"

@@ -224,10 +224,15 @@ def _umask():
     return mask
 
 
+def bytes_writer(content):
+    """A function that writes ``content`` (bytes) to an open binary file, for `write_together`."""
+    return lambda file: file.write(content)
+
+
 def text_writer(text):
     """A function that writes ``text`` (str) to an open binary file, for `write_together`. Names of files may hold bytes that
     are no text; they are written as they are."""
-    return lambda file: file.write(text.encode(errors="surrogateescape"))
+    return bytes_writer(text.encode(errors="surrogateescape"))
 
 
 def json_writer(content):
@@ -241,9 +246,10 @@ def as_logged(value):
 
 
 def csv_writer(rows):
-    """A function that writes ``rows`` (dicts; the longest has all keys, in the order of the columns) as CSV with a
-    header to an open binary file, for `write_together`."""
-    return text_writer(pd.DataFrame(rows, columns=list(max(rows, key=len))).to_csv(index=False))
+    """A function that writes ``rows`` (dicts) as CSV with a header to an open binary file, for `write_together`. The columns are
+    those of the longest row, then what others have besides."""
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    return text_writer(pd.DataFrame(rows, columns=list(columns)).to_csv(index=False))
 
 
 def array_writer(values):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from utils.device import cores
 from utils.errors import UserError, nearest_existing
 from utils.files import read_json, write_json
 
@@ -122,7 +123,7 @@ def _eight_bits(image):
 def in_threads(function, files, title):
     """``function`` of every file, in order, with a progress bar where there is a ``title``. Small files are read one
     after the other: decoding them is mostly Python, for which threads wait for each other."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         results = (map if _small(files) else pool.map)(function, files)
         return list(tqdm(results, title, len(files), unit=" images", disable=None if title else True))
 

@@ -14,14 +14,13 @@ def cross_entropy(model, inputs, labels):
 
 ASCENT_BOUND = 100.0  # nats; a network that has forgotten a sample gives it no less than e^-100
 DOUBTFUL = 0.1  # share of the samples of a label in D_c that can be poisoned
-FORGOTTEN = 0.1  # share of D_p from which on the network has begun to forget
 
 
 def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
     """Gradient ascent on the cross-entropy, as a loss to be minimised (paper section 4.3, unlearning).
 
     A guard that is not in the paper: a sample whose cross-entropy is above ``bound`` pushes no further, for ascent has
-    no end of its own; ``at_bound`` counts them. With the paper's settings there are none (README: what can go wrong).
+    no end of its own; ``at_bound`` counts them. With the paper's settings there are none.
     """
     logits = model(inputs).float()
     each = F.cross_entropy(logits, labels, reduction="none")
@@ -56,26 +55,6 @@ def intra_class(model, inputs, labels):
         correct = (model.fc(features).argmax(1) == labels).sum()
     loss = intra_class_loss(features, labels, model.fc.out_features)
     return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
-
-
-def forgotten(values, classes):
-    """Share of D_p that the network knows less than a guess would. ``values``, ``classes``: see `relearnt`."""
-    return int((values > math.log(classes)).sum()) / len(values)
-
-
-def relearnt(values, classes):
-    """Samples of D_p that the descent on D_c has brought back: not in the paper. They are clean, for D_c shows no trigger; a further
-    ascent on them would take away what the network should know.
-
-    Args:
-        values: float (M,), cross-entropy of D_p after the descent, in nats; classes: how many there are.
-
-    Returns:
-        bool (M,): True where it is below ln(2), the label thus likelier than all others together. All False where less than `FORGOTTEN`
-        of D_p is forgotten, for the poisoned ones are then known, too, and where less than the two that a batch needs would be left.
-    """
-    known = values < math.log(2)
-    return known & (forgotten(values, classes) >= FORGOTTEN and int((~known).sum()) > 1)
 
 
 def doubtful(clean, poisoned, labels, poisoned_labels, classes):

@@ -7,7 +7,6 @@ What takes a network to make is kept in saved/poisoned_images/, with its setting
 import hashlib
 import json
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.images import StreamedImages
 from utils.paths import arguments, benign_folder, shown
 from utils.seeding import generator
+from utils.separation import share_of
 from utils.SSBA.encode_image import encode_images
 from utils.triggers import apply_trigger
 
@@ -33,7 +33,7 @@ class PoisonedSet:
     """A training set as the victim gets it, and what only an evaluation may look at.
 
     ``images`` uint8 (N, H, W, 3), an array or `TriggeredImages`, ``labels`` int64 (N,), ``index`` int64 (N,): the sample's
-    place in the data set.
+    place in the data set. ``digest``: SHA-256 of which samples are poisoned and how; of data of the user's own, of that data.
     ``true_labels`` int64 (N,) and ``is_clean`` bool (N,) are the ground truth: no defence step reads them. Of data of the
     user's own they are None.
     """
@@ -84,7 +84,7 @@ def attack_label(labels, target_type, target_label, num_classes):
 
 
 def poisoned_indices(labels, target_type, target_label, poison_rate, seed):
-    """Which training samples are poisoned (paper section 5.1; the table of target types in the README).
+    """Which training samples are poisoned (paper section 5.1).
 
     all2one: floor(rate * samples not of the target class); all2all: floor(rate * N); cleanLabel: floor(rate * samples
     of the target class); drawn by ``seed``.
@@ -98,7 +98,7 @@ def poisoned_indices(labels, target_type, target_label, poison_rate, seed):
     of_target = labels == target_label
     eligible = {"all2one": ~of_target, "all2all": np.ones_like(of_target), "cleanLabel": of_target}[target_type]
     candidates = np.flatnonzero(eligible)
-    count = int(Fraction(str(poison_rate)) * len(candidates))  # exact: 0.29 * 100 is 28.999... in floating point
+    count = share_of(poison_rate, len(candidates))
     if count == 0:
         raise UserError(f"--poison_rate {poison_rate} of {len(candidates)} eligible samples poisons none; raise it")
     return np.sort(generator(seed, "poisoned indices").permutation(candidates)[:count])

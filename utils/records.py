@@ -3,13 +3,13 @@
 A cell is a row (an attack) and a defence, at one scale and one seed.
 """
 
-import os
 import platform
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from utils.device import cores
 from utils.errors import UserError
 from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
 from utils.manifest import manifest
@@ -39,8 +39,7 @@ def hardware(device):
                 break
     except OSError:
         pass  # another system than Linux
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}"
+    return f"{cores()} cores of {name}"
 
 
 def read_log(step, path=None):

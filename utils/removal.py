@@ -53,8 +53,8 @@ def places_of(opt, path, resumed, plain):
     """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
 
     Returns:
-        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
-        forgotten (that of --choose forgotten) and result (the state dict, for a plain one).
+        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose)
+        and result (the state dict, for a plain one).
 
     Raises:
         UserError: where two of them are the same file, or one is a folder.
@@ -64,14 +64,12 @@ def places_of(opt, path, resumed, plain):
     result = save.with_suffix(".pth") if save.suffix == ".tar" else save
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    of_validation, forgotten = (save.with_name(f"{save.stem}_{name}.tar") for name in ("val", "forgotten"))
+    of_validation = save.with_name(f"{save.stem}_val.tar")
     files = [save, log, record]
     if plain:
         files.append(result)
     if opt.val_ratio:
         files.append(of_validation)
-    if opt.choose == "forgotten":
-        files.append(forgotten)
     if not resumed:
         files.append(path)
     if len({file.absolute() for file in files}) < len(files):
@@ -81,9 +79,7 @@ def places_of(opt, path, resumed, plain):
     for file in (save, log, record, result):
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
-    return SimpleNamespace(
-        save=save, log=log, record=record, of_validation=of_validation, forgotten=forgotten, result=result
-    )
+    return SimpleNamespace(save=save, log=log, record=record, of_validation=of_validation, result=result)
 
 
 def refuse_log_of_another(log, record, overwrite):
@@ -103,27 +99,23 @@ def refuse_log_of_another(log, record, overwrite):
         )
 
 
-def refuse_lost_choice(choices, history, path):
-    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. choices: {column of the
-    log: file of the epoch in which it is highest}; history: the rows so far."""
-    for name, file in choices.items():
-        if any(name in row for row in history if row["epoch"] >= 0) and not path.with_name(file.name).exists():
-            raise UserError(
-                f"{path.with_name(file.name)}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs "
-                f"before cannot be chosen from; begin anew from the backdoored model with --overwrite"
-            )
+def refuse_lost_choice(file, name, history, path):
+    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. ``file``: of the epoch in
+    which the column ``name`` of the log is highest; history: the rows so far."""
+    kept = path.with_name(file.name)
+    if any(name in row for row in history if row["epoch"] >= 0) and not kept.exists():
+        raise UserError(
+            f"{kept}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs before cannot be chosen "
+            f"from; begin anew from the backdoored model with --overwrite"
+        )
 
 
-def summarise(history, choose):
-    """Print the last epoch, the paper's selection and what --choose names, or what there is without a trigger. history: the
-    rows of the log."""
+def summarise(history):
+    """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
     measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
     if "ASR" in history[-1]:
         best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
         shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
-        if choose == "forgotten":
-            forgotten = max(measured, key=lambda row: row["loss_Dp_after"])
-            shown_rows.append(("The result, where D_p is known least", forgotten))
         for name, row in shown_rows:
             figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
             print(f"{name} ({row['epoch'] + 1}): {figures}")

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from utils.figures import CLEAN, POISONED, draw, plain, show_images
+from utils.figures import CLEAN_COLOUR, POISONED_COLOUR, draw, plain, show_images
 from utils.separation import POISON
 
 SHEET_CLASSES, SHEET_COLUMNS = 10, 10
@@ -36,7 +36,7 @@ def class_bars(labels, flags, classes, target, most=40):
     order = np.argsort(-share, kind="stable")[:most]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.24 * len(order)), layout="constrained")
     place = np.arange(len(order))
-    colours = [POISONED if label == target else CLEAN for label in order]
+    colours = [POISONED_COLOUR if label == target else CLEAN_COLOUR for label in order]
     axis.barh(place - 0.2, 100 * share[order], 0.4, color=colours, label="share of D_p")
     axis.barh(place + 0.2, 100 * whole[order], 0.4, color="#bbbbbb", label="share of the training set")
     axis.set_yticks(place, [short(classes[label]) for label in order], fontsize=8)
@@ -67,7 +67,7 @@ def likeness_picture(like, suspicious, name):
     (n,). PNG bytes."""
     figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     bins = np.linspace(like.min(), like.max(), 61)
-    for members, label, colour in ((~suspicious, "the others", CLEAN), (suspicious, "D_p", POISONED)):
+    for members, label, colour in ((~suspicious, "the others", CLEAN_COLOUR), (suspicious, "D_p", POISONED_COLOUR)):
         axis.hist(like[members], bins=bins, color=colour, alpha=0.75, label=f"{label} ({members.sum()})")
     axis.axvline(0, color="#444444", linewidth=0.8)
     axis.set_xlabel("likeness to the group that gave the class away, in standard deviations")

@@ -130,7 +130,6 @@ VARIANTS = {
         "no_bound": {"unlearn_relearn": "--ascent_bound 100 --bound_growth 1"},
         "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
         "drop_doubtful": {"unlearn_relearn": "--drop_doubtful"},
-        "drop_relearnt": {"unlearn_relearn": "--drop_relearnt"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
@@ -184,6 +183,8 @@ def resolve(opt, ratios):
     if dataset == "imagenet":
         if opt.row not in ON_IMAGENET:
             raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
+        if "train_attack_withTrans_imagenet" not in PRESETS[opt.preset]:
+            raise UserError(f"--preset {opt.preset} has no BR step 1 on imagenet; give --preset paper")
         trigger_type = ON_IMAGENET[opt.row]
         if "D-ST" in defences_of(opt):
             raise UserError("the paper's table of imagenet has D-BR alone; add --defences D-BR")
@@ -299,7 +300,7 @@ class _Row:
         saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
         more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
         if "--passes" in more:  # a single pass takes nothing along
-            more = [word for word in more if word not in ("--drop_doubtful", "--drop_relearnt")]
+            more = [word for word in more if word != "--drop_doubtful"]
         more = [*self.ratios, *more, *self.chosen]
         if self.opt.variant:
             more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]

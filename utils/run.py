@@ -23,6 +23,7 @@ from utils.distributed import leads
 from utils.errors import UserError, at_exit
 from utils.files import (
     as_logged,
+    bytes_writer,
     csv_writer,
     hold_lock,
     make_folder,
@@ -119,7 +120,7 @@ def _move(source, target):
     try:
         os.replace(source, target)
     except OSError:  # another file system
-        write_together({target: lambda file: file.write(source.read_bytes())})
+        write_together({target: bytes_writer(source.read_bytes())})
         source.unlink()
 
 

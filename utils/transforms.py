@@ -1,10 +1,10 @@
 """Image transforms on whole batches, every sample with parameters of its own.
 
 A transform has two halves: ``draw(rng, count)`` draws the parameters of ``count`` samples on the CPU, row i for sample
-i, and ``apply(images, parameters)`` uses them on a batch. So what happens to a sample depends on the generator and on
-the sample's index alone, not on the batch it falls into or on the device. Parameters are dicts of tensors on the CPU whose
-first dimension counts samples; images are uint8 tensors (B, C, H, W) on any device. What is worked out for every pixel is
-worked out there, in whole numbers or float64 and step by step, so that every device finds the same.
+i, and ``apply(images, parameters)`` uses them on a batch. So what happens to a sample depends on the generator, the
+sample's index and how many samples there are, not on the batch it falls into or on the device. Parameters are dicts of
+tensors on the CPU whose first dimension counts samples; images are uint8 tensors (B, C, H, W) on any device. What is worked
+out for every pixel is worked out there, in whole numbers or float64 and step by step, so that every device finds the same.
 """
 
 import math
@@ -69,15 +69,15 @@ def rotate(images, degrees):
 
 def gaussian_blur(images, sigma, kernel_size=15):
     """Gaussian blur with one ``sigma`` (float (B,), pixels) a sample, reflected at the border; uint8 in and out."""
-    batch, channels, height, width = images.shape
-    half = kernel_size // 2
-    offsets = torch.arange(-half, half + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None].float()) ** 2)
-    kernel = send(kernel / kernel.sum(1, keepdim=True), images.device).repeat_interleave(channels, 0)[:, None]
-    x = F.pad(images.float(), [half] * 4, mode="reflect").view(1, batch * channels, height + 2 * half, width + 2 * half)
-    x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
-    x = F.conv2d(x, kernel[:, :, :, None], groups=batch * channels)
-    return x.view(batch, channels, height, width).round().clamp(0, 255).to(torch.uint8)
+    half, place = kernel_size // 2, exact_device(images.device)
+    offsets = torch.arange(-half, half + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None].double()) ** 2)
+    kernel = send(kernel / kernel.sum(1, keepdim=True), place)[:, :, None, None, None]
+    x = F.pad(images.to(place, torch.float64), [half] * 4, mode="reflect")
+    for axis in (3, 2):  # a sum of shifted images: convolutions round differently from device to device
+        side = images.shape[axis]
+        x = sum(kernel[:, i] * x.narrow(axis, i, side) for i in range(kernel_size))
+    return (x + 0.5 + 1e-6).floor().clamp(0, 255).to(images.device, torch.uint8)
 
 
 def shrink(images):
@@ -199,17 +199,18 @@ class CropFlip:
 
 class ContrastiveView:
     """One view of contrastive learning: resized crop (scale 0.2-1, ratio 3/4-4/3), flip, colour jitter 0.4 0.4 0.4 0.1
-    with p 0.8, grey with p 0.2 (Khosla et al. 2020; section 4 of SupContrast's defaults). uint8 in, float32 out."""
+    with p 0.8, grey with p 0.2 (Khosla et al. 2020; the defaults of SupContrast's main_supcon.py). uint8 in, float32 out.
+    ``flip``: whether views are mirrored at all."""
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, size, flip=True):
+        self.size, self.flip = size, flip
 
     def draw(self, rng, count):
         boxes = _draw_boxes(rng, count, self.size, (0.2, 1.0), (3 / 4, 4 / 3))
         factors = rng.uniform(0.6, 1.4, (count, 3))
         parameters = {
             **boxes,
-            "flip": rng.random(count) < 0.5,
+            "flip": (rng.random(count) < 0.5) & self.flip,
             "jitter": rng.random(count) < 0.8,
             "order": rng.random((count, 4)).argsort(1),
             "factors": np.column_stack([factors, rng.uniform(-0.1, 0.1, count)]).astype(np.float32),
