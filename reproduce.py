@@ -209,7 +209,8 @@ def run_table(opt):
         for cell, steps, resolved in plans:
             _run_cell(cell, steps, resolved, table, stop)
     collect(table.with_suffix(""), table)  # a run that was killed may have left a record out
-    print(f"The table is {shown(table)}; beside the paper's: python tools/make_tables.py")
+    place = "" if table.parent == ROOT / "results" else f" --results {shown(table.parent)}"
+    print(f"The table is {shown(table)}; beside the paper's: python tools/make_tables.py{place}")
 
 
 def _name_of(cell):

@@ -39,8 +39,9 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    commands = [f"python ST/{step}.py {args.secure_arguments(opt)}" for step in ("train_extractor", "train_classifier")]
-    extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0] + " --cosine")
+    more = args.secure_arguments(opt)
+    commands = [f"python ST/train_extractor.py {more} --cosine", f"python ST/train_classifier.py {more}"]
+    extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0])
     classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)

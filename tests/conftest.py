@@ -133,9 +133,9 @@ def words(data_root):
     return common
 
 
-def run_all(common, epochs=2, device=()):
+def run_all(common, epochs=2, device=(), further=None):
     """All numbered steps with small settings; returns the exit codes. ``device``: options of those that compute, which
-    calculate_gamma does not."""
+    calculate_gamma does not; ``further``: more options, by script."""
     ratios = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
     steps = [
         ("train_attack_noTrans.py", "--epochs", epochs, "--batch_size", 64),
@@ -150,7 +150,11 @@ def run_all(common, epochs=2, device=()):
         ("ST/train_classifier.py", *ratios, "--epochs", epochs, "--batch_size", 32, "--learning_rate", 0.5),
         ("ST/test.py", *ratios),
     ]
-    return [run_cli(name, *common, *(device if name != "calculate_gamma.py" else ()), *more) for name, *more in steps]
+    further = further or {}
+    return [
+        run_cli(name, *common, *(device if name != "calculate_gamma.py" else ()), *more, *further.get(name, ()))
+        for name, *more in steps
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,31 @@ def test_the_test_step_agrees_with_the_classifiers_log(pipeline):
     assert [result[name] for name in ("ACC", "ASR", "R_ACC")] == pytest.approx(last[["ACC", "ASR", "R_ACC"]].tolist())
 
 
-def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monkeypatch):
+NOT_IN_THE_PAPER = {  # options whose choice of samples a ground truth would help
+    "calculate_consistency.py": ["--trans1", "auto"],
+    "calculate_gamma.py": ["--auto"],
+    "separate_samples.py": ["--trans1", "auto", "--clean_per_class", "--clean_even", "--poison_alike"],
+    "unlearn_relearn.py": [
+        "--lr",
+        0.001,
+        "--ascent_bound",
+        3,
+        "--bound_growth",
+        2,
+        "--drop_doubtful",
+        "--val_ratio",
+        0.2,
+    ],
+    "ST/train_extractor.py": ["--positives", "authors"],
+    "ST/train_classifier.py": ["--ascent_bound", 3, "--val_ratio", 0.2],
+}
+
+
+@pytest.mark.parametrize("further", [{}, NOT_IN_THE_PAPER], ids=["paper", "not_in_the_paper"])
+def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monkeypatch, further):
+    if further:
+        pipeline, tmp_path = tmp_path / "honest", tmp_path / "scrambled"
+        assert run_all(words(pipeline), further=further) == [0] * 11
     honest = poisoning.poison_training_set
     rng = np.random.default_rng(1)
 
@@ -141,7 +165,7 @@ def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monke
         return poisoning.PoisonedSet(**{**vars(poisoned), **swap})
 
     monkeypatch.setattr(poisoning, "poison_training_set", scrambled)
-    assert run_all(words(tmp_path)) == [0] * 11
+    assert run_all(words(tmp_path), further=further) == [0] * 11
     quality = [json.loads((root / SAMPLES / "detection.json").read_text()) for root in (pipeline, tmp_path)]
     assert quality[0] != quality[1]  # the scrambling reached the steps
     compared = 0
@@ -150,7 +174,7 @@ def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monke
         if path.suffix in (".tar", ".pth"):
             assert same_weights(path, other), path
             compared += 1
-        elif path.name.endswith(("_all.txt", "_fct.csv", "samples.npy")):
+        elif path.name.endswith(("_all.txt", "_fct.csv", "_order.npy", "samples.npy")):
             assert path.read_bytes() == other.read_bytes(), path
             compared += 1
     assert compared >= 15

@@ -373,8 +373,13 @@ def test_tables_go_to_the_one_document_that_has_their_markers(results, cli, tmp_
     assert first.read_text() == before and "old" in second.read_text()
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b""])
-@pytest.mark.parametrize("name", ["paper.csv", "README.md"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("paper.csv", content) for content in (b"\xff\xfe\x00", b"")),
+        *(("README.md", content) for content in (None, b"\xff\xfe\x00", b"")),
+    ],
+)
 def test_a_missing_or_strange_file_is_one_line_and_nothing_is_written(name, content, results, cli, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("".join(f"<!-- table {table} -->\n<!-- /table {table} -->\n" for table in TABLES))
@@ -386,6 +391,14 @@ def test_a_missing_or_strange_file_is_one_line_and_nothing_is_written(name, cont
     refused = cli("tools/make_tables.py", "--results", results, "--readme", readme)
     assert refused.code == 2 and name in refused.err and refused.err.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_without_a_file_of_its_own_a_folder_stands_beside_the_bundled_papers_figures(results, cli):
+    assert cli("tools/make_tables.py", "--results", results).code == 0
+    written = (results / "tables.md").read_text()
+    (results / "paper.csv").unlink()
+    assert cli("tools/make_tables.py", "--results", results).code == 0
+    assert (results / "tables.md").read_text() == written and not (results / "paper.csv").exists()
 
 
 def test_a_strange_record_is_named(results, cli):

@@ -1,10 +1,11 @@
 """The paper's tables with our figures beside them, from the records of reproduce.py --table.
 
-Reads <results>/paper.csv and <results>/<table>/*.json; writes <results>/<table>.csv, tables.md, tables.tex and
-<table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several scales the paper's
-counts, with full in a line below it, else full, else long, else cpu; quick never does. Several seeds are shown as mean ±
-standard deviation. Of a table of which nothing was run the Markdown has the paper's figures alone. Where there are variants of
-reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
+Reads <results>/<table>/*.json and paper.csv there, or where it is not there the one in results/; writes <results>/<table>.csv,
+tables.md, tables.tex and <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several
+scales the paper's counts, with full in a line below it, else full, else long, else cpu; quick never does. Several seeds are
+shown as mean ± standard deviation. Of a table of which nothing was run the Markdown has the paper's figures alone. Where there
+are variants of reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the
+defence as it is.
 """
 
 import itertools
@@ -254,7 +255,8 @@ def tables(results, paper):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
-    paper = read_table(opt.results / "paper.csv", PAPER, "git checkout results/paper.csv")
+    own, bundled = (folder / "paper.csv" for folder in (opt.results, ROOT / "results"))
+    paper = read_table(own if own.exists() else bundled, PAPER, "git checkout results/paper.csv")
     documents = {path: read_text(path, f"git checkout {path.name}") for path in opt.readme or []}
     texts, tex = {}, []
     shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))
