@@ -7,7 +7,6 @@ Each epoch is one pass of gradient ascent on the cross-entropy over D_p, then on
 then such a file too; a checkpoint to continue from is beside it.
 """
 
-import math
 import os
 from dataclasses import replace
 from functools import partial
@@ -23,8 +22,8 @@ from utils.distributed import rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
 from utils.files import tensor_writer, write_together
-from utils.losses import ASCENT_BOUND, cross_entropy, doubtful, negative_cross_entropy
-from utils.metrics import cross_entropies, evaluate
+from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
+from utils.metrics import evaluate
 from utils.paths import shown
 from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
 from utils.run import Run
@@ -32,10 +31,9 @@ from utils.samples import images_of, load_samples, refuse_samples_of_other_data,
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip
+from utils.unlearning import bound_of, sample_losses, without_doubtful
 from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
-
-HELD = 0.1  # share of D_p from which on the bound is what stops the ascent
 
 
 def get_parser():
@@ -86,35 +84,6 @@ def get_parser():
         "--log", type=args.file, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
     )
     return parser
-
-
-def sample_losses(model, batches, runtime):
-    """Cross-entropy of each sample of D_p or D_c, see `metrics.cross_entropies`."""
-    return cross_entropies(model, batches.images, batches.labels, batches.normalize, runtime)
-
-
-def without_doubtful(model, to_relearn, to_unlearn, classes, runtime):
-    """(the batches of D_c without the samples that `losses.doubtful` finds, how many these are); the network is left in training mode."""
-    model.eval()
-    both = to_relearn, to_unlearn
-    values = [sample_losses(model, batches, runtime) for batches in both]
-    drop = doubtful(*values, *(batches.labels for batches in both), classes)
-    model.train()
-    return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
-
-
-def bound_of(opt, history, classes):
-    """The ascent's bound in the epoch after ``history`` (the rows of the log), in nats.
-
-    One bound does not suit every trigger: where the descent on D_c brings the backdoor back, the ascent has to go further. It grows
-    after an epoch in which it held `HELD` of D_p and which left D_p's cross-entropy below ln(``classes``), where a guess would do worse.
-    Not in the paper.
-    """
-    bound, end = opt.ascent_bound, max(opt.ascent_bound, ASCENT_BOUND)
-    for row in history:
-        if row["epoch"] >= 0 and row.get("at_bound", 0) >= HELD and row["loss_Dp_after"] < math.log(classes):
-            bound = min(bound * opt.bound_growth, end)
-    return bound
 
 
 def main(argv=None):

@@ -16,8 +16,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.datasets import load_dataset
 from utils.errors import run_script
+from utils.loading import load_dataset
 
 
 def pytest_configure():

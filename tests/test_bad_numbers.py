@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SameBatches, load_script
+from conftest import SameBatches
 from test_bad_input import refused, snapshot
 from test_pipeline import NO_TRANS, TUNED, WITH_TRANS, same_weights
 from torch import nn
 
-from utils import losses
+from utils import losses, unlearning
 from utils.device import choose_runtime
 from utils.engine import train_epoch
 from utils.errors import UserError
@@ -135,7 +135,7 @@ def test_the_guard_bounds_an_ascent_that_would_blow_up(cli, words, pipeline, tmp
 
 
 def test_a_bound_grows_after_each_epoch_that_it_held_back_and_that_left_the_backdoor():
-    bound_of, history = load_script("unlearn_relearn.py").bound_of, [{"epoch": -1, "loss_Dp_after": 0.0}]
+    bound_of, history = unlearning.bound_of, [{"epoch": -1, "loss_Dp_after": 0.0}]
     found = []
     for held, after in ((0.0, 0.1), (0.1, 2.29), (0.5, 2.31), (0.9, 9.0), (0.2, 2.0), (0.09, 0.0), (1, 0.0), (1, 0.0)):
         history.append({"epoch": len(history) - 1, "at_bound": held, "loss_Dp_after": after})
@@ -179,14 +179,14 @@ def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
         threshold = max(sum(poisoned) / len(poisoned) / 2, 2 * np.log(10))
         clean = rng.uniform(0, threshold, len(labels))
         clean[[0, 41, 120, 121, 159, 285, 399]] = threshold + 0.01  # 120 to 159 are of label 3, 280 to 319 of label 7
-        found = losses.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10)
+        found = unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10)
         assert torch.where(found)[0].tolist() == [120, 121, 159, 285]
         clean[122:127] = threshold + 0.01  # 9 of these 80, too many to be poisoned
-        assert not losses.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10).any()
+        assert not unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10).any()
 
 
 def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "DOUBTFUL", 1.0)  # the sets are small
+    monkeypatch.setattr(unlearning, "DOUBTFUL", 1.0)  # the sets are small
 
     def of(name, *more):
         return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)

@@ -13,7 +13,7 @@ from test_poisoning import SPEC, make_dataset
 from models import build_model
 from utils import poisoning
 from utils.adversarial import perturb
-from utils.datasets import load_dataset
+from utils.loading import load_dataset
 from utils.triggers import apply_trigger
 
 CL = ["--trigger_type", "fourCornerTrigger", "--target_type", "cleanLabel", "--poison_rate", 0.5]
@@ -78,7 +78,7 @@ def test_without_a_benign_model_the_attack_names_the_command(cli, words, tmp_pat
 
 
 def test_the_attack_loads_what_train_clean_writes(cli, words, tmp_path, data_root):
-    from utils.datasets import load_dataset
+    from utils.loading import load_dataset
 
     assert cli("train_clean_withTrans.py", *words(tmp_path), "--epochs", 1).code == 0
     assert cli("train_attack_noTrans.py", *words(tmp_path), *CL, "--epochs", 1).code == 0

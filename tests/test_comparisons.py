@@ -12,9 +12,10 @@ from test_pipeline import CLASSIFIER, SAMPLES, WITH_TRANS, same_weights, weights
 from models import build_model
 from utils import run as life
 from utils.dataloader_bd import Normalize
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.files import sha256
+from utils.loading import load_dataset
 from utils.validation import HeldOut, best_epoch, is_best
 
 

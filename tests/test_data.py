@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, write_folder
 from PIL import Image
 
-from utils.datasets import DATASETS, fewer_images, load_dataset
+from utils.datasets import DATASETS, fewer_images
 from utils.device import choose_runtime
 from utils.errors import UserError
 from utils.files import atomic_write, csv_writer
 from utils.images import in_threads, list_images, name_below, whole_rows
+from utils.loading import load_dataset
 from utils.transforms import ContrastiveView, CropFlip
 
 
@@ -124,7 +125,7 @@ def test_traffic_signs_come_from_torchvisions_files_too(tmp_path, monkeypatch):
             self._samples = [(str(tmp_path / f"{split}.ppm"), 7)] * 3
 
     monkeypatch.setattr(torchvision.datasets, "GTSRB", Fake)
-    monkeypatch.setattr("utils.datasets.listing_digest", lambda folder, files: "any")
+    monkeypatch.setattr("utils.loading.listing_digest", lambda folder, files: "any")
     dataset = load_dataset("gtsrb", tmp_path)
     assert (dataset.train_images == [0, 0, 255]).all() and dataset.test_labels.tolist() == [7, 7, 7]
 

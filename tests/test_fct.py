@@ -8,10 +8,11 @@ import torch
 import torchvision.transforms.functional as TF
 
 from models import build_model
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import AUTO, combine, compute_fct, near_a_gamma
+from utils.loading import load_dataset
 from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator

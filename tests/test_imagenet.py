@@ -10,10 +10,10 @@ from test_poisoning import options
 
 from utils import dataloader_bd as bd
 from utils import poisoning
-from utils.datasets import load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.images import StreamedImages
+from utils.loading import load_dataset
 from utils.samples import load_samples
 from utils.transforms import CropFlip, rotate
 from utils.triggers import apply_trigger

@@ -10,12 +10,12 @@ import torch
 from conftest import run_all, write_folder
 from PIL import Image
 
-from utils.datasets import load_dataset
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import compute_fct
 from utils.files import read_json
 from utils.images import StreamedImages, decode
+from utils.loading import load_dataset
 from utils.own_data import StoredImages
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -16,8 +16,9 @@ import ST.losses
 from models import SupConResNet, build_model
 from utils import dataloader_bd, fct
 from utils.dataloader_bd import Batches, Normalize
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.device import Runtime
+from utils.loading import load_dataset
 from utils.transforms import ContrastiveView, CropFlip
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -14,10 +14,11 @@ from PIL import Image
 from test_bad_input import refused, snapshot
 
 from utils import files, own_data
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.images import decode
+from utils.loading import load_dataset
 from utils.records import MEASURES, read_figures, read_log
 
 

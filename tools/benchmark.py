@@ -32,13 +32,13 @@ from models.resnet import with_plain_convolutions
 from ST.losses import SupConLoss, classify, contrastive, mixed_cross_entropy, trusted_mask
 from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
-from utils.datasets import load_dataset
 from utils.device import cores
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.fct import compute_fct
 from utils.figures import save_figure
 from utils.files import make_folder, write_rows
+from utils.loading import load_dataset
 from utils.losses import cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import ROOT, shown

@@ -20,9 +20,9 @@ import torchvision
 import audit_dataset
 from utils import args
 from utils.audit_report import SETS
-from utils.datasets import load_dataset
 from utils.errors import UserError, run_script
 from utils.files import make_folder, read_json, read_table, write_rows
+from utils.loading import load_dataset
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
 from utils.poisoning import attack_label, poisoned_indices

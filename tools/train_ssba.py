@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from utils import args
 from utils.dataloader_bd import to_device
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.device import choose_runtime, send
 from utils.errors import UserError, run_script
 from utils.files import atomic_write, make_folder, write_json
+from utils.loading import load_dataset
 from utils.paths import ROOT, shown
 from utils.seeding import generator
 from utils.SSBA.encode_image import ENCODER, decode_images, encode_images

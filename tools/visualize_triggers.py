@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from utils import args
-from utils.datasets import DATASETS, load_dataset
+from utils.datasets import DATASETS
 from utils.errors import run_script
 from utils.figures import save_figure
 from utils.files import make_folder
+from utils.loading import load_dataset
 from utils.paths import ROOT, shown
 from utils.triggers import TRIGGERS, apply_trigger
 

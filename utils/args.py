@@ -8,9 +8,10 @@ from pathlib import Path
 
 from models import MODELS
 from utils import distributed
-from utils.datasets import DATASETS, fewer_images, load_dataset
+from utils.datasets import DATASETS, fewer_images
 from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
+from utils.loading import load_dataset
 from utils.paths import ROOT, arguments
 from utils.poisoning import TARGET_TYPES
 from utils.SSBA.encode_image import ENCODER

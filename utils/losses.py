@@ -1,7 +1,5 @@
 """Objectives of the training steps: functions (model, inputs, labels) -> (loss, sums over the batch to be logged)."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +11,6 @@ def cross_entropy(model, inputs, labels):
 
 
 ASCENT_BOUND = 100.0  # nats; a network that has forgotten a sample gives it no less than e^-100
-DOUBTFUL = 0.1  # share of the samples of a label in D_c that can be poisoned
 
 
 def negative_cross_entropy(model, inputs, labels, bound=ASCENT_BOUND):
@@ -55,20 +52,3 @@ def intra_class(model, inputs, labels):
         correct = (model.fc(features).argmax(1) == labels).sum()
     loss = intra_class_loss(features, labels, model.fc.out_features)
     return loss, {"correct": correct, "feature_norm": features.detach().norm(dim=1).sum()}
-
-
-def doubtful(clean, poisoned, labels, poisoned_labels, classes):
-    """Samples of D_c that the ascent on D_p has taken along, as it does those that carry the trigger: not in the paper.
-
-    Args:
-        clean, poisoned: float (N,), (M,), cross-entropy of D_c and of D_p after the ascent, in nats; labels, poisoned_labels: int64 (N,),
-        (M,), theirs; classes: how many there are.
-
-    Returns:
-        bool (N,): True for a sample of D_c where D_p has its label at least twice as often as chance would give, and its cross-entropy
-        is above half of D_p's mean and above 2 ln(classes), that of two guesses in a row. All False where these are more than
-        `DOUBTFUL` of the samples with such labels: D_p then holds clean samples too, and what they took along has to be relearnt.
-    """
-    often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
-    found = often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))
-    return found & (found.sum() <= DOUBTFUL * often[labels].sum())
