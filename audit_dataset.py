@@ -129,7 +129,8 @@ def resolve(opt):
     for name in ("device", "precision", "workers"):
         if getattr(opt, name) not in (None, "auto"):
             where += [f"--{name}", str(getattr(opt, name))]
-    where += ["--deterministic"] * opt.deterministic
+    if opt.deterministic:
+        where.append("--deterministic")
     parser = args.Parser("")
     args.add_data_options(parser)
     args.add_attack_options(parser)

@@ -153,14 +153,17 @@ def cells_of(opt):
     defences = opt.defences or (DEFENCES[:1] if opt.table == "imagenet" else DEFENCES)
     root, cells = opt.output_root or ROOT / "runs", []
     rate = [] if opt.poison_rate is None else [f"rate_{opt.poison_rate}"]
-    setting = [*rate, *([opt.model] * (opt.model not in (None, preset_data(scale)[1])))]  # what is not the table's own
+    setting = [
+        *rate,
+        *([] if opt.model in (None, preset_data(scale)[1]) else [opt.model]),
+    ]  # what is not the table's own
     for defence, seed, row in product(defences, opt.seeds or [0], opt.rows or paper_rows):
         one = {"row": row, "preset": scale, "dataset": opt.table, "seed": seed, "defences": [defence]}
         one["output_root"] = root / "_".join([scale, f"seed{seed}", *rate])
         variants = [None] if opt.ablations is None else opt.ablations or list(VARIANTS[defence])
         for variant in variants:
             if variant is None or variant in VARIANTS[defence]:
-                name = "_".join([*setting, *([variant] * bool(variant))])
+                name = "_".join([*setting, *([variant] if variant else [])])
                 cells.append(Namespace(**{**vars(opt), **one, "variant": variant, "variant_name": name}))
     if not cells:
         raise UserError(f"{' '.join(opt.ablations)} is no variant of {' or '.join(defences)}")
@@ -223,7 +226,7 @@ def _run_cell(cell, steps, resolved, table, stop, quiet=False):
     name, folder = _name_of(cell), table.with_suffix("")
     record = folder / f"{name}.json"
     print(f"Cell {name}", flush=True)
-    variant = f"_{cell.defences[0]}_{cell.variant_name}" * bool(cell.variant_name)
+    variant = f"_{cell.defences[0]}_{cell.variant_name}" if cell.variant_name else ""
     ledger = cell.output_root / f"{resolved.dataset}_{cell.row}{variant}_seconds.json"
     commands, held = [step.command for step in steps.values()], read_json(record)
     if held and not cell.overwrite:

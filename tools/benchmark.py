@@ -423,13 +423,14 @@ def markdown(table):
     head = ["stage", "ours, images/s", "plain, images/s", "times as fast (least to most)", "50 000 images: ours", "plain",
             "peak memory: ours", "plain"]  # fmt: skip
     on_gpu = bool(table["peak_gpu_mb"].notna().any())
-    head += ["of the GPU: ours", "share of its bfloat16 peak"] * on_gpu
+    if on_gpu:
+        head += ["of the GPU: ours", "share of its bfloat16 peak"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in table.to_dict("records"):
         ratios = f"{row['ratio']:.3g} ({row['ratio_least']:.3g} to {row['ratio_most']:.3g})"
         rates = [row["images_per_s"], row["plain_images_per_s"]]
         cells = [*(f"{rate:.3g}" for rate in rates), ratios, *(duration(50_000 / rate) for rate in rates)]
-        memory = ["peak_rss_mb", "plain_peak_rss_mb", *(["peak_gpu_mb"] * on_gpu)]
+        memory = ["peak_rss_mb", "plain_peak_rss_mb", *(["peak_gpu_mb"] if on_gpu else [])]
         cells += [f"{row[name]:.0f} MB" for name in memory]
         if on_gpu:
             share = row["bf16_peak_share"]

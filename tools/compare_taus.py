@@ -111,7 +111,7 @@ def main(argv=None):
                 line |= {name: round(quality[name], 4) for name in DETECTION}
             table.append(line)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
-    seed = f"_seed{opt.seed}" * bool(opt.seed)
+    seed = f"_seed{opt.seed}" if opt.seed else ""
     out = make_folder(opt.out.absolute(), "--out") / f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
     write_rows(out, table)
     print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")

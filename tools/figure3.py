@@ -138,7 +138,7 @@ def main(argv=None):
     rows = opt.rows or TABLES[opt.table]
     for row in set(opt.every_epoch) - set(rows):
         raise UserError(f"--every_epoch {row} is none of the --rows {' '.join(rows)}; name it there too")
-    name = "_".join(["figure3", opt.scale, *([opt.model] * bool(opt.model)), *args.table_and_seed(opt)])
+    name = "_".join(["figure3", opt.scale, *([opt.model] if opt.model else []), *args.table_and_seed(opt)])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     earlier = earlier_lines(table)
     planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}

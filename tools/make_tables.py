@@ -121,7 +121,7 @@ def ablations(results):
             of_cell = lines[(lines[list(cell)] == pd.Series(cell)).all(axis=1)]
             if not of_cell["variant"].any():
                 continue
-            where = f"{setting}, " * bool(setting)
+            where = f"{setting}, " if setting else ""
             before = of_cell.drop_duplicates("seed")  # the same network, whatever is done to it
             values = [spread(before[f"before_{name}"]) for name in MEASURES]
             rows.append([row, "", f"{where}backdoored", *values, scale + seeds_of(before)])

@@ -74,9 +74,11 @@ def number(kind, low=None, high=None, low_open=False):
             )
         below = low is not None and (value <= low if low_open else value < low)
         if below or (high is not None and value > high):
-            bounds = [f"{'above' if low_open else 'at least'} {low}"] * (low is not None) + [f"at most {high}"] * (
-                high is not None
-            )
+            bounds = []
+            if low is not None:
+                bounds.append(f"{'above' if low_open else 'at least'} {low}")
+            if high is not None:
+                bounds.append(f"at most {high}")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds)}")
         return value
 
@@ -373,7 +375,7 @@ def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
     runtime = runtime_of(opt)
-    several = f", {distributed.world()} processes" * (distributed.world() > 1)
+    several = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     print(f"Running on {runtime}{several}", flush=True)
     return opt, runtime
 
@@ -408,7 +410,7 @@ def secure_arguments(opt):
 
 def table_and_seed(opt):
     """What the name of a picture or table says of --table and --seed: the parts (str) that are not the default."""
-    return [*([opt.table] * (opt.table != "cifar10")), *([f"seed{opt.seed}"] * bool(opt.seed))]
+    return [*([opt.table] if opt.table != "cifar10" else []), *([f"seed{opt.seed}"] if opt.seed else [])]
 
 
 def of_record(options):

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.dataloader_bd import evaluation_splits, fetch
-from utils.device import send
 from utils.distributed import gather
-from utils.progress import progress
 from utils.separation import CLEAN, POISON
 
 
@@ -37,12 +35,8 @@ def cross_entropies(model, images, labels, normalize, runtime):
         model: maps normalised float images (B, 3, H, W) to logits (B, K); images: what `dataloader_bd.hold` gave; labels:
         int64 (N,), on the device; normalize: a `dataloader_bd.Normalize`; runtime: a `device.Runtime`.
     """
-    splits, parts = evaluation_splits(images), []
-    for rows, batch in zip(progress(splits, "loss", len(splits)), fetch(images, splits, runtime), strict=True):
-        with runtime.autocast():
-            logits = model(normalize(batch)).float()
-        parts.append(F.cross_entropy(logits, labels[send(rows, runtime.device)], reduction="none"))
-    return gather(torch.cat(parts), len(labels))
+    logits = outputs(model, images, normalize, runtime)
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def percent(hits):

@@ -111,7 +111,8 @@ def tell_left_out(root, places, parts):
         if not name.startswith(".") and os.path.join(folder, name) not in taken
     ]
     if others:
-        named = ", ".join(os.path.relpath(file, root) for file in sorted(others)[:3]) + ", ..." * (len(others) > 3)
+        named = ", ".join(os.path.relpath(file, root) for file in sorted(others)[:3])
+        named += ", ..." if len(others) > 3 else ""
         print(f"Note: {len(others)} files are left out, for they are no images by their names, or do not lie in "
               f"<class>/ or <class>/images/ as the others of their class do: {named}")  # fmt: skip
 

@@ -23,7 +23,7 @@ KEYS = ("table", "row", "defence", "scale", "seed")
 
 def cell_name(row, defence, scale, seed, variant=""):
     """Name of a cell's file without its suffix."""
-    return "_".join([row, defence, scale, f"seed{seed}", *([variant] * bool(variant))])
+    return "_".join([row, defence, scale, f"seed{seed}", *([variant] if variant else [])])
 
 
 def hardware(device):

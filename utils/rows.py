@@ -292,11 +292,11 @@ class _Row:
             self.samples, self.chosen = "ablation_samples", ["--samples", typed(folder)]
 
     def add_backdoored_model(self):
-        self.attack = "train_attack_withTrans" + "_imagenet" * (self.resolved.dataset == "imagenet")
+        self.attack = "train_attack_withTrans" + ("_imagenet" if self.resolved.dataset == "imagenet" else "")
         self.backdoored = self.add_training(self.attack, "withTrans", self.benign)
 
     def add_br(self):
-        name = "unlearn_purify" + f"_{self.opt.variant}" * bool(self.opt.variant)
+        name = f"unlearn_purify_{self.opt.variant}" if self.opt.variant else "unlearn_purify"
         saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
         more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
         if "--passes" in more:  # a single pass takes nothing along

@@ -75,7 +75,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
     differ = conflict(found, wanted, compared)
     if differ:
         held, asked = differ
-        go_on = "--checkpoint_load CHECKPOINT to go on with it, " * ("epochs_done" in earlier)
+        go_on = "--checkpoint_load CHECKPOINT to go on with it, " if "epochs_done" in earlier else ""
         raise UserError(
             f"{shown(record.parent)} holds the result of {held}, which {asked} would replace; give --overwrite to replace "
             f"it, {go_on}or another --output_root"
@@ -158,7 +158,7 @@ class Run:
         if path and path.resolve().parent == staging.resolve():
             self.staging, earlier = staging, read_record(staging / self.record.name) or {}
         elif earlier.get("epochs_done", 0) > first:
-            dropped = " (what an interrupted run left there is dropped)" * staging.exists()
+            dropped = " (what an interrupted run left there is dropped)" if staging.exists() else ""
             shutil.rmtree(staging, ignore_errors=True)
             self.staging = make_folder(staging)
             place = shown(self.record.parent)
