@@ -106,6 +106,9 @@ def main(argv=None):
         augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=samples["flag"] == CLEAN,
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
+    if opt.batch_size > 256 and opt.epochs <= WARM_EPOCHS:
+        print(f"Note: with a batch above 256 the learning rate grows for {WARM_EPOCHS} epochs, to where the schedule is by then; "
+              f"{opt.epochs} see little of {opt.learning_rate:g}. Take more --epochs, or a --batch_size up to 256")  # fmt: skip
 
     torch.manual_seed(opt.seed)
     model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))

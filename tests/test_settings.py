@@ -85,6 +85,12 @@ def test_the_extractors_learning_rate_is_the_published_schedule(epochs):
     assert found == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05, 0.005])  # the fourth epoch is the first beyond three
 
 
+@pytest.mark.parametrize("batch, noted", [(257, True), (256, False)])
+def test_a_warm_up_that_is_not_over_by_the_last_epoch_is_said(copy, words, cli, batch, noted):
+    said = cli("ST/train_extractor.py", *words(copy), "--epochs", 1, "--batch_size", batch, "--trial", 1)
+    assert said.code == 0 and ("Note: with a batch above 256" in said.out) == noted
+
+
 @pytest.mark.parametrize(
     ("name", "lr", "decay"),
     [
