@@ -136,7 +136,7 @@ def resolve(opt):
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
     args.add_device_options(parser)
-    return args.check(parser.parse_args([*words, *where])), words, where
+    return args.parse(parser, [*words, *where], ROOT), words, where
 
 
 def tau_words(name):
@@ -263,6 +263,17 @@ def check_clean(opt):
     make_folder(target.parent, "--write_clean")
 
 
+def refuse_places_in_the_data(opt):
+    """Refuse to write into the folders that are read as data: what is made there would be taken for a class."""
+    for name in ("out", "output_root"):
+        place = getattr(opt, name).resolve()
+        for split in ("train", "test", "val"):
+            if place.is_relative_to(opt.data_root.resolve() / split):
+                raise UserError(
+                    f"--{name} {shown(place)} lies among the images that are audited; give a place outside them"
+                )
+
+
 def refuse_report_of_other_data(path, dataset, opt):
     """Refuse to replace the verdict in ``path`` where it is on other data, unless --overwrite is given."""
     data = (read_record(path) or {}).get("data")
@@ -275,6 +286,7 @@ def main(argv=None):
     opt = get_parser().parse_args(argv)
     opt.data_root, opt.output_root = opt.data_root.absolute(), opt.output_root.absolute()
     check_clean(opt)
+    refuse_places_in_the_data(opt)
     resolved, words, where = resolve(opt)
     runtime = args.runtime_of(resolved)
     started = time.perf_counter()

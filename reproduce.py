@@ -92,7 +92,9 @@ def get_parser():
     parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
     parser.add_argument("--model", help="network; default: the preset's")
     parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the table and the pictures")
-    parser.add_argument("--name", help="name of the table; default: the preset's, or row and data set")
+    parser.add_argument(
+        "--name", type=args.file_name, help="name of the table; default: the preset's, or row and data set"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
         "--verify", type=args.path, metavar="FOLDER",
@@ -230,7 +232,8 @@ def _run_cell(cell, steps, resolved, table, stop, quiet=False):
     ledger = cell.output_root / f"{resolved.dataset}_{cell.row}{variant}_seconds.json"
     commands, held = [step.command for step in steps.values()], read_json(record)
     if held and not cell.overwrite:
-        if [_anywhere(command) for command in held.get("commands", [])] != [_anywhere(command) for command in commands]:
+        made_by = held.get("commands")
+        if not isinstance(made_by, list) or list(map(_anywhere, map(str, made_by))) != list(map(_anywhere, commands)):
             raise UserError(
                 f"{shown(record)} was made by other commands; give --overwrite to make it anew, or another --out"
             )

@@ -77,10 +77,9 @@ def build_foreign(name, state, path, dataset, spec):
 
 
 def precision_of(state):
-    """The name of the floating-point dtype of a state dict, such as "float16"."""
-    return str(
-        next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    ).removeprefix("torch.")
+    """The names of the floating-point dtypes of a state dict, as a rule one such as "float16"."""
+    found = {str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()}
+    return " and ".join(sorted(found)) or "float32"
 
 
 def plain_state(model, precision):

@@ -147,6 +147,21 @@ def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
     assert (root / "theirs.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["state_dict", "module"])
+def test_a_state_dict_as_training_scripts_save_it_is_found(cli, place, kind):
+    root, _ = place
+    plain = load_tensors(root / "theirs.pth", "", "")
+    content = (
+        {"epoch": 3, "state_dict": plain}
+        if kind == "state_dict"
+        else {f"module.{name}": value for name, value in plain.items()}
+    )
+    torch.save(content, root / f"{kind}.pth")
+    result = unlearn(cli, place, "--epochs", 1, "--log", root / f"{kind}.csv", load=f"{kind}.pth")
+    assert result.code == 0 and f"{kind}.pth" in result.out and "take" in result.out, result.err
+    assert list(load_tensors(root / f"{kind}_unlearn_purify.pth", "", "")) == list(plain)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     root, _ = place
     own = root / "out/saved/backdoored_model/poison_rate_unknown/noTrans/folder_data/resnet10/unknown/0.tar"
@@ -154,11 +169,20 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "wrapped.pth")
     eighth = {name: value.to(torch.float8_e4m3fn) for name, value in network("resnet18", 10).state_dict().items()}
     torch.save(eighth, root / "eighth.pth")
+    mixed = {
+        name: value.half() if value.ndim == 4 else value
+        for name, value in load_tensors(root / "theirs.pth", "", "").items()
+    }
+    mixed |= {name: value.float() for name, value in mixed.items() if value.ndim == 1}
+    torch.save(mixed, root / "mixed.pth")
+    torch.save(network("resnet18", 10), root / "pickled.pth")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
         (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must be different files"),
-        (unlearn(cli, place, load="wrapped.pth"), "no checkpoint of this project"),
+        (unlearn(cli, place, "--log", root / "w.csv", load="wrapped.pth"), "do not fit this network"),
+        (unlearn(cli, place, load="mixed.pth"), "are float16 and float32; convert"),
+        (unlearn(cli, place, load="pickled.pth"), "torch.save(model.state_dict(), FILE)"),
         (unlearn(cli, place, "--samples", tmp_path), "no such file"),
         (unlearn(cli, place, model="resnet10", load=own), "written by"),
     ):

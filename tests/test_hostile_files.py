@@ -346,3 +346,14 @@ def test_a_strange_file_of_a_tool_is_one_line(script, words, name, content, cli,
     (tmp_path / name).write_bytes(content)
     refused(cli(script, *words), name)
     assert [path.name for path in tmp_path.rglob("*")] == [name] and (tmp_path / name).read_bytes() == content
+
+
+def test_a_compressed_archive_with_bytes_turned_over_is_one_line(cli, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez_compressed(
+        tmp_path / "x.npz", x_train=rng.integers(0, 9, (60, 28, 28), dtype=np.uint8), y_train=np.arange(60) % 3
+    )
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[2000:2040] = b"\xff" * 40
+    (tmp_path / "x.npz").write_bytes(content)
+    refused(cli("audit_dataset.py", "--data_root", tmp_path / "x.npz", "--out", tmp_path / "report"), "x.npz")

@@ -401,10 +401,17 @@ def test_without_a_file_of_its_own_a_folder_stands_beside_the_bundled_papers_fig
     assert (results / "tables.md").read_text() == written and not (results / "paper.csv").exists()
 
 
-def test_a_strange_record_is_named(results, cli):
-    (results / "cifar10/strange.json").write_text("[]")
+@pytest.mark.parametrize(
+    "change",
+    [{"versions": []}, {"versions": {}}, {"before": []}, {"detection": None}, {"seconds": {"a": "b"}}, {"paper_selection": "x"},
+     {"commands": [1]}, {"commands": None}, {"after": {"ACC": "x"}}, None],
+    ids=str,
+)  # fmt: skip
+def test_a_strange_record_is_named(results, cli, change):
+    strange = [] if change is None else cell("SIG", "D-BR", 3) | change
+    (results / "cifar10/strange.json").write_text(json.dumps(strange))
     refused = cli("tools/make_tables.py", "--results", results)
-    assert refused.code == 2 and "strange.json" in refused.err
+    assert refused.code == 2 and "strange.json" in refused.err and refused.err.count("\n") == 1
 
 
 def test_the_papers_figures_are_complete():

@@ -53,7 +53,7 @@ def get_parser():
 def steps_of(opt, row):
     """SD's steps 1 to 3 of a row, by name, its resolved options, and (epoch, checkpoint) of each that FCT is taken of; the
     epoch 0 is step 1's last."""
-    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_figure3"
+    root = opt.output_root.absolute() / f"{opt.scale}_seed{opt.seed}_figure3"
     cell = one_cell(opt.table, row, opt.scale, opt.seed, "D-BR", root, opt.data_root, opt.model)
     planned, resolved = plan(cell, tau="", ratios=PRESETS["paper"]["ratios"], finetune_attack_noTrans=STEP_2)
     names = [

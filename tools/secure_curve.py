@@ -67,7 +67,7 @@ def main(argv=None):
     opt = get_parser().parse_args(argv)
     if opt.epochs % opt.every:
         raise UserError(f"--epochs {opt.epochs} is no multiple of --every {opt.every}, so its end would not be shown")
-    root = opt.output_root / f"{opt.scale}_seed{opt.seed}_curve"
+    root = opt.output_root.absolute() / f"{opt.scale}_seed{opt.seed}_curve"
     steps, results = steps_of(opt, root)
     if opt.dry_run:
         list_commands(steps, {})

@@ -86,6 +86,13 @@ def number(kind, low=None, high=None, low_open=False):
     return convert
 
 
+def file_name(text):
+    """An argparse type: a name without a folder."""
+    if text != os.path.basename(text) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text:.40} is no plain name; a folder is chosen by another option")
+    return path(text).name
+
+
 def path(text):
     """An argparse type: a path with a name; an empty one is most often a shell variable that was not set."""
     if not text:
@@ -315,8 +322,11 @@ def tau_arguments(options):
     )
 
 
-def check(opt):
-    """Checks that look at several options, or at more than their spelling. Raises `UserError`."""
+def check(opt, base=None):
+    """Checks that look at several options, or at more than their spelling. ``base``: the folder in which paths are meant, where
+    that is not the current one. Raises `UserError`."""
+    for name, value in vars(opt).items() if base else ():
+        setattr(opt, name, _below(base, value))
     streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
     if DATASETS[opt.dataset].own:
         _forget_the_attack(opt)
@@ -354,6 +364,13 @@ def check(opt):
     return opt
 
 
+def _below(base, value):
+    """``value`` with the paths in it, if there are any, as they are in the folder ``base``."""
+    if isinstance(value, list):
+        return [_below(base, one) for one in value]
+    return base / value if isinstance(value, Path) else value
+
+
 def _forget_the_attack(opt):
     """Of data of the user's own nobody knows the attack: put `UNKNOWN` in the place of its options."""
     for name, value in UNKNOWN.items():
@@ -366,9 +383,9 @@ def _forget_the_attack(opt):
             raise UserError(f"--{name} has no use with --dataset {opt.dataset}: your own data is taken as it is")
 
 
-def parse(parser, argv=None):
-    """Parse and check the options."""
-    return check(parser.parse_args(argv))
+def parse(parser, argv=None, base=None):
+    """Parse and check the options; ``base``: see `check`."""
+    return check(parser.parse_args(argv), base)
 
 
 def start(parser, argv=None):

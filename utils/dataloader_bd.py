@@ -1,7 +1,10 @@
 """The test sets, and batches of training images, on the device."""
 
 import copy
+import math
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.device import give_freed_memory_back, keep_freed_memory, send
 from utils.distributed import part
+from utils.errors import UserError
 from utils.images import StreamedImages
 from utils.poisoning import TriggeredImages, attack_label, paint, painter
 from utils.seeding import generator
@@ -91,11 +95,41 @@ def fetch(held, splits, runtime, change=None):
     loader = DataLoader(
         _Stream(held, splits, change),
         batch_size=None,  # an item is a batch already
-        num_workers=runtime.workers if held.decodes else 0,
+        num_workers=workers_that_fit(runtime.workers if held.decodes else 0, held, splits, change),
         pin_memory=runtime.device.type == "cuda",
     )
-    for images in loader:
-        yield images.to(runtime.device, non_blocking=True)
+    try:
+        for images in loader:
+            if isinstance(images, UserError):
+                raise images
+            yield images.to(runtime.device, non_blocking=True)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            "a process that decodes images was ended, most likely for lack of memory; use fewer --workers or a smaller --batch_size"
+        ) from None
+
+
+def workers_that_fit(workers, held, splits, change):
+    """How many of ``workers`` processes can hand over their batches; the arguments of `fetch`. They do it in /dev/shm, which in a
+    container may be small (64 MB with Docker): full, it would stop them for ever."""
+    try:
+        place = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # another system than Linux
+        return workers
+    views = 4 * len(change.tables) if isinstance(change, Views) else 1  # bytes a value, at most
+    batch = max(map(len, splits), default=0) * math.prod(held.shape[1:]) * views
+    fit = place.f_bavail * place.f_frsize // max(1, 3 * batch)  # two that wait, and one that is made
+    if fit < workers:
+        _tell_once(
+            f"Note: /dev/shm has room for the batches of {fit} processes that decode images, not of {workers}; give the container "
+            f"more of it (docker run --shm-size=8g) for speed"
+        )
+    return min(workers, fit)
+
+
+_tell_once = lru_cache(print)  # not every epoch
 
 
 def evaluation_splits(held):
@@ -121,7 +155,10 @@ class _Stream(Dataset):
 
     def __getitem__(self, batch):
         rows = self.splits[batch]
-        images = torch.from_numpy(self.images[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+        try:
+            images = torch.from_numpy(self.images[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+        except UserError as error:
+            return error  # raised in a worker it would come with that one's traceback
         return self.change(images, rows) if self.change else images
 
 

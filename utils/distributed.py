@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError, at_exit, first_line
+from utils.errors import UserError, at_exit, first_line, processes_wanted
 
 
 def world():
@@ -34,7 +34,7 @@ def leads():
 
 def device_of(name):
     """The device that ``--device`` means in this process: with auto or cuda, the GPU of its number on this machine."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+    if processes_wanted() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return name
 
@@ -48,7 +48,7 @@ def join(device):
     Raises:
         UserError: where they cannot be met.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world() > 1:
+    if processes_wanted() < 2 or world() > 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,5 +1,6 @@
 """User mistakes end in one line and exit code 2, never in a traceback; Ctrl-C and SIGTERM in one line and 130."""
 
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ GRACE = 3
 # What torch says, by Gloo and by NCCL, of a process that waits for one which is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
 # What a script gives back when it ends, however it ends: its locks.
 at_exit = ExitStack()
 
@@ -25,11 +28,21 @@ class UserError(Exception):
     """A mistake that the user can mend; its text says what is wrong and what to do."""
 
 
+def processes_wanted():
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _print_no_more():
+    """What standard output still holds would raise once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_script(main):
     """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM. Of several
     processes that torchrun started, the first alone prints."""
     name = Path(sys.argv[0]).name
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = processes_wanted() > 1
     follows, aloud = several and int(os.environ.get("RANK", "0")) > 0, sys.stderr
     if follows:
         silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
@@ -42,6 +55,8 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         if follows:
@@ -60,8 +75,16 @@ def run_script(main):
         print(f"{name}: error: another process has ended, see what it said; what was saved is whole", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL or error.filename:
+            raise
+        _print_no_more()
+        print(
+            f"{name}: error: cannot write what it prints ({error.strerror}); what was saved is whole", file=sys.stderr
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what earlier epochs saved is whole and can be resumed from", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import warnings
 import zipfile
+import zlib
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +27,8 @@ try:
 except ImportError:  # Windows: no locks there
     fcntl = None
 
-BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)  # what a bad npz can raise
+# What a bad npz can raise.
+BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def make_folder(folder, option="--output_root"):
@@ -364,16 +366,28 @@ def load_tensors(path, command, what):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle torch warns before it refuses it
             return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise _not_allowed(path) from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than plain tensors and values, or is damaged; it was not opened") from None
+        raise UserError(
+            f"{path} holds more than plain tensors and values, or is damaged; it was not opened. Of a network of your own, save the "
+            f"weights alone: torch.save(model.state_dict(), FILE)"
+        ) from None
     except Exception as error:  # a damaged file can fail in the reader in any way
         raise UserError(f"{path} is no {what}, or damaged ({type(error).__name__}). Make it with: {command}") from None
 
 
 def sha256(path):
-    """Hexadecimal SHA-256 of the file at ``path``."""
+    """Hexadecimal SHA-256 of the file at ``path``. Raises `UserError` where it may not be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except PermissionError:
+        raise _not_allowed(path) from None
     return digest.hexdigest()
+
+
+def _not_allowed(path):
+    return UserError(f"no permission to read {path}; ask its owner for it, or give another file")

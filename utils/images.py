@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,11 @@ from utils.files import read_json, write_json
 
 # A small file can claim to be an image of any size: above Image.MAX_IMAGE_PIXELS (89 million) it is not opened.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError)
+# What Pillow's readers raise of a broken file, whatever its name says it is.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, EOFError, struct.error,
+    Image.DecompressionBombWarning, Image.DecompressionBombError,
+)  # fmt: skip
 # Bytes; a JPEG of 64x64 pixels has some 2 000. Two threads take 1.3 to 2 times the processor time of one for images of 32x32
 # pixels, and 16 of them, on 16 cores, took 50 s for CIFAR-10's 60 000; from 256x256 on threads cost nothing.
 SMALL = 4096

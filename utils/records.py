@@ -92,12 +92,29 @@ def read_cells(folder):
     cells = []
     for path in sorted(Path(folder).glob("*.json")):
         cell = read_json(path)
-        if not isinstance(cell, dict) or not all(name in cell for name in (*KEYS, "before", "after", "detection")):
+        if not _is_cell(cell):
             raise UserError(
                 f"{path} is no record of a cell; remove it, or make it with: python reproduce.py --table ..."
             )
         cells.append(cell)
     return cells
+
+
+def _is_cell(cell):
+    """Whether what a JSON file holds has what `cell_line` and the tables read of a record."""
+    if not isinstance(cell, dict) or any(name not in cell for name in KEYS):
+        return False
+    parts = [cell.get(name) for name in ("before", "after", "detection", "versions")]
+    parts += [cell.get(name) or {} for name in ("seconds", "paper_selection")]
+    if not all(isinstance(part, dict) for part in parts) or "torch" not in parts[3]:
+        return False
+    numbers = [part.get(name) for part in (*parts[:3], parts[5]) for name in (*MEASURES, *DETECTION)]
+    commands = cell.get("commands", [])
+    return (
+        all(isinstance(value, (int, float, type(None))) for value in [*numbers, *parts[4].values()])
+        and isinstance(commands, list)
+        and all(isinstance(command, str) for command in commands)
+    )
 
 
 def cell_line(cell):

@@ -28,7 +28,7 @@ def load_start(opt):
     step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
     command = f"python {step_before}.py {args.attack_arguments(opt)} --epochs {epochs}"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
-    content = load_tensors(path, command, "checkpoint of this project or plain state dict")
+    content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)
     if is_state_dict(content):
         opt.foreign = precision_of(content)
         if opt.foreign not in PRECISIONS:
@@ -47,6 +47,20 @@ def load_start(opt):
     if opt.model not in MODELS:
         raise UserError(f"--model {opt.model} is for a plain state dict, and {path} is a checkpoint of this project")
     return path, checkpoint, False
+
+
+def within(content, path):
+    """The plain state dict in what a training script of elsewhere saved, of the names that torch puts before it where a network
+    was trained on several GPUs; everything else as it is. ``content``: what the file ``path`` holds."""
+    if isinstance(content, dict) and "step" not in content and not is_state_dict(content):
+        found = [name for name, value in content.items() if is_state_dict(value)]
+        if len(found) == 1:
+            print(f"{shown(path)} holds a state dict as {found[0]!r}, which is taken")
+            content = content[found[0]]
+    if is_state_dict(content) and all(name.startswith("module.") for name in content):
+        print(f"The names in {shown(path)} begin with 'module.', as DataParallel writes them; they are taken without")
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return content
 
 
 def places_of(opt, path, resumed, plain):

@@ -7,7 +7,7 @@ from pathlib import Path
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError
-from utils.paths import backdoored_folder, benign_folder, secure_folder, separated_folder, typed
+from utils.paths import ROOT, backdoored_folder, benign_folder, secure_folder, separated_folder, typed
 from utils.steps import Step
 
 # Rows of the paper's tables: (target_type, trigger_type).
@@ -200,7 +200,7 @@ def resolve(opt, ratios):
     args.add_data_options(parser)
     args.add_attack_options(parser)
     args.add_ratio_options(parser)
-    resolved = args.check(parser.parse_args([*words, *ratios]))
+    resolved = args.parse(parser, [*words, *ratios], ROOT)
     where = []
     for name in ("device", "precision"):
         if getattr(opt, name):

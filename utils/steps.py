@@ -94,7 +94,7 @@ class Step:
 
     def options(self):
         """The options that the script takes from the command."""
-        return args.parse(self.module().get_parser(), self.words)
+        return args.parse(self.module().get_parser(), self.words, ROOT)  # where it runs
 
 
 def list_commands(steps, numbers):
