@@ -174,7 +174,10 @@ def test_whatever_a_reader_raises_of_a_broken_image_it_is_skipped(error, tmp_pat
 
 
 def test_one_label_for_all_shows_no_backdoor():
-    row, words, order = audit.sign_of_backdoor(
-        None, None, np.zeros(60, dtype=np.int64), np.zeros(60), ["a", "b"], None, None, 0
+    images, labels, spec = (
+        np.zeros((99, 4, 4, 3), dtype=np.uint8),
+        np.zeros(99, dtype=np.int64),
+        SimpleNamespace(num_classes=2),
     )
+    row, words, order = audit.sign_of_backdoor(None, images, labels, np.zeros(99), ["a", "b"], spec, None, 0)
     assert row is None and order is None and "one label" in words

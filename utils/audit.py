@@ -365,8 +365,6 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
         (the row of `PutBack.of_class` with the highest score, or None where no class has enough samples; what that says; where
         there is a backdoor how like its group each sample of the class is, see `likeness_of`, else None).
     """
-    if len(np.unique(labels)) < 2:
-        return None, "All samples have one label, so nothing can be led to it", None
     whole = images, labels
     rows = np.sort(generator(seed, "audit", "sign of a backdoor").permutation(len(labels))[:DRAWN])
     images, labels, fct = rows_of(images, rows), labels[rows], fct[rows]
@@ -376,6 +374,8 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     likely = [int(label) for label in likely if (labels == label).sum() >= LEAST]
     if not likely:
         return None, f"Too few samples of a class to tell whether the network has a backdoor ({LEAST} are needed)", None
+    if len(np.unique(labels)) < 2:
+        return None, "All samples have one label, so nothing can be led to it", None
     own = np.flatnonzero(np.isin(labels, likely))
     sure = np.zeros(len(labels), dtype=np.float32)
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)

@@ -18,6 +18,7 @@ GRACE = 3
 # What torch says, by Gloo and by NCCL, of a process that waits for one which is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket")
 
+# Of a disk that is full, over its quota or broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 # What a script gives back when it ends, however it ends: its locks.
