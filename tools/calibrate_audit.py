@@ -169,9 +169,12 @@ def markdown(rows):
     for row in rows[rows["attack"] != ""].sort_values(["attack", "data", "rate"]).to_dict("records"):
         trigger, kind = ATTACKS[row["attack"]]
         found = row["verdict"] == "poisoned"
-        right = "yes" if row["target_label"] == row["true_target"] else "no"
-        if not found or kind == "all2all":
-            right = "any" if found else ""
+        if not found:
+            right = ""
+        elif kind == "all2all":
+            right = "any"
+        else:
+            right = "yes" if row["target_label"] == row["true_target"] else "no"
         kept = f"{row['Dp_size']:.0f}, {row['Dp_precision']:.1f}, {row['Dp_recall']:.1f}" if found else ""
         lines.append(
             f"| {row['data']} | {trigger}, {kind} | {row['rate']:g} | {row['poisoned']} | {row['verdict']} | {row['score']:.2f} | "

@@ -28,7 +28,7 @@ except ImportError:  # Windows: no locks there
     fcntl = None
 
 # What a bad npz can raise.
-BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def make_folder(folder, option="--output_root"):
