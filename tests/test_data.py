@@ -1,6 +1,7 @@
 """Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
 
 import io
+import json
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from utils.datasets import DATASETS, fewer_images
 from utils.device import choose_runtime
 from utils.errors import UserError
-from utils.files import atomic_write, csv_writer
+from utils.files import atomic_write, csv_writer, json_writer
 from utils.images import in_threads, list_images, name_below, whole_rows
 from utils.loading import load_dataset
 from utils.transforms import ContrastiveView, CropFlip
@@ -256,3 +257,16 @@ def test_fewer_images_takes_the_same_share_of_every_class(fashion):
     for count in (9, 10_001):
         with pytest.raises(UserError, match=f"--train_images {count}"):
             fewer_images(fashion, count)
+
+
+def test_what_is_no_number_is_null_in_json():
+    written = io.BytesIO()
+    json_writer(
+        {"AUROC": float("nan"), "more": [{"loss": float("inf")}, 1.5], "path": Path("a"), "one": np.float64("nan")}
+    )(written)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    read = json.loads(written.getvalue(), parse_constant=refuse)
+    assert read == {"AUROC": None, "more": [{"loss": None}, 1.5], "path": "a", "one": None}

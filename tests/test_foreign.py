@@ -176,12 +176,18 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     mixed |= {name: value.float() for name, value in mixed.items() if value.ndim == 1}
     torch.save(mixed, root / "mixed.pth")
     torch.save(network("resnet18", 10), root / "pickled.pth")
+    plain = load_tensors(root / "theirs.pth", "", "")
+    torch.save({name: value.to("meta") for name, value in plain.items()}, root / "meta.pth")
+    sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in plain.items()}
+    torch.save(sparse, root / "sparse.pth")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
         (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must be different files"),
         (unlearn(cli, place, "--log", root / "w.csv", load="wrapped.pth"), "do not fit this network"),
         (unlearn(cli, place, load="mixed.pth"), "are float16 and float32; convert"),
+        (unlearn(cli, place, load="meta.pth"), "they have no dense values in features"),
+        (unlearn(cli, place, load="sparse.pth"), "they have no dense values in classifier"),
         (unlearn(cli, place, load="pickled.pth"), "torch.save(model.state_dict(), FILE)"),
         (unlearn(cli, place, "--samples", tmp_path), "no such file"),
         (unlearn(cli, place, model="resnet10", load=own), "written by"),

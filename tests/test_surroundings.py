@@ -1,6 +1,7 @@
 """What surrounds a script: the folder it is started in, files it may not read, disks and shared memory that are full, workers that
 die."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -111,6 +112,40 @@ def streamed(tmp_path, count):
     for number in range(count):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     return StreamedImages(sorted(tmp_path.glob("*.png")), 32)
+
+
+DECODE = """
+import sys, torch
+from utils.dataloader_bd import fetch
+from utils.device import Runtime
+from utils.errors import run_script
+from utils.images import StreamedImages
+def main():
+    images = StreamedImages([sys.argv[1]], 32)
+    print(next(fetch(images, [torch.arange(1)], Runtime(torch.device("cpu"), torch.float32, 1))).shape)
+run_script(main)
+"""
+FORK = """
+import sys
+from utils import forked
+forked.begin(sys.argv)
+process = forked.context.Process(target=print, args=("forked",))
+process.start()
+process.join()
+sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the length of a socket's name is Linux's")
+@pytest.mark.parametrize("program", [DECODE, FORK], ids=["worker", "fork server"])
+def test_a_deep_folder_for_temporary_files_does_not_stop_the_workers(program, tmp_path):
+    deep = tmp_path / ("t" * 100)
+    deep.mkdir()
+    streamed(tmp_path, 1)
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "0.png"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "TMPDIR": str(deep)})  # fmt: skip
+    assert done.returncode == 0 and done.stdout in ("torch.Size([1, 3, 32, 32])\n", "forked\n"), done.stderr
+    assert not any(deep.iterdir())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from utils.forked import keep_socket_names_short
+
 # Seconds that processes which end together leave each other: torchrun ends all when one has ended, and the first is to say what
 # is wrong; a step that Ctrl-C has reached is to finish what it writes.
 GRACE = 3
@@ -54,6 +56,7 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+    keep_socket_names_short()
     try:
         main()
         if sys.stdout:

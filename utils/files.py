@@ -4,6 +4,7 @@ a stranger may have written as data only; locks."""
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -238,8 +239,17 @@ def text_writer(text):
 
 
 def json_writer(content):
-    """A function that writes ``content`` (dict) as indented JSON to an open binary file, for `write_together`."""
-    return text_writer(json.dumps(content, indent=2, default=str) + "\n")
+    """A function that writes ``content`` (dict) as indented JSON to an open binary file, for `write_together`. A float that is
+    no number becomes null, for JSON has none."""
+    return text_writer(json.dumps(_without_nan(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _without_nan(content):
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def as_logged(value):

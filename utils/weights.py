@@ -16,10 +16,12 @@ def load_weights(module, state, path):
     own = module.state_dict()
     state = state if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    both = [name for name in own if name in tensors]
+    odd = [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]
+    both = [name for name in own if name in tensors and name not in odd]
     faults = {
         "lack": [name for name in own if name not in tensors],
         "hold the foreign": [str(name) for name in state if name not in own],
+        "have no dense values in": odd,
         "have another shape in": [
             f"{name} {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
             for name in both
