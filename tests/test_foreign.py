@@ -169,14 +169,11 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "wrapped.pth")
     eighth = {name: value.to(torch.float8_e4m3fn) for name, value in network("resnet18", 10).state_dict().items()}
     torch.save(eighth, root / "eighth.pth")
-    mixed = {
-        name: value.half() if value.ndim == 4 else value
-        for name, value in load_tensors(root / "theirs.pth", "", "").items()
-    }
+    plain = load_tensors(root / "theirs.pth", "", "")
+    mixed = {name: value.half() if value.ndim == 4 else value for name, value in plain.items()}
     mixed |= {name: value.float() for name, value in mixed.items() if value.ndim == 1}
     torch.save(mixed, root / "mixed.pth")
     torch.save(network("resnet18", 10), root / "pickled.pth")
-    plain = load_tensors(root / "theirs.pth", "", "")
     torch.save({name: value.to("meta") for name, value in plain.items()}, root / "meta.pth")
     sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in plain.items()}
     torch.save(sparse, root / "sparse.pth")
