@@ -50,13 +50,13 @@ class SupConLoss(nn.Module):
 
 
 def trusted_mask(labels, trusted):
-    """Which samples may be positives of each other besides themselves: those of D_c with one label (paper section 4.2).
+    """Which samples may be positives of each other besides themselves: trusted ones with one label (paper section 4.2).
 
     Args:
-        labels: int64 (B,); trusted: bool (B,), whether a sample is in D_c.
+        labels: int64 (B,); trusted: bool (B,), whether a sample's label counts, in the paper those of D_c.
 
     Returns:
-        bool (B, B). A sample of D_p or D_u has no positive but itself, and is none of another's: neither its row nor
+        bool (B, B). Any other sample has no positive but itself, and is none of another's: neither its row nor
         its column is set, which the authors' code does for the row alone.
     """
     same = (labels[:, None] == labels) & trusted[:, None] & trusted
@@ -73,16 +73,16 @@ def authors_mask(labels, trusted):
     return same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
 
 
-def contrastive(model, inputs, labels, in_clean, loss_of, mask=trusted_mask):
+def contrastive(model, inputs, labels, trusted, loss_of, mask=trusted_mask):
     """What the extractor is trained on, as an objective of `engine.train_epoch`.
 
     Args:
         model: maps inputs to float (2B, D) of length one; inputs: float (2B, 3, H, W), the first view of all samples before the
-        second of all; labels: int64 (B,); in_clean: int64 (B,), 1 for D_c; loss_of: a `SupConLoss`; mask: `trusted_mask` or
-        `authors_mask`.
+        second of all; labels: int64 (B,); trusted: int64 (B,), 1 where a label counts; loss_of: a `SupConLoss`; mask: `trusted_mask`
+        or `authors_mask`.
     """
     first, second = model(inputs).float().chunk(2)
-    return loss_of(torch.stack([first, second], 1), mask(labels, in_clean.bool())), {}
+    return loss_of(torch.stack([first, second], 1), mask(labels, trusted.bool())), {}
 
 
 def classify(model, inputs, labels, in_clean, extractor, poison_weight=0.001, bound=math.inf):

@@ -1,7 +1,8 @@
 """ST step 1: train a secure feature extractor by semi-supervised contrastive learning (paper section 4.2).
 
-Samples of D_c attract the D_c samples of their class (--positives authors: all samples of it); those of D_p and D_u only
-their own other view. Writes last.pth every epoch, ckpt_epoch_<n>.pth every --save_freq epochs, log.csv and options.json to
+Samples of D_c attract the D_c samples of their class; those of D_p and D_u only their own other view. --positives unsuspected
+takes D_u for D_c here; with authors D_c attracts all samples of its class. Writes last.pth every epoch, ckpt_epoch_<n>.pth
+every --save_freq epochs, log.csv and options.json to
 ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/SupCon_.../.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 from models import SupConResNet
@@ -30,7 +32,12 @@ from utils.transforms import ContrastiveView
 STEP = "train_extractor"
 WARM_FROM, WARM_EPOCHS = 0.01, 10
 DROPS = (700, 800, 900)
-MASKS = {"paper": trusted_mask, "authors": authors_mask}
+# Which samples may be each other's positives, and the sets whose labels the extractor trusts.
+POSITIVES = {
+    "paper": (trusted_mask, [CLEAN]),
+    "authors": (authors_mask, [CLEAN]),
+    "unsuspected": (trusted_mask, [CLEAN, UNCERTAIN]),
+}
 
 
 def get_parser():
@@ -58,9 +65,10 @@ def get_parser():
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"
     )
     parser.add_argument(
-        "--positives", choices=tuple(MASKS), default="paper",
+        "--positives", choices=tuple(POSITIVES), default="paper",
         help="paper: samples of D_c attract those of D_c with their label; authors: those of D_p and D_u with it too, as the "
-        "authors' code has it: many more labels, of which some are poisoned",
+        "authors' code has it: many more labels, of which some are poisoned; unsuspected (not in the paper): D_u is taken for D_c, "
+        "so that all labels but those of D_p count",
     )  # fmt: skip
     args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
@@ -101,9 +109,10 @@ def main(argv=None):
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, sets)
     folder = secure_folder(opt) / run_name(opt)
+    mask, trusted = POSITIVES[opt.positives]
     batches = Batches(
         images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
-        augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=samples["flag"] == CLEAN,
+        augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=np.isin(samples["flag"], trusted),
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
     if opt.batch_size > 256 and opt.epochs <= WARM_EPOCHS:
@@ -114,15 +123,10 @@ def main(argv=None):
     model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))
     model = prepare(model, opt, runtime, batches)
     optimizer = runtime.sgd(model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay)
-    objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=MASKS[opt.positives])
+    objective = partial(contrastive, loss_of=SupConLoss(opt.temp), mask=mask)
 
     run = Run(opt, STEP, folder / "options.json", None, inputs=sample_files(opt, sets), data=dataset.record)
     del dataset  # its training images: those of the separated samples are all that is needed
-    if checkpoint and opt.cosine and checkpoint["options"].get("epochs", opt.epochs) != opt.epochs:
-        raise UserError(
-            f"the cosine of {shown(load)} falls over {checkpoint['options']['epochs']} epochs and would start over; go on with "
-            f"--epochs {checkpoint['options']['epochs']}, or begin anew without --checkpoint_load"
-        )
     first = run.resume(checkpoint, load, model, optimizer) if checkpoint else run.start()
 
     for epoch in range(first, opt.epochs):

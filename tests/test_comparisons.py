@@ -99,6 +99,25 @@ def test_the_authors_mask_trains_another_extractor(copy, words, tmp_path):
     assert not same_weights(one, other)
 
 
+def test_unsuspected_takes_d_u_for_d_c_and_d_p_for_neither(copy, words, tmp_path):
+    joined = copy / "joined"  # what the paper's mask does where all of D_u is in D_c
+    joined.mkdir()
+    sets, record = sets_of(copy / SAMPLES), json.loads((copy / SAMPLES / "options.json").read_text())
+    both = np.concatenate([sets["clean"], sets["suspicious"]])
+    both["flag"] = 0
+    for name, rows in (("clean", both), ("suspicious", both[:0]), ("poison", sets["poison"])):
+        np.save(joined / f"{name}_samples.npy", rows)
+    (joined / "options.json").write_text(json.dumps(record | {"outputs": {}}))
+    extractors = []
+    for name, samples, kind in (
+        ("own", SAMPLES, "unsuspected"), ("joined", "joined", "paper"), ("paper", SAMPLES, "paper")
+    ):  # fmt: skip
+        do(("ST/train_extractor.py", *words(tmp_path / name), "--epochs", 1, "--batch_size", 128, "--samples",
+                 copy / samples, "--positives", kind))  # fmt: skip
+        extractors.append(next((tmp_path / name).rglob("last.pth")))
+    assert same_weights(*extractors[:2]) and not same_weights(extractors[0], extractors[2])
+
+
 @pytest.mark.parametrize("alone", ["unlearn", "relearn"])
 def test_one_pass_alone_leaves_the_other_out(alone, copy, words):
     do(("unlearn_relearn.py", *words(copy), "--epochs", 2, "--batch_size", 16, "--passes", alone, "--lr", 0.01,

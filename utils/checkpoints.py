@@ -52,9 +52,10 @@ def refuse_other_data(checkpoint, digest, path):
 
 def refuse_other_settings(checkpoint, opt, path):
     """Raise a `UserError` where a run that goes on after a checkpoint of its own was asked for other settings than it has:
-    the optimizer and the schedule come from there, so that such a record would be false. How long it trains may change."""
+    the optimizer and the schedule come from there, so that such a record would be false. How long it trains may change, but not
+    where a cosine falls over all epochs: it would start over."""
     wanted, found = plain_options(opt), made_with(checkpoint, opt)
-    compared = wanted.keys() - NEUTRAL - {*FILES, "epochs"}
+    compared = wanted.keys() - NEUTRAL - {*FILES, *([] if wanted.get("cosine") else ["epochs"])}
     differ = conflict(found, wanted, sorted(compared))
     if differ:
         held, asked = differ

@@ -140,6 +140,7 @@ VARIANTS = {
         "no_ascent": {"train_classifier": "--poison_weight 0"},
         "bounded": {"train_classifier": "--ascent_bound 10"},
         "authors_mask": {"train_extractor": "--positives authors"},
+        "unsuspected": {"train_extractor": "--positives unsuspected"},
         "authors_bounded": {"train_extractor": "--positives authors", "train_classifier": "--ascent_bound 10"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},

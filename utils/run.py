@@ -217,7 +217,8 @@ class Run:
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
-            print(f"All {self.opt.epochs} epochs are done; a larger --epochs continues")
+            more = "" if getattr(self.opt, "cosine", False) else "; a larger --epochs continues"
+            print(f"All {self.opt.epochs} epochs are done{more}")
         return self.start(checkpoint["epoch"] + 1, path)
 
     def add(self, path):
