@@ -146,7 +146,7 @@ NOT_IN_THE_PAPER = {  # options whose choice of samples a ground truth would hel
         "--val_ratio",
         0.2,
     ],
-    "ST/train_extractor.py": ["--positives", "authors"],
+    "ST/train_extractor.py": ["--positives", "unsuspected"],
     "ST/train_classifier.py": ["--ascent_bound", 3, "--val_ratio", 0.2],
 }
 

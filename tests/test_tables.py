@@ -131,7 +131,7 @@ def test_the_full_scale_trains_as_the_paper_and_separates_as_long(cli, tmp_path)
         assert full[script] == long[script] != paper[script]
     assert full["unlearn_relearn.py"][-5:] == ["--epochs", "5", "--lr", "0.0004", "--drop_doubtful"]
     assert "--epochs 200 --learning_rate 0.5 " in " ".join(full["ST/train_extractor.py"])
-    assert full["ST/train_extractor.py"][-2:] == ["--positives", "authors"]
+    assert full["ST/train_extractor.py"][-2:] == ["--positives", "unsuspected"]
     assert "--epochs 10 --learning_rate 5 --batch_size 512 --ascent_bound 10" in " ".join(
         full["ST/train_classifier.py"]
     )
