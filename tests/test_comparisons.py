@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_cli
-from test_pipeline import CLASSIFIER, SAMPLES, WITH_TRANS, same_weights, weights
+from test_pipeline import CLASSIFIER, EXTRACTOR, SAMPLES, WITH_TRANS, same_weights, weights
 
 from models import build_model
 from utils import run as life
@@ -116,6 +116,19 @@ def test_unsuspected_takes_d_u_for_d_c_and_d_p_for_neither(copy, words, tmp_path
                  copy / samples, "--positives", kind))  # fmt: skip
         extractors.append(next((tmp_path / name).rglob("last.pth")))
     assert same_weights(*extractors[:2]) and not same_weights(extractors[0], extractors[2])
+
+
+@pytest.mark.parametrize(
+    ("script", "last", "more", "longer"),
+    [
+        ("train_attack_withTrans.py", f"{WITH_TRANS}/1.tar", ["--schedule", 1], True),
+        ("ST/train_extractor.py", f"{EXTRACTOR}/last.pth", ["--cosine", "--save_freq", 1], False),
+    ],
+)
+def test_a_finished_run_names_more_epochs_only_where_they_continue_it(script, last, more, longer, copy, words, cli):
+    said = cli(script, *words(copy), "--epochs", 2, "--batch_size", 64, *more, "--checkpoint_load", copy / last)
+    assert said.code == 0 and "All 2 epochs are done" in said.out
+    assert ("a larger --epochs continues" in said.out) == longer
 
 
 @pytest.mark.parametrize("alone", ["unlearn", "relearn"])

@@ -50,12 +50,18 @@ def refuse_other_data(checkpoint, digest, path):
         )
 
 
+def may_train_longer(opt):
+    """Whether a run of these options may go on to more epochs than it was begun with. A cosine falls over all of them, and would
+    start over."""
+    return not getattr(opt, "cosine", False)
+
+
 def refuse_other_settings(checkpoint, opt, path):
     """Raise a `UserError` where a run that goes on after a checkpoint of its own was asked for other settings than it has:
-    the optimizer and the schedule come from there, so that such a record would be false. How long it trains may change, but not
-    where a cosine falls over all epochs: it would start over."""
+    the optimizer and the schedule come from there, so that such a record would be false. Of how long it trains see
+    `may_train_longer`."""
     wanted, found = plain_options(opt), made_with(checkpoint, opt)
-    compared = wanted.keys() - NEUTRAL - {*FILES, *([] if wanted.get("cosine") else ["epochs"])}
+    compared = wanted.keys() - NEUTRAL - {*FILES} - ({"epochs"} if may_train_longer(opt) else set())
     differ = conflict(found, wanted, sorted(compared))
     if differ:
         held, asked = differ

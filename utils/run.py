@@ -14,6 +14,7 @@ from utils.checkpoints import (
     NEUTRAL,
     load_optimizer,
     load_schedule,
+    may_train_longer,
     refuse_other_data,
     refuse_other_inputs,
     refuse_other_settings,
@@ -217,7 +218,7 @@ class Run:
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
-            more = "" if getattr(self.opt, "cosine", False) else "; a larger --epochs continues"
+            more = "; a larger --epochs continues" if may_train_longer(self.opt) else ""
             print(f"All {self.opt.epochs} epochs are done{more}")
         return self.start(checkpoint["epoch"] + 1, path)
 
