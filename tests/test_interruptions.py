@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,15 @@ STEPS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps in this process round as those of `start` do, which have one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def small_data(fashion, tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
@@ -84,8 +94,8 @@ def command(name, root, data):
     return [script, "--dataset", "cifar10", "--model", "resnet10", "--data_root", data, "--output_root", root, *words]
 
 
-def start(name, root, data, log, *more):
-    return Step(*command(name, root, data), *more, log=log)
+def start(name, root, data, log, *more, threads=1):
+    return Step(*command(name, root, data), *more, log=log, threads=threads)
 
 
 def open_whole(path):
@@ -224,6 +234,20 @@ def test_a_step_stopped_between_a_checkpoint_and_its_record_loses_nothing(
     (record,) = (root / folder).glob("*_unlearn_purify.json" if name == "unlearn_relearn" else "options.json")
     whole = json.loads((after / record.relative_to(root)).read_text())
     assert json.loads(record.read_text())["outputs"].keys() == whole["outputs"].keys()
+
+
+def test_two_threads_end_in_the_same_bits_too(small_data, tmp_path):
+    """Whatever the number of threads, as long as it is the same: one training as a whole and one in two parts."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    name, last = "train_attack_withTrans", Path(WITH_TRANS, "2.tar")
+    for root, more in (
+        (whole, []),
+        (parts, ["--epochs", 2]),
+        (parts, ["--checkpoint_load", parts / last.with_name("1.tar")]),
+    ):
+        step = start(name, root, small_data, tmp_path / "log", *more, threads=2)
+        assert step.wait() == 0, step.said
+    assert same_content(whole / last, parts / last)
 
 
 @pytest.mark.parametrize("epochs", [3, 4])
