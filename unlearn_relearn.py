@@ -31,7 +31,7 @@ from utils.samples import images_of, load_samples, refuse_samples_of_other_data,
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip
-from utils.unlearning import bound_of, sample_losses, without_doubtful
+from utils.unlearning import Dropped, bound_of, sample_losses
 from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
 
@@ -75,6 +75,10 @@ def get_parser():
         "--drop_doubtful", action="store_true",
         help="not in the paper: an epoch's descent leaves out the samples of D_c that its ascent took along with D_p",
     )  # fmt: skip
+    parser.add_argument(
+        "--stay_dropped", action="store_true",
+        help="with --drop_doubtful: where over a tenth would be left out, those last left out are, in place of none",
+    )  # fmt: skip
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
@@ -92,6 +96,8 @@ def main(argv=None):
         raise UserError(
             "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
         )
+    if opt.stay_dropped and not opt.drop_doubtful:
+        raise UserError("--stay_dropped is about what --drop_doubtful leaves out; give both")
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
     path, checkpoint, plain = load_start(opt)
@@ -139,10 +145,12 @@ def main(argv=None):
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
+    dropped = Dropped(opt.stay_dropped)
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         if opt.val_ratio:
             refuse_lost_choice(places.of_validation, "val_score", checkpoint["history"], path)
+        dropped.load(checkpoint["schedule"], len(to_relearn.labels), path)
         first = run.take_history(checkpoint, path)
     else:
         first = run.start()
@@ -172,7 +180,7 @@ def main(argv=None):
         if "relearn" in opt.passes:
             taken = to_relearn
             if opt.drop_doubtful:
-                taken, row["dropped"] = without_doubtful(model, to_relearn, to_unlearn, spec.num_classes, runtime)
+                taken, row["dropped"] = dropped.rest(model, to_relearn, to_unlearn, spec.num_classes, runtime)
             down = train_epoch(model, taken, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
             row["loss_Dc"] = down["loss"]  # during the descent
             row["seconds"] += down["seconds"]
@@ -187,7 +195,7 @@ def main(argv=None):
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
-        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer)
+        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer, dropped)
 
     run.complete()
     summarise(run.history)

@@ -207,6 +207,39 @@ def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline,
     refused(cli("unlearn_relearn.py", *words), "--drop_doubtful", "both --passes")
 
 
+def test_what_was_last_dropped_stays_so_where_too_many_would_be(cli, words, pipeline, tmp_path, monkeypatch):
+    """Four samples are doubtful after the first ascent, and too many from then on; as a whole and in two parts."""
+    many, calls = 4, []
+
+    def first_alone(clean, *_):
+        calls.append(None)
+        return (torch.arange(len(clean)) < many) & (len(calls) == 1)
+
+    def of(name, *more):
+        more = ["--drop_doubtful", *more]
+        return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)["dropped"].tolist()[1:]
+
+    monkeypatch.setattr(unlearning, "doubtful", first_alone)
+    assert of("none", "--epochs", 3) == [many, 0, 0]
+    stay = ["--epochs", 3, "--stay_dropped"]
+    calls.clear()
+    assert of("three", *stay) == [many] * 3
+    assert not same_weights(tmp_path / "three.tar", tmp_path / "none.tar")
+    calls.clear()
+    of("part", *stay, "--epochs", 1)
+    on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
+    content = torch.load(tmp_path / "part.tar", weights_only=True)
+    assert len(content["schedule"]["dropped"]) == many
+    for wrong in ([10**6], [0.5], "all"):
+        torch.save(content | {"schedule": {"dropped": wrong}}, tmp_path / "wrong.tar")
+        other = ["--checkpoint_load", tmp_path / "wrong.tar", "--checkpoint_save", tmp_path / "x.tar"]
+        said = cli("unlearn_relearn.py", *words(pipeline), "--batch_size", 8, "--drop_doubtful", *stay, *other)
+        refused(said, "wrong.tar", "samples of D_c")
+    assert of("part", *stay, *on) == [many] * 3
+    assert same_weights(tmp_path / "three.tar", tmp_path / "part.tar")
+    refused(cli("unlearn_relearn.py", *words(pipeline), "--stay_dropped"), "--drop_doubtful", "both")
+
+
 def test_out_of_memory_is_one_line(cli, words, tmp_path, monkeypatch):
     from utils import engine
 

@@ -141,6 +141,7 @@ CHANGES = {
     "log": "{other}/own.csv", "weight_decay": 0.1, "temp": 0.5, "cosine": None, "lr_decay_epochs": 1,
     "train_images": 250, "image_size": 64, "compile": "abacus", "cosine_epochs": 2, "auto": None, "poison_classes": 1, "samples": "nowhere",
     "poison_order": "nowhere.npy", "poison_alike": None, "unlearn_batch_size": 8, "bound_growth": 2, "drop_doubtful": None,
+    "stay_dropped": None,
     "mean": 0.5, "std": 0.5, "passes": "relearn", "ascent_bound": 0.5, "val_ratio": 0.3,
     "positives": "authors",
     "lr_decay_rate": 0.5, "save_freq": 2, "trial": 1, "poison_weight": 0.5, "pretrained": "nowhere.pth",

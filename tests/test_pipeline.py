@@ -143,6 +143,7 @@ NOT_IN_THE_PAPER = {  # options whose choice of samples a ground truth would hel
         "--bound_growth",
         2,
         "--drop_doubtful",
+        "--stay_dropped",
         "--val_ratio",
         0.2,
     ],

@@ -130,6 +130,7 @@ VARIANTS = {
         "no_bound": {"unlearn_relearn": "--ascent_bound 100 --bound_growth 1"},
         "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
         "drop_doubtful": {"unlearn_relearn": "--drop_doubtful"},
+        "stay_dropped": {"unlearn_relearn": "--drop_doubtful --stay_dropped"},
         "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain fine-tuning on D_c, at training's rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
@@ -301,7 +302,7 @@ class _Row:
         saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
         more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
         if "--passes" in more:  # a single pass takes nothing along
-            more = [word for word in more if word != "--drop_doubtful"]
+            more = [word for word in more if word not in ("--drop_doubtful", "--stay_dropped")]
         more = [*self.ratios, *more, *self.chosen]
         if self.opt.variant:
             more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from utils.errors import UserError
 from utils.losses import ASCENT_BOUND
 from utils.metrics import cross_entropies
 
@@ -17,14 +18,42 @@ def sample_losses(model, batches, runtime):
     return cross_entropies(model, batches.images, batches.labels, batches.normalize, runtime)
 
 
-def without_doubtful(model, to_relearn, to_unlearn, classes, runtime):
-    """(the batches of D_c without the samples that `doubtful` finds, how many these are); the network is left in training mode."""
-    model.eval()
-    both = to_relearn, to_unlearn
-    values = [sample_losses(model, batches, runtime) for batches in both]
-    drop = doubtful(*values, *(batches.labels for batches in both), classes)
-    model.train()
-    return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
+class Dropped:
+    """Which samples of D_c the descents leave out.
+
+    Args:
+        stay: whether those last left out stay so where more than `DOUBTFUL` would be doubtful; else none is left out then.
+    """
+
+    def __init__(self, stay):
+        self.stay, self.rows = stay, torch.empty(0, dtype=torch.int64)
+
+    def rest(self, model, to_relearn, to_unlearn, classes, runtime):
+        """(the batches of D_c without the samples that `doubtful` finds, how many these are); the network is left in training mode."""
+        model.eval()
+        both = to_relearn, to_unlearn
+        values = [sample_losses(model, batches, runtime) for batches in both]
+        drop = doubtful(*values, *(batches.labels for batches in both), classes)
+        model.train()
+        if self.stay and drop.any():
+            self.rows = torch.where(drop)[0].cpu()
+        elif self.stay:
+            drop[self.rows.to(drop.device)] = True
+        return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
+
+    def state_dict(self):
+        """What a run that goes on has to know, for its checkpoint."""
+        return {"dropped": self.rows.tolist()} if self.stay else {}
+
+    def load(self, state, count, path):
+        """Take over the ``state`` that the checkpoint in ``path`` holds, of a D_c of ``count`` samples. Raises `UserError` for
+        any other."""
+        rows = state.get("dropped", [])
+        if not (isinstance(rows, list) and all(type(row) is int and 0 <= row < count for row in rows)):
+            raise UserError(
+                f"{path} does not hold which of the {count} samples of D_c were left out; begin anew without it"
+            )
+        self.rows = torch.tensor(rows, dtype=torch.int64)
 
 
 def bound_of(opt, history, classes):
