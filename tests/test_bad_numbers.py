@@ -182,7 +182,7 @@ def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
         found = unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10)
         assert torch.where(found)[0].tolist() == [120, 121, 159, 285]
         clean[122:127] = threshold + 0.01  # 9 of these 80, too many to be poisoned
-        assert not unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10).any()
+        assert unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10) is None
 
 
 def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path, monkeypatch):
@@ -208,25 +208,26 @@ def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline,
 
 
 def test_what_was_last_dropped_stays_so_where_too_many_would_be(cli, words, pipeline, tmp_path, monkeypatch):
-    """Four samples are doubtful after the first ascent, and too many from then on; as a whole and in two parts."""
+    """Four samples are doubtful after the first ascent, too many after the second and third, none after the fourth; as a whole
+    and in two parts."""
     many, calls = 4, []
 
-    def first_alone(clean, *_):
+    def in_turn(clean, *_):
         calls.append(None)
-        return (torch.arange(len(clean)) < many) & (len(calls) == 1)
+        return None if len(calls) in (2, 3) else torch.arange(len(clean)) < many * (len(calls) == 1)
 
     def of(name, *more):
         more = ["--drop_doubtful", *more]
         return unlearn(cli, words, pipeline, tmp_path / f"{name}.tar", *more)["dropped"].tolist()[1:]
 
-    monkeypatch.setattr(unlearning, "doubtful", first_alone)
-    assert of("none", "--epochs", 3) == [many, 0, 0]
-    stay = ["--epochs", 3, "--stay_dropped"]
+    monkeypatch.setattr(unlearning, "doubtful", in_turn)
+    assert of("none", "--epochs", 4) == [many, 0, 0, 0]
+    stay = ["--epochs", 4, "--stay_dropped"]
     calls.clear()
-    assert of("three", *stay) == [many] * 3
-    assert not same_weights(tmp_path / "three.tar", tmp_path / "none.tar")
+    assert of("four", *stay) == [many, many, many, 0]
+    assert not same_weights(tmp_path / "four.tar", tmp_path / "none.tar")
     calls.clear()
-    of("part", *stay, "--epochs", 1)
+    of("part", *stay, "--epochs", 2)
     on = ["--checkpoint_load", tmp_path / "part.tar", "--overwrite"]
     content = torch.load(tmp_path / "part.tar", weights_only=True)
     assert len(content["schedule"]["dropped"]) == many
@@ -235,8 +236,8 @@ def test_what_was_last_dropped_stays_so_where_too_many_would_be(cli, words, pipe
         other = ["--checkpoint_load", tmp_path / "wrong.tar", "--checkpoint_save", tmp_path / "x.tar"]
         said = cli("unlearn_relearn.py", *words(pipeline), "--batch_size", 8, "--drop_doubtful", *stay, *other)
         refused(said, "wrong.tar", "samples of D_c")
-    assert of("part", *stay, *on) == [many] * 3
-    assert same_weights(tmp_path / "three.tar", tmp_path / "part.tar")
+    assert of("part", *stay, *on) == [many, many, many, 0]
+    assert same_weights(tmp_path / "four.tar", tmp_path / "part.tar")
     refused(cli("unlearn_relearn.py", *words(pipeline), "--stay_dropped"), "--drop_doubtful", "both")
 
 

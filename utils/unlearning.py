@@ -19,7 +19,7 @@ def sample_losses(model, batches, runtime):
 
 
 class Dropped:
-    """Which samples of D_c the descents leave out.
+    """Which samples of D_c the descents leave out: the `doubtful` ones.
 
     Args:
         stay: whether those last left out stay so where more than `DOUBTFUL` would be doubtful; else none is left out then.
@@ -29,21 +29,23 @@ class Dropped:
         self.stay, self.rows = stay, torch.empty(0, dtype=torch.int64)
 
     def rest(self, model, to_relearn, to_unlearn, classes, runtime):
-        """(the batches of D_c without the samples that `doubtful` finds, how many these are); the network is left in training mode."""
+        """(the batches of D_c without those samples, how many they are); the network is left in training mode."""
         model.eval()
         both = to_relearn, to_unlearn
         values = [sample_losses(model, batches, runtime) for batches in both]
         drop = doubtful(*values, *(batches.labels for batches in both), classes)
         model.train()
-        if self.stay and drop.any():
+        if drop is not None:
             self.rows = torch.where(drop)[0].cpu()
-        elif self.stay:
-            drop[self.rows.to(drop.device)] = True
-        return to_relearn.only(torch.where(~drop)[0]), int(drop.sum())
+        elif not self.stay:
+            self.rows = self.rows[:0]
+        taken = torch.ones(len(to_relearn.labels), dtype=torch.bool)
+        taken[self.rows] = False
+        return to_relearn.only(torch.where(taken)[0]), len(self.rows)
 
     def state_dict(self):
         """What a run that goes on has to know, for its checkpoint."""
-        return {"dropped": self.rows.tolist()} if self.stay else {}
+        return {"dropped": self.rows.tolist()}
 
     def load(self, state, count, path):
         """Take over the ``state`` that the checkpoint in ``path`` holds, of a D_c of ``count`` samples. Raises `UserError` for
@@ -79,9 +81,10 @@ def doubtful(clean, poisoned, labels, poisoned_labels, classes):
 
     Returns:
         bool (N,): True for a sample of D_c where D_p has its label at least twice as often as chance would give, and its cross-entropy
-        is above half of D_p's mean and above 2 ln(classes), that of two guesses in a row. All False where these are more than
-        `DOUBTFUL` of the samples with such labels: D_p then holds clean samples too, and what they took along has to be relearnt.
+        is above half of D_p's mean and above 2 ln(classes), that of two guesses in a row. None where these are more than
+        `DOUBTFUL` of the samples with such labels: D_p then holds clean samples too, or the ascent has gone on for long, and what it
+        took along has to be relearnt.
     """
     often = torch.bincount(poisoned_labels, minlength=classes) * classes >= 2 * len(poisoned_labels)
     found = often[labels] & (clean > max(poisoned.mean().item() / 2, 2 * math.log(classes)))
-    return found & (found.sum() <= DOUBTFUL * often[labels].sum())
+    return found if found.sum() <= DOUBTFUL * often[labels].sum() else None
