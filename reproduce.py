@@ -233,7 +233,7 @@ def _run_cell(cell, steps, resolved, table, stop, quiet=False):
     commands, held = [step.command for step in steps.values()], read_json(record)
     if held and not cell.overwrite:
         made_by = held.get("commands")
-        if not isinstance(made_by, list) or list(map(_anywhere, map(str, made_by))) != list(map(_anywhere, commands)):
+        if not isinstance(made_by, list) or list(map(_work, map(str, made_by))) != list(map(_work, commands)):
             raise UserError(
                 f"{shown(record)} was made by other commands; give --overwrite to make it anew, or another --out"
             )
@@ -249,9 +249,11 @@ def _run_cell(cell, steps, resolved, table, stop, quiet=False):
         print(f"{name}, {when}: " + "  ".join(f"{key} {value:.2f}" for key, value in made[when].items()), flush=True)
 
 
-def _anywhere(command):
-    """A command without the device it ran on."""
-    return re.sub(r" --device \S+", "", command)
+def _work(command):
+    """A command without what changes no figure of a record: the device, and how often a training, but for the last epoch, which
+    always is, was evaluated."""
+    command = re.sub(r" --device \S+", "", command)
+    return re.sub(r" --eval_freq \S+", "", command) if command.startswith("python train_") else command
 
 
 _collecting = threading.Lock()

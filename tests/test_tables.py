@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import threading
 from itertools import product
 from pathlib import Path
@@ -567,6 +568,33 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):
     said = cli("tools/secure_curve.py", "--epochs", "10", "--every", "4", "--output_root", tmp_path)
     assert said.code == 2 and "no multiple of --every 4" in said.err and not any(tmp_path.iterdir())
+
+
+def test_in_a_clone_every_committed_cell_is_there_already(cli, tmp_path, monkeypatch):
+    """Each by itself, as a user would ask for it: none is run anew, and none refused as made by other commands."""
+
+    def run_apart(script, *_, **__):
+        raise UserError(f"{script} is run")
+
+    monkeypatch.setattr("utils.steps.run_apart", run_apart)
+    shutil.copytree(ROOT / "results/cifar10", tmp_path / "cifar10")
+    shutil.copytree(ROOT / "results/cifar10_ablations", tmp_path / "cifar10_ablations")
+    asked = set()
+    for path in [*tmp_path.glob("*/*.json")]:
+        record = json.loads(path.read_text())
+        words = ["--table", "cifar10", "--scale", record["scale"], "--rows", record["row"], "--seeds", record["seed"]]
+        words += ["--defences", record["defence"], "--out", tmp_path]
+        if record["variant"]:
+            words += [
+                "--ablations" if record["variant"] in VARIANTS[record["defence"]] else "--model",
+                record["variant"],
+            ]
+        if " --precision " in record["commands"][0]:
+            words += ["--precision", record["precision"]]
+        asked.add((path.parent.name, record["scale"]))
+        said = cli("reproduce.py", *words)
+        assert said.code == 0 and f"{path.name} is there already" in said.out, (path.name, said.err, said.out[-500:])
+    assert asked >= set(product(["cifar10"], ["cpu", "long", "full", "paper"])) | {("cifar10_ablations", "cpu")}
 
 
 def test_the_committed_records_were_made_by_the_commands_that_are_planned_today():

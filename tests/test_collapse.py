@@ -1,0 +1,31 @@
+"""What SD says of a network whose features collapse."""
+
+import torch
+
+WARNING = "the network has collapsed"
+
+
+def test_step_3_warns_of_a_network_that_gives_all_images_the_same_features(cli, words, copy):
+    common = words(copy)
+    assert WARNING not in cli("calculate_consistency.py", *common).out
+    path = max((copy / "saved/backdoored_model").rglob("noTrans_ftsimi/**/1.tar"))
+    content = torch.load(path, weights_only=True)
+    for name, value in content["model"].items():
+        if not name.startswith("fc.") and value.is_floating_point() and "running" not in name:
+            value.zero_()
+    torch.save(content, path.with_name("flat.tar"))
+    said = cli("calculate_consistency.py", *common, "--checkpoint_load", path.with_name("flat.tar"))
+    assert said.code == 0 and WARNING in said.out and "100.0 % of the samples" in said.out
+
+
+def test_step_2_warns_while_the_norm_of_the_features_falls(cli, words, copy):
+    """Under a weight decay that outweighs all else, which the optimizer of step 1's checkpoint brings along."""
+    common = [*words(copy), "--batch_size", 64, "--overwrite"]
+    assert "collapsing" not in cli("finetune_attack_noTrans.py", *common, "--epochs", 2).out
+    path = max((copy / "saved/backdoored_model").rglob("noTrans/**/1.tar"))
+    content = torch.load(path, weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        group |= {"weight_decay": 20.0, "momentum": 0.0}
+    torch.save(content, path.with_name("heavy.tar"))
+    said = cli("finetune_attack_noTrans.py", *common, "--epochs", 4, "--checkpoint_load", path.with_name("heavy.tar"))
+    assert said.code == 0 and "The features are collapsing" in said.out and "calculate_consistency.py" in said.out
