@@ -21,11 +21,11 @@ from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import rank
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.files import tensor_writer, write_together
+from utils.files import tensor_writer
 from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import shown
-from utils.removal import STEP, load_start, places_of, refuse_log_of_another, refuse_lost_choice, summarise
+from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise
 from utils.run import Run
 from utils.samples import images_of, load_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
@@ -103,7 +103,8 @@ def main(argv=None):
     path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
     places = places_of(opt, path, resumed, plain)
-    refuse_log_of_another(places.log, places.record, opt.overwrite)
+    if not opt.overwrite:
+        refuse_to_replace(places, path)
 
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
@@ -136,16 +137,22 @@ def main(argv=None):
         model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
         load_weights(model, checkpoint["model"], path)
     network = runtime.place(model)
-    model = prepare(network, opt, runtime, to_relearn)
+    model = prepare(network, opt, runtime, to_relearn, unused=plain)  # some have auxiliary outputs
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
+    chosen = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        chosen=[places.of_validation] if opt.val_ratio else [], checkpoint_load=os.path.relpath(path, places.save.parent),
+        chosen=chosen, checkpoint_load=os.path.relpath(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
     dropped = Dropped(opt.stay_dropped)
+    if resumed and checkpoint["epoch"] + 1 >= opt.epochs and path.name != places.save.name:
+        raise UserError(
+            f"all {opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(places.save)}; copy the file, or "
+            f"give a larger --epochs"
+        )
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         if opt.val_ratio:
@@ -194,18 +201,18 @@ def main(argv=None):
         chosen = [places.of_validation] if opt.val_ratio and is_best(row, "val_score", run.history) else []
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
+        states = [places.result] if plain and epoch + 1 == opt.epochs else []
+        states += [places.chosen_result] if plain and chosen else []
+        results = {place: tensor_writer(plain_state(network, opt.foreign)) for place in states}
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
-        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer, dropped)
+        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer, dropped, results)
 
     run.complete()
     summarise(run.history)
     if opt.val_ratio:
-        epoch = best_epoch(run.history, "val_score")
-        print(
-            f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(places.of_validation)}"
-        )
+        epoch, place = best_epoch(run.history, "val_score"), places.chosen_result if plain else places.of_validation
+        print(f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(place)}")
     if plain:
-        write_together({places.result: tensor_writer(plain_state(network, opt.foreign))})
         print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")
     print(f"The model is {shown(places.save)}, the log {shown(places.log)}")
 

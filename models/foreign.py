@@ -49,7 +49,7 @@ def build_foreign(name, state, path, dataset, spec):
         UserError: where the weights are not those of such a network with as many outputs as there are classes.
     """
     stem = state.get("conv1.weight")
-    if name in MODELS and (name not in NAMES or (stem is not None and stem.shape[-1] != 7)):
+    if name in MODELS and (name not in NAMES or (stem is not None and stem.shape[-1:] != (7,))):
         network = build_model(name, dataset, spec.num_classes, spec.size)
         print(f"{path} has another first layer than torchvision's {name}; it is taken for this project's network")
     else:
@@ -100,6 +100,7 @@ def _shape(name, state):
     if name == "inception_v3":
         return {"aux_logits": any(key.startswith("AuxLogits.") for key in state), "init_weights": False}
     if name.startswith("vit_") and "encoder.pos_embedding" in state and "conv_proj.weight" in state:
-        tokens, patch = state["encoder.pos_embedding"].shape[1] - 1, state["conv_proj.weight"].shape[-1]
-        return {"image_size": math.isqrt(tokens) * patch}
+        embedding, patches = state["encoder.pos_embedding"].shape, state["conv_proj.weight"].shape
+        if len(embedding) == 3 and len(patches) == 4 and embedding[1] > 1:
+            return {"image_size": math.isqrt(embedding[1] - 1) * patches[-1]}
     return {}

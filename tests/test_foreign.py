@@ -1,11 +1,14 @@
 """Somebody else's model: plain state dicts of torchvision's classifiers, cleaned and given back in the same form."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torchvision
 from conftest import write_folder
+from test_bad_input import refused
 
 from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
 from utils.datasets import Spec
@@ -84,6 +87,26 @@ def test_weights_that_do_not_fit_are_named(name, change, message):
         build_foreign(name, change(network("squeezenet1_1").state_dict()), "x.pth", "folder", spec_of(classes))
 
 
+def test_counters_of_batch_norm_that_an_older_torch_did_not_save_are_not_missed():
+    state = {name: value for name, value in network("resnet18", 7).state_dict().items() if "tracked" not in name}
+    model = build_foreign("resnet18", state, "x.pth", "folder", spec_of(7))
+    network("resnet18", 7).load_state_dict(state)  # as torch does
+    assert torch.equal(model.network.state_dict()["bn1.weight"], state["bn1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("resnet18", {"conv1.weight": torch.tensor(1.0)}),
+        ("vit_b_16", {"encoder.pos_embedding": torch.zeros(3), "conv_proj.weight": torch.zeros(1, 1, 1, 1)}),
+        ("vit_b_16", {"encoder.pos_embedding": torch.zeros(1, 197, 768), "conv_proj.weight": torch.tensor(1.0)}),
+    ],
+)
+def test_weights_of_odd_shapes_are_refused(name, state):
+    with pytest.raises(UserError, match="fit this network"):
+        build_foreign(name, state, "x.pth", "folder", spec_of(7))
+
+
 def test_a_vision_transformer_says_which_size_it_takes():
     state = {"encoder.pos_embedding": torch.zeros(1, 197, 768), "conv_proj.weight": torch.zeros(768, 3, 16, 16)}
     with pytest.raises(UserError, match="--image_size 224"):
@@ -147,19 +170,20 @@ def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
     assert (root / "theirs.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "module"])
+@pytest.mark.parametrize("kind", ["state_dict", "module", "step"])
 def test_a_state_dict_as_training_scripts_save_it_is_found(cli, place, kind):
     root, _ = place
     plain = load_tensors(root / "theirs.pth", "", "")
-    content = (
-        {"epoch": 3, "state_dict": plain}
-        if kind == "state_dict"
-        else {f"module.{name}": value for name, value in plain.items()}
-    )
-    torch.save(content, root / f"{kind}.pth")
+    content = {
+        "state_dict": {"epoch": 3, "state_dict": plain},
+        "module": {f"module.{name}": value for name, value in plain.items()},
+        "step": {"model": plain, "step": 1000, "optimizer": {}},
+    }
+    torch.save(content[kind], root / f"{kind}.pth")
     result = unlearn(cli, place, "--epochs", 1, "--log", root / f"{kind}.csv", load=f"{kind}.pth")
     assert result.code == 0 and f"{kind}.pth" in result.out and "take" in result.out, result.err
     assert list(load_tensors(root / f"{kind}_unlearn_purify.pth", "", "")) == list(plain)
+    assert f"{kind}_unlearn_purify.pth" in json.loads((root / f"{kind}_unlearn_purify.json").read_text())["outputs"]
 
 
 def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
@@ -177,6 +201,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     torch.save({name: value.to("meta") for name, value in plain.items()}, root / "meta.pth")
     sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in plain.items()}
     torch.save(sparse, root / "sparse.pth")
+    torch.save({"model": plain, "model_ema": plain}, root / "two.pth")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
@@ -185,9 +210,51 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
         (unlearn(cli, place, load="mixed.pth"), "are float16 and float32; convert"),
         (unlearn(cli, place, "--log", root / "w.csv", load="meta.pth"), "they have no dense values in features"),
         (unlearn(cli, place, "--log", root / "w.csv", load="sparse.pth"), "they have no dense values in classifier"),
+        (unlearn(cli, place, load="two.pth"), "holds 2 state dicts, 'model', 'model_ema'"),
         (unlearn(cli, place, load="pickled.pth"), "torch.save(model.state_dict(), FILE)"),
         (unlearn(cli, place, "--samples", tmp_path), "no such file"),
         (unlearn(cli, place, model="resnet10", load=own), "written by"),
     ):
         assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
         assert any(part in result.err for part in message.split("|")), result.err
+
+
+def test_the_epoch_that_held_out_samples_choose_is_there_as_a_state_dict_too(cli, place, tmp_path):
+    root, _ = place
+    words = ["--val_ratio", 0.2, "--checkpoint_save", tmp_path / "v.pth", "--epochs"]
+    result = unlearn(cli, place, *words, 2, "--unlearn_batch_size", 8)
+    assert result.code == 0, result.err
+    log = pd.read_csv(tmp_path / "unlearn_purify.csv")
+    best = log["val_score"].idxmax()  # its row, of which the first is the model before
+    assert f"choose epoch {best} " in result.out and str(tmp_path / "v_val.pth") in result.out
+    for name in ("v", "v_val"):
+        state = load_tensors(tmp_path / f"{name}.tar", "", "")["model"]
+        plain = load_tensors(tmp_path / f"{name}.pth", "", "")
+        assert all(torch.equal(state[f"network.{key}"].to(value.dtype), value) for key, value in plain.items())
+    assert {"v.pth", "v_val.pth"} <= json.loads((tmp_path / "v.json").read_text())["outputs"].keys()
+
+
+def test_nothing_of_others_is_replaced_unasked(cli, place, tmp_path):
+    root, _ = place
+    notes, theirs, other = (tmp_path / name for name in ("notes.csv", "model.pth", "0.tar"))
+    notes.write_text("what,I\nsaw,here\n")
+    theirs.write_bytes(b"mine")
+    other.write_bytes(b"mine too")
+    (tmp_path / "options.json").write_text(json.dumps({"outputs": {"0.tar": ""}}))
+    for more, message in (
+        (["--log", notes, "--checkpoint_save", tmp_path / "x.pth"], "notes.csv is there already"),
+        (["--checkpoint_save", theirs], "model.pth is there already"),
+        (["--checkpoint_save", other], "0.tar is of the run that"),
+    ):
+        refused(unlearn(cli, place, "--epochs", 1, *more), message, "--overwrite")
+    assert theirs.read_bytes() == b"mine" and notes.read_text().startswith("what") and other.read_bytes() == b"mine too"
+
+
+def test_a_finished_run_that_is_asked_to_write_elsewhere_says_that_it_will_not(cli, place, tmp_path):
+    words = ["--epochs", 1, "--checkpoint_save"]
+    assert unlearn(cli, place, *words, tmp_path / "a.pth").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    for place_of_it in (tmp_path / "b.pth", tmp_path / "elsewhere/a.pth"):
+        said = unlearn(cli, place, *words, place_of_it, "--log", tmp_path / "b.csv", load=tmp_path / "a.tar")
+        refused(said, "all 1 epochs are done", "larger --epochs")
+        assert not place_of_it.exists() and not (tmp_path / "b.csv").exists()

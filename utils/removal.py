@@ -1,5 +1,6 @@
 """What unlearn_relearn.py reads and writes: the model it cleans, where the results go, and what it says of them at the end."""
 
+import os
 from types import SimpleNamespace
 
 from models import MODELS
@@ -52,9 +53,14 @@ def load_start(opt):
 def within(content, path):
     """The plain state dict in what a training script of elsewhere saved, of the names that torch puts before it where a network
     was trained on several GPUs; everything else as it is. ``content``: what the file ``path`` holds."""
-    if isinstance(content, dict) and "step" not in content and not is_state_dict(content):
+    of_this_project = isinstance(content, dict) and isinstance(content.get("step"), str)
+    if isinstance(content, dict) and not of_this_project and not is_state_dict(content):
         found = [name for name, value in content.items() if is_state_dict(value)]
-        if len(found) == 1:
+        if len(found) > 1:
+            raise UserError(
+                f"{shown(path)} holds {len(found)} state dicts, {', '.join(map(repr, found))}; save the one that is meant by itself"
+            )
+        if found:
             print(f"{shown(path)} holds a state dict as {found[0]!r}, which is taken")
             content = content[found[0]]
     if is_state_dict(content) and all(name.startswith("module.") for name in content):
@@ -67,8 +73,8 @@ def places_of(opt, path, resumed, plain):
     """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
 
     Returns:
-        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose)
-        and result (the state dict, for a plain one).
+        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
+        result and chosen_result (their state dicts), and results (those of these two that are written: for a plain one).
 
     Raises:
         UserError: where two of them are the same file, or one is a folder.
@@ -79,9 +85,9 @@ def places_of(opt, path, resumed, plain):
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
     of_validation = save.with_name(f"{save.stem}_val.tar")
-    files = [save, log, record]
-    if plain:
-        files.append(result)
+    chosen_result = of_validation.with_suffix(".pth")
+    results = [result, chosen_result][: 1 + bool(opt.val_ratio)] if plain else []
+    files = [save, log, record, *results]
     if opt.val_ratio:
         files.append(of_validation)
     if not resumed:
@@ -93,24 +99,50 @@ def places_of(opt, path, resumed, plain):
     for file in (save, log, record, result):
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
-    return SimpleNamespace(save=save, log=log, record=record, of_validation=of_validation, result=result)
+    return SimpleNamespace(
+        save=save, log=log, record=record, of_validation=of_validation, result=result, chosen_result=chosen_result, results=results
+    )  # fmt: skip
 
 
-def refuse_log_of_another(log, record, overwrite):
-    """Refuse to replace the ``log`` where another run's record beside it than this one's tells of it, unless --overwrite is given."""
+def refuse_to_replace(places, loaded):
+    """Raise a `UserError` where a file of ``places`` is there already and is not this step's: another run's record beside it tells of
+    it, or none does and it is no log, or no checkpoint, of this step. ``loaded``: path of what is gone on with."""
+    own = (read_record(places.record) or {}).get("outputs", {})
 
-    def tells_of_it(other):
+    def tells_of(other, file):
         try:
-            return log.name in (read_record(other) or {}).get("outputs", {})
+            return file.name in (read_record(other) or {}).get("outputs", {})
         except UserError:  # some other file
             return False
 
-    others = [path for path in sorted(log.parent.glob("*.json")) if path.absolute() != record.absolute()]
-    owner = next(filter(tells_of_it, others), None)
-    if owner and log.is_file() and not overwrite:
-        raise UserError(
-            f"{shown(log)} is the log of the run that {shown(owner)} tells of; name another with --log, or give --overwrite"
-        )
+    for file in (places.log, places.save, *places.results):
+        if not file.is_file() or file.absolute() == loaded.absolute():
+            continue
+        option = "--log" if file == places.log else "--checkpoint_save"
+        others = [other for other in sorted(file.parent.glob("*.json")) if other.absolute() != places.record.absolute()]
+        owner = next((other for other in others if tells_of(other, file)), None)
+        if owner:
+            raise UserError(
+                f"{shown(file)} is of the run that {shown(owner)} tells of; name another with {option}, or give --overwrite"
+            )
+        if os.path.relpath(file, places.record.parent) not in own and not _is_ours(file, places):
+            raise UserError(
+                f"{shown(file)} is there already and is not of this step; name another with {option}, or give --overwrite"
+            )
+
+
+def _is_ours(file, places):
+    """Whether a file that no record tells of looks like what a run of this step left which was killed in its first epoch."""
+    if file == places.log:
+        with open(file, "rb") as held:
+            return held.read(6) == b"epoch,"
+    if file in places.results:
+        return places.save.is_file()
+    try:
+        content = load_tensors(file, "", "checkpoint of this project")
+    except UserError:
+        return False
+    return isinstance(content, dict) and content.get("step") == STEP
 
 
 def refuse_lost_choice(file, name, history, path):

@@ -215,6 +215,7 @@ class Run:
         settings or other files than this run."""
         refuse_other_settings(checkpoint, self.opt, path)
         refuse_other_inputs(checkpoint, path, self.inputs, "leave out --checkpoint_load")
+        self._refuse_nothing_to_do(checkpoint["epoch"] + 1, path)
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
@@ -222,15 +223,27 @@ class Run:
             print(f"All {self.opt.epochs} epochs are done{more}")
         return self.start(checkpoint["epoch"] + 1, path)
 
+    def _refuse_nothing_to_do(self, done, path):
+        """Raise a `UserError` where all epochs are ``done`` in a checkpoint (``path``) that lies elsewhere, so that nothing would be
+        written here."""
+        place = self.record.parent
+        here = path.resolve().parent in (place.resolve(), unfinished_folder(self.record).resolve())
+        held = (read_record(self.record) or {}).get("epochs_done", 0)
+        if leads() and done >= self.opt.epochs and not here and held < done:
+            raise UserError(
+                f"all {self.opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(place)}; copy what lies "
+                f"there, or give a larger --epochs"
+            )
+
     def add(self, path):
         """Count the file that belongs to ``path``, written `at` its place, among the outputs."""
         if leads():
             self.outputs[path] = sha256(self.at(path))
 
-    def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None):
-        """Write the checkpoint to each of ``paths``, then the CSV and the options, and print the row (dict of floats). On a
-        GPU the files are written while the next epoch trains; the next call waits for them. Without ``paths`` the row waits for the
-        next checkpoint: an interrupted run goes on after the last one.
+    def finish_epoch(self, epoch, row, paths, model, optimizer, scheduler=None, results=None):
+        """Write the ``results`` of the epoch (dict path -> function that writes the open file), the checkpoint to each of ``paths``, then
+        the CSV and the options, and print the row (dict of floats). On a GPU the files are written while the next epoch trains; the
+        next call waits for them. Without ``paths`` the row waits for the next checkpoint: an interrupted run goes on after the last one.
 
         Raises:
             UserError: where the weights are not finite, nothing is written then; where writing, or that of the epoch before, failed.
@@ -247,13 +260,13 @@ class Run:
         if not leads():
             return
         if paths:
-            self._save(epoch, paths, model, optimizer, scheduler)
+            self._save(epoch, paths, model, optimizer, scheduler, results or {})
         self.finished += 1
         left = (time.perf_counter() - self.started) / self.finished * (self.opt.epochs - epoch - 1)
         numbers = "  ".join(f"{name} {value:g}" for name, value in row.items() if name != "epoch")
         print(f"epoch {epoch + 1}/{self.opt.epochs}  {numbers}  about {left / 60:.1f} min left", flush=True)
 
-    def _save(self, epoch, paths, model, optimizer, scheduler):
+    def _save(self, epoch, paths, model, optimizer, scheduler, results):
         content = {
             "step": self.step,
             "epoch": epoch,
@@ -266,19 +279,19 @@ class Run:
             "history": self.history,
         }
         if all(value.device.type == "cpu" for value in content["model"].values()):
-            self._write(epoch, paths, content)  # now, for the next epoch changes these very tensors
+            self._write(epoch, paths, content, results)  # now, for the next epoch changes these very tensors
         else:
             content["model"].update((name, value.cpu()) for name, value in content["model"].items())
             content["optimizer"] = tree_map_only(torch.Tensor, torch.Tensor.cpu, content["optimizer"])
             if not self._writer:
                 self._writer = ThreadPoolExecutor(1)
                 at_exit.callback(self._writer.shutdown)  # before the lock is given back
-            self._writing = self._writer.submit(self._write, epoch, paths, content)
+            self._writing = self._writer.submit(self._write, epoch, paths, content, results)
 
-    def _write(self, epoch, paths, content):
+    def _write(self, epoch, paths, content, results):
         """The files of an epoch; ``content``: of the checkpoint."""
-        for path in paths:
-            (self.outputs[path],) = write_together({self.at(path): tensor_writer(content)}).values()
+        for path, writer in (results | dict.fromkeys(paths, tensor_writer(content))).items():
+            (self.outputs[path],) = write_together({self.at(path): writer}).values()
         self._keep(epoch + 1)
 
     def _keep(self, done):

@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def load_weights(module, state, path):
-    """Load a state dict into ``module``.
+    """Load a state dict into ``module``. Batch norm's counters, which files of older versions of torch lack, stay the module's.
 
     Raises:
         UserError: that names the first keys which are missing, foreign, of another shape or kind, or not finite.
@@ -16,6 +16,7 @@ def load_weights(module, state, path):
     own = module.state_dict()
     state = state if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
     odd = [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]
     both = [name for name in own if name in tensors and name not in odd]
     faults = {
