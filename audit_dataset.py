@@ -37,7 +37,7 @@ from utils.audit import (
     targets_of,
 )
 from utils.audit_report import SETS, write_report
-from utils.errors import UserError, run_script
+from utils.errors import UserError, refuse_several_processes, run_script
 from utils.fct import fct_path, load_fct, sd_network
 from utils.files import (
     array_writer,
@@ -47,6 +47,7 @@ from utils.files import (
     make_folder,
     new_folder,
     read_record,
+    sha256,
     write_together,
 )
 from utils.manifest import plain_options
@@ -193,7 +194,7 @@ def tau_that_sees(suspicious, values, own):
 def separation(resolved, words, where, steps, targets, tau, poison_ratio, order):
     """The step that separates: on poisoned data D_p comes from the target classes alone, by the file ``order``."""
     model = steps["train"].output
-    more = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
+    more = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio), "--clean_per_class"]
     if targets:
         more += ["--poison_classes", *map(str, targets), "--poison_order", typed(order)]
     record = separated_folder(resolved) / "options.json"
@@ -282,8 +283,22 @@ def refuse_report_of_other_data(path, dataset, opt):
         raise UserError(f"{shown(path)} is on {source}; give another --out, or --overwrite to replace that report")
 
 
+def refuse_samples_of_others(separate, verdict, opt):
+    """Refuse to replace separated samples of this very data that are not those of the last audit, which ``verdict`` (path of the JSON)
+    tells of, unless --overwrite is given. ``separate``: the step that would."""
+    held = read_record(separate.record) or {}
+    same_data = held.get("poisoned_digest", separate.digest) == separate.digest
+    own = separate.record.is_file() and (read_record(verdict) or {}).get("samples") == sha256(separate.record)
+    if held and same_data and not own and not opt.overwrite and not separate.is_done():
+        raise UserError(
+            f"{shown(separate.record.parent)} holds samples that this audit did not separate; give --overwrite to replace them, or another "
+            f"--output_root"
+        )
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    refuse_several_processes()
     opt.data_root, opt.output_root = opt.data_root.absolute(), opt.output_root.absolute()
     check_clean(opt)
     refuse_places_in_the_data(opt)
@@ -328,8 +343,11 @@ def main(argv=None):
         if not order.is_file() or order.read_bytes() != buffer.getvalue():
             write_together({order: bytes_writer(buffer.getvalue())})
     fct, resolved.poison_ratio = values[tau], poison_ratio
-    steps = {"separate": separation(resolved, words, where, steps, targets, tau, poison_ratio, order)}
-    run(steps, opt, out / "seconds.json")
+    separate = separation(resolved, words, where, steps, targets, tau, poison_ratio, order)
+    refuse_samples_of_others(separate, out / "verdict.json", opt)
+    if not opt.overwrite:
+        separate.words.append("--overwrite")  # what an earlier audit left
+    run({"separate": separate}, opt, out / "seconds.json")
     flags = np.full(len(labels), UNCERTAIN)
     for flag in (CLEAN, POISON):
         (file,) = sample_files(resolved, [flag])
@@ -337,6 +355,7 @@ def main(argv=None):
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
     content = summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands)
+    content["samples"] = sha256(separate.record)
     write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back)
     print(f"\n{content['headline']}")
     if best:

@@ -71,8 +71,9 @@ def main(argv=None):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
-        if row["feature_norm"] < COLLAPSED * run.history[0]["feature_norm"]:
-            print(f"The features are collapsing (mean norm {row['feature_norm']:.3g}, first epoch {run.history[0]['feature_norm']:.3g}): "
+        norm_at_first = run.history[0].get("feature_norm", 0)
+        if row["feature_norm"] < COLLAPSED * norm_at_first:
+            print(f"The features are collapsing (mean norm {row['feature_norm']:.3g}, first epoch {norm_at_first:.3g}): "
                   "an earlier epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")

@@ -30,7 +30,7 @@ import pandas as pd
 
 from utils import args
 from utils.device import choose_runtime
-from utils.errors import UserError, run_script
+from utils.errors import UserError, refuse_several_processes, run_script
 from utils.files import bytes_writer, make_folder, read_json, read_record, write_rows, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, shown
@@ -113,7 +113,12 @@ def refuse_other_result(path, opt):
     --overwrite is given."""
     wanted = plain_options(opt)
     held = made_with(read_record(path) or {"options": wanted}, opt)
-    differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate"))
+    differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate", "precision"))
+    lost = [name for name in held.get("defences") or DEFENCES if name not in (opt.defences or DEFENCES)]
+    if lost and not opt.overwrite:
+        raise UserError(
+            f"{shown(path)} and the table beside it hold {' and '.join(lost)} too; give another --name or --out, or --overwrite"
+        )
     if differ and not opt.overwrite:
         raise UserError(
             f"{shown(path)} and the table beside it are of {differ[0]}, not of {differ[1]}; give another --name or --out, or --overwrite"
@@ -188,6 +193,7 @@ def run_table(opt):
             list_commands(steps, numbers)
         return
 
+    make_folder(table.with_suffix(""), "--out")
     stop = threading.Event()
 
     def run_row(row):  # its cells share steps, so they run one after the other
@@ -292,6 +298,7 @@ def _record_cell(path, cell, steps, resolved, made):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    refuse_several_processes()
     if opt.verify:
         found = verify(opt.verify)
         for path in found["absent"]:
@@ -321,8 +328,12 @@ def main(argv=None):
         f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),
         f"{name}_fct.jpg": steps["visualize_consistency"].output,
     }
-    for target, source in pictures.items():
-        write_together({opt.out / target: bytes_writer(source.read_bytes())})
+    for target, source in list(pictures.items()):
+        if source.is_file():
+            write_together({opt.out / target: bytes_writer(source.read_bytes())})
+        else:  # it was removed since its step was done
+            del pictures[target]
+            print(f"{shown(source)} is not there any more, so {target} is not written")
     outputs = [opt.out / target for target in (f"{name}.csv", *pictures)]
     commands = {"seconds": seconds, "commands": [step.command for step in steps.values()]}
     inputs = [step.record for step in steps.values()]

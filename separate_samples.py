@@ -87,8 +87,8 @@ def refuse_contradictions(opt):
         )
 
 
-def found_alike(path, opt, count):
-    """The samples that step 3 put beside those which show the backdoor, bool (count,); None where it saw none.
+def found_alike(path, opt, dataset):
+    """The training samples of ``dataset`` that step 3 put beside those which show the backdoor, bool (N,); None where it saw none.
 
     Raises:
         UserError: where step 3 was not run on this checkpoint with these options, or its files were changed.
@@ -96,7 +96,7 @@ def found_alike(path, opt, count):
     tau = args.tau_arguments(vars(opt))
     command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
     source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
-    record = step_3_record(path, opt)
+    record = step_3_record(path, opt, dataset.record)
     if record and order.name not in record.get("outputs", {}):
         print("Step 3 saw no backdoor in this network, so nothing is like one; D_p is by FCT alone")
         return None
@@ -104,7 +104,7 @@ def found_alike(path, opt, count):
         raise UserError(
             f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
         )
-    return load_order(order, count, command) >= 0
+    return load_order(order, len(dataset.train_labels), command) >= 0
 
 
 def main(argv=None):
@@ -131,7 +131,7 @@ def main(argv=None):
         among = of_classes(poisoned.labels, classes, opt.poison_ratio)
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
         from_value = float(order[flags == POISON].min())
-    alike = found_alike(path, opt, len(fct)) if opt.poison_alike else None
+    alike = found_alike(path, opt, dataset) if opt.poison_alike else None
     if alike is not None:
         by = f"{int(alike.sum())} alike, and FCT"
         flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)

@@ -220,7 +220,6 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
 
 
 def test_the_epoch_that_held_out_samples_choose_is_there_as_a_state_dict_too(cli, place, tmp_path):
-    root, _ = place
     words = ["--val_ratio", 0.2, "--checkpoint_save", tmp_path / "v.pth", "--epochs"]
     result = unlearn(cli, place, *words, 2, "--unlearn_batch_size", 8)
     assert result.code == 0, result.err
@@ -235,7 +234,6 @@ def test_the_epoch_that_held_out_samples_choose_is_there_as_a_state_dict_too(cli
 
 
 def test_nothing_of_others_is_replaced_unasked(cli, place, tmp_path):
-    root, _ = place
     notes, theirs, other = (tmp_path / name for name in ("notes.csv", "model.pth", "0.tar"))
     notes.write_text("what,I\nsaw,here\n")
     theirs.write_bytes(b"mine")

@@ -205,6 +205,8 @@ BAD_CHECKPOINTS = {
     "history of text": (lambda c: changed(c, history=[{"epoch": "0"}]), "history"),
     "history of lists": (lambda c: changed(c, history=[[0]]), "history"),
     "history without epochs": (lambda c: changed(c, history=[{"loss": 1.0}]), "no epoch"),
+    "history is empty": (lambda c: changed(c, history=[]), "does not end with its epoch"),
+    "history of another epoch": (lambda c: changed(c, history=[{"epoch": 7}]), "does not end with its epoch"),
     "model is a list": (lambda c: changed(c, model=[]), "its model is a list"),
     "no tensors": (lambda c: changed(c, model={"fc.weight": 3}), "lack conv1.weight"),
     "weights are not finite": (
@@ -242,6 +244,7 @@ BAD_CHECKPOINTS = {
         lambda c: changed(c, optimizer=changed(c["optimizer"], state={
             0: {"momentum_buffer": torch.full_like(c["model"]["conv1.weight"], float("inf"))}})), "not finite"),
     "schedule is foreign": (lambda c: changed(c, schedule={"step": "x"}), "schedule"),
+    "schedule of no epochs": (lambda c: changed(c, schedule=changed(c["schedule"], T_max=0)), "T_max"),
     "schedule is text": (lambda c: changed(c, schedule=changed(c["schedule"], last_epoch="1")), "last_epoch"),
 }  # fmt: skip
 

@@ -69,6 +69,34 @@ def test_bad_options_end_with_code_2(cli, tmp_path):
         words = ["--row", "BadNets-all2one", "--dataset", "imagenet", "--defences", "D-BR", "--preset", preset]
         result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
         assert result.code == 2 and "give --preset paper" in result.err and len(result.err.strip().splitlines()) == 1
+    result = cli("reproduce.py", "--table", "imagenet", "--model", "resnet10", "--output_root", tmp_path, "--dry_run")
+    assert result.code == 2 and "of resnet10 there are none" in result.err
+
+
+@pytest.mark.parametrize("words", [["reproduce.py", "--dry_run"], ["audit_dataset.py", "--data_root", "nowhere"]])
+def test_under_torchrun_only_steps_run(cli, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = cli(*words)
+    assert result.code == 2 and "without torchrun" in result.err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.steps.run_apart", lambda *_: pytest.fail("a step is run"))
+    (tmp_path / "file").write_text("")
+    words = [
+        "--table",
+        "cifar10",
+        "--scale",
+        "quick",
+        "--rows",
+        "SIG",
+        "--output_root",
+        tmp_path,
+        "--out",
+        tmp_path / "file",
+    ]
+    result = cli("reproduce.py", *words)
+    assert result.code == 2 and "--out" in result.err
 
 
 def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tmp_path, monkeypatch, capfd, in_process):
@@ -99,6 +127,17 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
 
     reproduce.main(list(map(str, words)))
     assert capfd.readouterr().out.count("already there") == 11
+
+    # A picture that was removed is not made by two trainings; a set of samples that was is made anew.
+    next(tmp_path.rglob("noTrans/**/samples.png")).unlink()
+    next(tmp_path.rglob("clean_samples.npy")).unlink()
+    reproduce.main(list(map(str, words)))
+    said = capfd.readouterr().out
+    assert "samples.png is not there any more" in said and said.count("already there") == 6
+    assert "separate_samples.py" in next(line for line in said.splitlines() if "already" not in line)
+    for other, needle in ((["--defences", "D-BR"], "hold D-ST too"), (["--precision", "bfloat16"], "--precision")):
+        with pytest.raises(UserError, match=needle):
+            reproduce.main([*map(str, words), *other])
 
     # A step that was interrupted runs again although its output is there.
     record = next(tmp_path.rglob("SupCon_*/options.json"))

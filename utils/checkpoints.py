@@ -129,6 +129,8 @@ def _not_a_checkpoint(content):
         return "its history is not a list of rows of numbers"
     if any("epoch" not in row for row in rows):
         return "a row of its history has no epoch"
+    if not rows or rows[-1]["epoch"] != content["epoch"]:
+        return "its history does not end with its epoch"
     return None
 
 
@@ -159,7 +161,7 @@ def load_schedule(scheduler, state, path):
     """Load a schedule's state. Raises `UserError` where it is not that of such a schedule."""
     own = scheduler.state_dict()
     for name, value in state.items():
-        if name not in own or not _alike(value, own[name]):
+        if name not in own or not _alike(value, own[name]) or (name in ("T_max", "step_size") and value < 1):
             raise UserError(f"the schedule in {path} is not that of this step: its {str(name)[:40]} does not fit")
     scheduler.load_state_dict(state)
 

@@ -36,6 +36,12 @@ def processes_wanted():
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def refuse_several_processes():
+    """Raise a `UserError` under torchrun, for a script that starts the steps in processes of their own."""
+    if processes_wanted() > 1:
+        raise UserError("this script runs in one process, without torchrun; torchrun is for the numbered steps")
+
+
 def _print_no_more():
     """What standard output still holds would raise once more at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

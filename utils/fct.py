@@ -16,7 +16,7 @@ from utils.dataloader_bd import Normalize, fetch, hold
 from utils.distributed import gather, part
 from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
-from utils.manifest import as_written, is_other, write_options
+from utils.manifest import anew, as_written, is_other, of_other_data, write_options
 from utils.paths import backdoored_folder, shown
 from utils.progress import progress
 from utils.seeding import generator
@@ -146,7 +146,7 @@ def sd_checkpoint(opt):
 def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     """FCT of the poisoned training set, float32 (N,): the values that step 3 saved for this checkpoint and these
     options, else computed. Raises `UserError` for a checkpoint that does not fit the options or the data."""
-    fct = _saved_fct(path, opt, len(poisoned.labels))
+    fct = _saved_fct(path, opt, dataset, len(poisoned.labels))
     if fct is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
         _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
@@ -190,14 +190,15 @@ def settle_fct_precision(*settings):
             options["precision"] = "float32"
 
 
-def step_3_record(path, opt):
-    """The record of step 3 (dict) beside the checkpoint ``path``, where it is of that checkpoint and these options; else None."""
+def step_3_record(path, opt, data):
+    """The record of step 3 (dict) beside the checkpoint ``path``, where it is of that checkpoint, these options and the training set
+    that ``data``, a `datasets.Dataset.record`, tells of; else None."""
     record = read_record(fct_path(path, "fct.json")) or {}
     found = dict(record.get("options", {}))
     wanted = {name: getattr(opt, name) for name in (*IDENTITY, *args.TAU_DEFAULTS, "precision")}
     settle_fct_precision(found, wanted)
     fits = wanted.items() <= found.items() and record.get("inputs", {}).get(path.name) == sha256(path)
-    return record if fits else None
+    return record if fits and not of_other_data(record, data) else None
 
 
 def fct_path(path, kind):
@@ -242,6 +243,8 @@ def load_fct(path, command):
         UserError: where the file is missing (``command`` makes it) or is not a list of finite numbers.
     """
     source = require_file(fct_path(path, "all.txt"), command)
+    record = read_record(fct_path(path, "fct.json")) or {}
+    command = anew(record, "calculate_consistency.py", command)
     try:
         values = np.loadtxt(source, dtype=np.float64, ndmin=1)
     except (ValueError, OSError) as error:
@@ -250,17 +253,16 @@ def load_fct(path, command):
         raise UserError(
             f"{shown(source)} holds no values, or some that are negative or not finite. Make it anew with: {command}"
         )
-    record = read_record(fct_path(path, "fct.json")) or {}
     if is_other(record, "outputs", source) or (Path(path).is_file() and is_other(record, "inputs", path)):
         raise UserError(
             f"{shown(source)} is not what the run wrote that {shown(fct_path(path, 'fct.json'))} tells of, or {shown(path)} "
-            f"has been replaced since. Make it anew with: {command} --overwrite"
+            f"has been replaced since. Make it anew with: {command}"
         )
     return values.astype(np.float32)
 
 
-def _saved_fct(path, opt, count):
-    record = step_3_record(path, opt)
+def _saved_fct(path, opt, dataset, count):
+    record = step_3_record(path, opt, dataset.record)
     if not record or not as_written(record, fct_path(path, "all.txt")):
         return None
     fct = load_fct(path, "python calculate_consistency.py")

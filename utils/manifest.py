@@ -90,6 +90,22 @@ def write_options(record, opt, **more):
     write_json(record, manifest(record, opt, **more))
 
 
+def anew(record, script, command):
+    """The command that makes anew what a ``record`` (dict) of a ``script`` tells of: as it was typed then, or ``command`` where the
+    record does not say."""
+    typed = record.get("command")
+    if isinstance(typed, str) and typed.isprintable() and typed.split(" ")[0] == script:
+        command = f"python {typed}"
+    return command if "--overwrite" in command else f"{command} --overwrite"
+
+
+def of_other_data(record, data):
+    """Whether a ``record`` (dict) was made from another training set than the one that ``data``, a `datasets.Dataset.record`, tells of;
+    False where it does not say."""
+    held = record.get("data")
+    return isinstance(held, dict) and held.get("train", data["train"]) != data["train"]
+
+
 def is_other(record, kind, path):
     """Whether the file ``path`` is another than the one that a record (dict) names among its ``kind``, inputs or outputs,
     of its own folder; False where the record does not name it."""

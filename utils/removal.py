@@ -10,6 +10,7 @@ from utils.checkpoints import fitting, latest_checkpoint
 from utils.errors import UserError
 from utils.files import load_tensors, read_record
 from utils.paths import backdoored_folder, shown
+from utils.records import MEASURES
 from utils.validation import best_epoch
 
 STEP = "unlearn_relearn"
@@ -159,11 +160,11 @@ def refuse_lost_choice(file, name, history, path):
 def summarise(history):
     """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
     measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
-    if "ASR" in history[-1]:
+    if measured and all(row.keys() >= {*MEASURES} for row in (*measured, history[-1])):
         best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
         shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
         for name, row in shown_rows:
-            figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("ACC", "ACC_paper", "ASR", "R_ACC"))
+            figures = ", ".join(f"{key} {row[key]:.2f}" for key in MEASURES)
             print(f"{name} ({row['epoch'] + 1}): {figures}")
     elif measured:
         print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")

@@ -4,6 +4,7 @@ import shlex
 from argparse import Namespace
 from pathlib import Path
 
+from models import pretrained
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError
@@ -187,6 +188,11 @@ def resolve(opt, ratios):
             raise UserError(f"the paper has no row {opt.row} on imagenet; it has {', '.join(ON_IMAGENET)}")
         if "train_attack_withTrans_imagenet" not in PRESETS[opt.preset]:
             raise UserError(f"--preset {opt.preset} has no BR step 1 on imagenet; give --preset paper")
+        if opt.model not in (None, *pretrained.NAMES):
+            names = ", ".join(pretrained.NAMES)
+            raise UserError(
+                f"BR step 1 begins with torchvision's ImageNet weights, and of {opt.model} there are none; of {names}"
+            )
         trigger_type = ON_IMAGENET[opt.row]
         if "D-ST" in defences_of(opt):
             raise UserError("the paper's table of imagenet has D-BR alone; add --defences D-BR")

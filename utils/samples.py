@@ -8,7 +8,7 @@ from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
 from utils.errors import UserError, require_file
 from utils.files import array_writer, read_record
-from utils.manifest import is_other
+from utils.manifest import anew, is_other, of_other_data
 from utils.paths import samples_folder, shown
 from utils.poisoning import poison_training_set
 from utils.separation import CLEAN, POISON, UNCERTAIN
@@ -59,6 +59,7 @@ def load_samples(opt, spec, flags):
     command = f"python separate_samples.py {args.attack_arguments(opt)} {ratios}"
     record = read_record(require_file(folder / "options.json", command))
     refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", names)
+    again = anew(record, "separate_samples.py", command)
     parts = []
     for flag in flags:
         path = require_file(folder / FILES[flag], command)
@@ -76,22 +77,28 @@ def load_samples(opt, spec, flags):
                 raise ValueError(f"a label is not 0 to {spec.num_classes - 1}, or an index below 0")
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise UserError(
-                f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {command} --overwrite"
+                f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {again}"
             ) from None
         if is_other(record, "outputs", path):
             raise UserError(
                 f"{shown(path)} is not what the run wrote that options.json beside it tells of; it was changed, or a run was "
-                f"killed at its end. Make it anew with: {command} --overwrite"
+                f"killed at its end. Make it anew with: {again}"
             )
         parts.append(part)
     return np.concatenate(parts)
 
 
-def refuse_samples_of_other_data(opt, digest, path):
+def refuse_samples_of_other_data(opt, digest, path, data):
     """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
-    set has the ``digest``; None: of a network from elsewhere nobody knows."""
+    set has the ``digest``; None: of a network from elsewhere nobody knows, and they are held against the ``data`` at hand (a
+    `datasets.Dataset.record`)."""
     folder = samples_folder(opt)
-    found = (read_record(folder / "options.json") or {}).get("poisoned_digest", digest)
+    record = read_record(folder / "options.json") or {}
+    if digest is None and of_other_data(record, data):
+        raise UserError(
+            f"the samples in {shown(folder)} are of other data than lies under {shown(opt.data_root)}; run SD on it"
+        )
+    found = record.get("poisoned_digest", digest)
     if digest is not None and found != digest:
         raise UserError(
             f"the samples in {shown(folder)} are of another training set than {shown(path)}, although the options agree; run SD, "
