@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_cli
 from PIL import Image
+from test_bad_input import refused
 
 from utils import args, audit, report
 from utils.device import Runtime
@@ -622,6 +623,17 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path)
     looked_at = {os.fspath(path.relative_to(root)) for path in root.rglob("*.png")} - {"train/d/broken.png"}
     assert left_out | kept == looked_at
     assert (tmp_path / "clean" / next(iter(kept))).is_symlink()
+
+    # Samples that were separated in another way since are not replaced unasked.
+    record = next((tmp_path / "o/saved/separated_samples").rglob("options.json"))
+    held, poison = read_json(record), record.with_name("poison_samples.npy")
+    mine = ["--dataset", "folder", "--data_root", root, "--model", "resnet10", "--output_root", tmp_path / "o"]
+    mine += [word for name in ("clean_ratio", "poison_ratio") for word in (f"--{name}", held["options"][name])]
+    mine += ["--checkpoint_load", record.parent / held["checkpoint_load"], "--overwrite"]
+    assert cli("separate_samples.py", *mine).code == 0
+    theirs = poison.read_bytes()
+    refused(cli("audit_dataset.py", *words), "that this audit did not separate", "--overwrite")
+    assert poison.read_bytes() == theirs
     assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == before
 
 

@@ -125,6 +125,24 @@ def test_separation_reuses_saved_values_and_recomputes_the_same(copy, words, cli
     assert cli("separate_samples.py", *words(copy), "--overwrite").code == 0
 
 
+def test_step_5_takes_no_values_of_other_data_and_says_how_its_files_are_made_anew(cli, words, copy):
+    common, tau = words(copy), ["--trans1", "flip", "--trans2", "none"]
+    record = next((copy / "saved/backdoored_model").rglob("noTrans_ftsimi/**/1_fct.json"))
+    content = json.loads(record.read_text())
+    content["data"]["train"]["sha256"] = "0" * 64
+    record.unlink()
+    record.write_text(json.dumps(content))
+    said = cli("separate_samples.py", *common, *tau, "--clean_per_class", "--overwrite")
+    assert said.code == 0 and "computing them" in said.out
+    poison = copy / SAMPLES / "poison_samples.npy"
+    whole = bytearray(poison.read_bytes())
+    whole[-1] ^= 1
+    poison.unlink()
+    poison.write_bytes(whole)
+    said = cli("unlearn_relearn.py", *common, "--batch_size", 8, "--overwrite")
+    assert said.code == 2 and "--trans1 flip --trans2 none --clean_per_class --overwrite" in said.err
+
+
 def test_the_test_step_agrees_with_the_classifiers_log(pipeline):
     result = json.loads((pipeline / CLASSIFIER / "ckpt_epoch_1_test.json").read_text())
     last = pd.read_csv(pipeline / CLASSIFIER / "log.csv").iloc[-1]
