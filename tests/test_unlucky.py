@@ -148,6 +148,19 @@ def test_numbers_of_32_bits_and_pipes_are_no_images(tmp_path):
             decode(tmp_path / name, 32, resize=False)
 
 
+def test_a_pipe_among_the_images_is_skipped_and_never_opened(tmp_path, monkeypatch):
+    fill(tmp_path, [f"train/{label}/{number}.png" for label in "ab" for number in range(3)])
+    os.mkfifo(tmp_path / "train/a/pipe.png")
+
+    def opened(path, *more, whole=Image.open):
+        assert not str(path).endswith("pipe.png"), "this would wait for ever"
+        return whole(path, *more)
+
+    monkeypatch.setattr(Image, "open", opened)
+    data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")
+    assert data.skipped == ("train/a/pipe.png",) and len(data.train_labels) == 6
+
+
 def test_what_an_audit_does_not_look_at_is_told(tmp_path, capsys):
     taken = [f"train/{label}/{number}.png" for label in "ab" for number in range(3)]
     fill(tmp_path, [*taken, "train/a/deep/0.png", "train/c/images/0.gif", "train/c/0.tif"])

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from utils.images import (
     list_images,
     listing_digest,
     name_below,
+    open_image,
     tell_broken,
     whole_rows,
 )
@@ -167,7 +167,7 @@ def _median_size(root, files, cache):
 
         def side(file):
             try:
-                with Image.open(os.fspath(file)) as image:
+                with open_image(file) as image:
                     return min(image.size)
             except UNREADABLE:
                 return None  # skipped, when it is decoded
