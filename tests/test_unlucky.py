@@ -140,6 +140,14 @@ def test_grey_of_16_bits_keeps_its_upper_eight(tmp_path, kind):
     assert np.abs(smaller[..., 0].astype(int) - whole).max() <= 1
 
 
+@pytest.mark.parametrize("largest", [65535, 4095])
+def test_a_pgm_of_more_than_eight_bits_keeps_its_upper_eight(tmp_path, largest):
+    values = np.random.default_rng(0).integers(0, largest + 1, (32, 32)).astype(">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n32 32\n%d\n" % largest + values.tobytes())
+    found = decode(tmp_path / "a.pgm", 32, resize=False)
+    assert (found == (values.astype(int) * 65535 / largest).round()[..., None] // 256).all()
+
+
 def test_numbers_of_32_bits_and_pipes_are_no_images(tmp_path):
     Image.fromarray(np.ones((32, 32), np.float32)).save(tmp_path / "a.tif")
     os.mkfifo(tmp_path / "b.png")

@@ -125,7 +125,8 @@ def decode(path, size, resize):
 
 def _eight_bits(image):
     """An image of 16 bits in one of 8; Pillow's own conversion takes all above 255 for white."""
-    if not image.mode.startswith("I;16"):
+    # Pillow makes numbers of 32 bits of a PGM's, which it scales to 0 to 65535, and before 10.3 of a PNG's.
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in {("I", "PPM"), ("I", "PNG")}:
         raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}), of which nobody knows what is white")
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
