@@ -348,6 +348,20 @@ def test_a_strange_file_of_a_tool_is_one_line(script, words, name, content, cli,
     assert [path.name for path in tmp_path.rglob("*")] == [name] and (tmp_path / name).read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ['"seconds": {"a": null}', '"seconds": {"a": NaN}', '"seconds": {"a": 1e999}', f'"seconds": {{"a": {10**400}}}', '"rule": ["x"]',
+     '"rule": null', '"variant": 1', '"variant": null', '"scale": ["cpu"]', '"seed": "0"', '"row": null', '"defence": "D-XX"',
+     '"after": {"ACC": NaN, "ACC_paper": 1, "ASR": 1, "R_ACC": 1}', '"after": {"ACC": 1}', '"paper_selection": {"epoch": "x"}'],
+)  # fmt: skip
+def test_a_damaged_record_of_a_cell_is_one_line(odd, cli, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    text = (ROOT / "results/cifar10/SIG_D-BR_cpu_seed0.json").read_text().rstrip().removesuffix("}")
+    (tmp_path / "cifar10/x.json").write_text(f"{text}, {odd}}}")  # of two values of a name the last counts
+    refused(cli("tools/make_tables.py", "--results", tmp_path), "cifar10/x.json is no record of a cell")
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["x.json"]
+
+
 def test_a_compressed_archive_with_bytes_turned_over_is_one_line(cli, tmp_path):
     rng = np.random.default_rng(0)
     np.savez_compressed(
