@@ -362,6 +362,26 @@ def test_a_damaged_record_of_a_cell_is_one_line(odd, cli, tmp_path):
     assert [path.name for path in tmp_path.rglob("*.*")] == ["x.json"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"epoch\n0\n", b"epoch,feature_norm,loss,seconds\n0,x,x,x\n"])
+@pytest.mark.parametrize("tool", ["figure3", "secure_curve"])
+def test_without_the_log_of_a_step_a_figure_is_one_line(tool, content, cli, tmp_path, monkeypatch):
+    module = cli.module(f"tools/{tool}.py")
+    monkeypatch.setattr(module, "run", lambda steps, opt, record: None)
+    monkeypatch.setattr("conftest.load_script", lambda name: module)
+    if content is not None:
+        step = "finetune_attack_noTrans" if tool == "figure3" else "train_extractor"
+        words = ["--output_root", str(tmp_path / "runs"), "--scale", "quick", "--out", str(tmp_path / "out")]
+        opt = module.get_parser().parse_args(words)
+        root = tmp_path / f"runs/quick_seed0_{'curve' if tool == 'secure_curve' else tool}"
+        steps = module.steps_of(opt, "BadNets-all2one" if tool == "figure3" else root)[0]
+        log = steps[step].output.with_name("log.csv")
+        log.parent.mkdir(parents=True)
+        log.write_bytes(content)
+    said = cli(f"tools/{tool}.py", "--scale", "quick", "--output_root", tmp_path / "runs", "--out", tmp_path / "out")
+    refused(said, "log.csv", "and this command again")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_compressed_archive_with_bytes_turned_over_is_one_line(cli, tmp_path):
     rng = np.random.default_rng(0)
     np.savez_compressed(

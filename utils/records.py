@@ -43,6 +43,13 @@ def hardware(device):
     return f"{cores()} cores of {name}"
 
 
+def log_of(step, columns, path=None):
+    """The CSV that a `steps.Step` kept, as a DataFrame with ``columns`` of numbers beside ``epoch``; ``path``: if not log.csv beside
+    its output. Raises `UserError` where it is no such log."""
+    path, kinds = path or step.output.with_name("log.csv"), {"epoch": int, **dict.fromkeys(columns, float)}
+    return read_table(path, kinds, f"rm {shown(step.output)}, and this command again", dtype=kinds)
+
+
 def read_log(step, path=None):
     """The rows of a training's log in which the test sets were looked at, as a DataFrame; the one before training left out.
 
@@ -53,7 +60,7 @@ def read_log(step, path=None):
         UserError: where it is no such log, or has no such row.
     """
     path = path or step.output.with_name("log.csv")
-    rows = read_table(path, ["epoch", *MEASURES], f"rm {shown(step.output)}, and this command again")
+    rows = log_of(step, MEASURES, path)
     rows = rows[(rows["epoch"] >= 0) & rows["ASR"].notna()]
     if rows.empty:
         raise UserError(f"{shown(path)} has no epoch in which the test sets were looked at; {_anew(step)}")
