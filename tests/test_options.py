@@ -231,6 +231,20 @@ def test_outputs_that_are_inputs_or_folders_are_refused(cli, words, pipeline, tm
     assert snapshot(pipeline) == before and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "script, name, needle",
+    [
+        ("tools/train_ssba.py", "enc.json", "*.json"),
+        ("tools/train_ssba.py", ".", "name a file"),
+        ("tools/benchmark.py", "bench.PNG", "*.png"),
+    ],
+)
+def test_a_name_that_what_is_written_beside_it_takes_is_refused(script, name, needle, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(cli(script, "--out", name), "--out", name, needle)
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_of_another_setting_is_not_replaced_unasked(cli, words, pipeline):
     before = snapshot(pipeline)
     for script, more, needles in (

@@ -109,6 +109,19 @@ def file(text):
     return path(text)
 
 
+def file_beside(suffix):
+    """An argparse type: a path that can be a file's, beside which another with ``suffix`` in the place of its own is written."""
+
+    def convert(text):
+        if file(text).suffix.lower() == suffix:
+            raise argparse.ArgumentTypeError(
+                f"what is written beside {text:.200} would replace it; name it other than *{suffix}"
+            )
+        return path(text)
+
+    return convert
+
+
 positive_int = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, low_open=True)
