@@ -208,6 +208,27 @@ def test_the_imagenet_step_refuses_what_it_cannot_use(cli, words, tmp_path):
     refused(cli("train_attack_withTrans_imagenet.py", *words(tmp_path)), "this step is for --dataset imagenet")
 
 
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        ("tools/poison_folder.py", ["--target_label", 1]),
+        ("train_attack_withTrans_imagenet.py", ["--trigger_type", "sigTrigger"]),
+    ],
+)
+def test_a_default_of_the_scripts_own_is_not_told_of_as_if_it_had_been_typed(script, more, cli, tmp_path):
+    own = [
+        script,
+        "--dataset",
+        "folder",
+        "--data_root",
+        tmp_path,
+        *(["--out", tmp_path / "x"] if "tools" in script else []),
+    ]
+    refused(cli(*own), "--dataset folder" if "tools" in script else "for folder: python train_attack_withTrans.py")
+    refused(cli(*own, *more), f"{more[0]} has no use with --dataset folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_batch_larger_than_the_poisoned_set_is_refused(cli, words, pipeline):
     before = snapshot(pipeline)
     refused(

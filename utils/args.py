@@ -386,9 +386,10 @@ def _below(base, value):
 
 def _forget_the_attack(opt):
     """Of data of the user's own nobody knows the attack: put `UNKNOWN` in the place of its options."""
+    defaults = ATTACK_DEFAULTS | getattr(opt, "defaults", {})  # a script's own are not what the user asked for
     for name, value in UNKNOWN.items():
         if hasattr(opt, name):
-            if getattr(opt, name) != ATTACK_DEFAULTS[name]:
+            if getattr(opt, name) != defaults[name]:
                 raise UserError(f"--{name} has no use with --dataset {opt.dataset}: your own data is taken as it is")
             setattr(opt, name, value)
     for name in TRIGGER_OPTIONS:
