@@ -229,6 +229,13 @@ def test_a_default_of_the_scripts_own_is_not_told_of_as_if_it_had_been_typed(scr
     assert not list(tmp_path.iterdir())
 
 
+def test_of_ratios_that_overlap_the_one_that_was_given_is_named(cli, words, tmp_path):
+    own = ["tools/compare_taus.py", *words(tmp_path)]
+    refused(cli(*own, "--poison_ratios", 0.02, 0.9), "--clean_ratio 0.2 and --poison_ratios 0.9 overlap")
+    said = cli(*own, "--clean_ratio", 0.97, "--poison_ratios", 0.01)  # of the default of --poison_ratio nothing is said
+    refused(said, "no such file")
+
+
 def test_a_batch_larger_than_the_poisoned_set_is_refused(cli, words, pipeline):
     before = snapshot(pipeline)
     refused(

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,15 @@ def test_a_log_that_is_a_device_is_refused_at_once(cli, words, pipeline, tmp_pat
     before = snapshot(pipeline)
     refused(cli("unlearn_relearn.py", *words(pipeline), "--log", tmp_path / "pipe"), "folder or a device", "--log")
     assert (tmp_path / "pipe").is_fifo() and snapshot(pipeline) == before
+
+
+def test_a_lock_of_another_run_names_the_option_that_chooses_the_place(tmp_path):
+    with closing(files.at_exit):
+        files.hold_lock(tmp_path / "verdict.json")
+        for more, option in (((), "--output_root"), (("--out",), "--out")):
+            with pytest.raises(UserError, match=f"another run .*, or give another {option}$"):
+                files.hold_lock(tmp_path / "verdict.json", *more)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_disk_that_is_full_when_a_file_is_closed_is_one_line(tmp_path):

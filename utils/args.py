@@ -365,10 +365,11 @@ def check(opt, base=None):
     if not streamed and (opt.strict or getattr(opt, "workers", None) is not None):
         name = "strict" if opt.strict else "workers"
         raise UserError(f"--{name} has no use with --dataset {opt.dataset}, which is held in memory; leave it out")
-    if hasattr(opt, "clean_ratio") and opt.clean_ratio + opt.poison_ratio > 1:
-        raise UserError(
-            f"--clean_ratio {opt.clean_ratio} and --poison_ratio {opt.poison_ratio} overlap: their sum is above 1"
-        )
+    if hasattr(opt, "clean_ratio"):
+        several = getattr(opt, "poison_ratios", None)  # in the place of the one
+        name, ratio = ("poison_ratios", max(several)) if several else ("poison_ratio", opt.poison_ratio)
+        if opt.clean_ratio + ratio > 1:
+            raise UserError(f"--clean_ratio {opt.clean_ratio} and --{name} {ratio} overlap: their sum is above 1")
     if getattr(opt, "trans1", None) == "auto" and opt.trans2 not in ("affine", "none"):
         raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
     for name in ("data_root", "output_root"):
