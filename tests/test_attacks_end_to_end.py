@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, load_script
 from PIL import Image
 
+from utils import fct
 from utils.triggers import TRIGGERS
 
 TYPE = {"squareTrigger": "all2all", "sigTrigger": "cleanLabel"}
@@ -121,10 +122,18 @@ def test_every_row_of_the_papers_tables_has_its_commands(cli, tmp_path):
     assert cli("reproduce.py", "--dry_run", "--row", "Trojan", "--dataset", "imagenet").code == 2
 
 
-def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
+def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline, monkeypatch):
+    found_fct = []
+
+    def kept(*args, plain=fct.compute_fct, **options):
+        found_fct.append(plain(*args, **options))
+        return found_fct[-1]
+
+    monkeypatch.setattr(fct, "compute_fct", kept)
     checkpoint = pipeline / "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger/1.tar"
     whole = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--out", tmp_path / "taus")
     assert whole.code == 0, whole.err
+    of_all = [values for values, _ in found_fct]
     (path,) = (tmp_path / "taus").iterdir()
     assert path.name == "cifar10_resnet10_gridTrigger_all2one_0.1_train_attack_noTrans_1.csv"
     table = pd.read_csv(path)
@@ -148,9 +157,12 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline):
         row = table.set_index("tau").loc[name]
         assert abs(row.AUROC - expected.AUROC) < 1e-4
         assert abs(row.Dp_precision - expected.Dp_precision) < 1e-3
+    found_fct.clear()
     part = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--every", 2,
                "--out", tmp_path / "taus")  # fmt: skip
     assert part.code == 0 and "200 samples" in part.out
+    for (values, _), all_values in zip(found_fct, of_all, strict=True):  # each sample has the tau of the whole set
+        np.testing.assert_allclose(values, all_values[::2], rtol=1e-4, atol=1e-9)
     ratios = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--auto",
                  "--poison_ratios", 0.02, 0.1, "--out", tmp_path / "taus")  # fmt: skip
     assert ratios.code == 0, ratios.err

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import urllib.parse
 from html.parser import HTMLParser
 from io import BytesIO
@@ -685,6 +686,11 @@ def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
             assert np.asarray(image)[31, 31].tolist() == [255] * 3
     again = cli(*words)
     assert again.code == 2 and "there already" in again.err
+    shutil.rmtree(out)
+    before = (tmp_path / "out_poisoned.csv").read_bytes()
+    again = cli(*words, "--clean")
+    assert again.code == 2 and "out_poisoned.csv is there already" in again.err and not out.exists()
+    assert (tmp_path / "out_poisoned.csv").read_bytes() == before
 
 
 def test_what_a_lossy_copy_costs_can_be_measured_on_one_that_is_lossy_already(cli, tmp_path):

@@ -151,6 +151,12 @@ def test_fct_of_a_sample_depends_on_its_index_and_on_no_other_sample(model, imag
     assert (abs(moved[::-1] - expected) > 1e-3 * expected).mean() > 0.8
 
 
+def test_some_samples_have_the_fct_that_they_have_among_all(model, images):
+    rows = np.arange(1, COUNT, 5)
+    some, _ = compute_fct(model, images[rows], SPEC, CPU, draws=2, indices=rows)
+    np.testing.assert_allclose(some, compute_fct(model, images, SPEC, CPU, draws=2)[0][rows], rtol=1e-4)
+
+
 def test_fct_depends_on_the_seed_and_on_no_global_generator(model, images):
     expected, _ = compute_fct(model, images, SPEC, CPU)
     torch.manual_seed(77)

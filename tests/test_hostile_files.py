@@ -351,6 +351,40 @@ def test_a_strange_file_of_a_tool_is_one_line(script, words, name, content, cli,
     assert [path.name for path in tmp_path.rglob("*")] == [name] and (tmp_path / name).read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ['"seconds": {"a": null}', '"seconds": {"a": NaN}', '"seconds": {"a": 1e999}', f'"seconds": {{"a": {10**400}}}', '"rule": ["x"]',
+     '"rule": null', '"variant": 1', '"variant": null', '"scale": ["cpu"]', '"seed": "0"', '"row": null', '"defence": "D-XX"',
+     '"after": {"ACC": NaN, "ACC_paper": 1, "ASR": 1, "R_ACC": 1}', '"after": {"ACC": 1}', '"paper_selection": {"epoch": "x"}'],
+)  # fmt: skip
+def test_a_damaged_record_of_a_cell_is_one_line(odd, cli, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    text = (ROOT / "results/cifar10/SIG_D-BR_cpu_seed0.json").read_text().rstrip().removesuffix("}")
+    (tmp_path / "cifar10/x.json").write_text(f"{text}, {odd}}}")  # of two values of a name the last counts
+    refused(cli("tools/make_tables.py", "--results", tmp_path), "cifar10/x.json is no record of a cell")
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["x.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"epoch\n0\n", b"epoch,feature_norm,loss,seconds\n0,x,x,x\n"])
+@pytest.mark.parametrize("tool", ["figure3", "secure_curve"])
+def test_without_the_log_of_a_step_a_figure_is_one_line(tool, content, cli, tmp_path, monkeypatch):
+    module = cli.module(f"tools/{tool}.py")
+    monkeypatch.setattr(module, "run", lambda steps, opt, record: None)
+    monkeypatch.setattr("conftest.load_script", lambda name: module)
+    if content is not None:
+        step = "finetune_attack_noTrans" if tool == "figure3" else "train_extractor"
+        words = ["--output_root", str(tmp_path / "runs"), "--scale", "quick", "--out", str(tmp_path / "out")]
+        opt = module.get_parser().parse_args(words)
+        root = tmp_path / f"runs/quick_seed0_{'curve' if tool == 'secure_curve' else tool}"
+        steps = module.steps_of(opt, "BadNets-all2one" if tool == "figure3" else root)[0]
+        log = steps[step].output.with_name("log.csv")
+        log.parent.mkdir(parents=True)
+        log.write_bytes(content)
+    said = cli(f"tools/{tool}.py", "--scale", "quick", "--output_root", tmp_path / "runs", "--out", tmp_path / "out")
+    refused(said, "log.csv", "and this command again")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_compressed_archive_with_bytes_turned_over_is_one_line(cli, tmp_path):
     rng = np.random.default_rng(0)
     np.savez_compressed(

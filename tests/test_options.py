@@ -208,6 +208,34 @@ def test_the_imagenet_step_refuses_what_it_cannot_use(cli, words, tmp_path):
     refused(cli("train_attack_withTrans_imagenet.py", *words(tmp_path)), "this step is for --dataset imagenet")
 
 
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        ("tools/poison_folder.py", ["--target_label", 1]),
+        ("train_attack_withTrans_imagenet.py", ["--trigger_type", "sigTrigger"]),
+    ],
+)
+def test_a_default_of_the_scripts_own_is_not_told_of_as_if_it_had_been_typed(script, more, cli, tmp_path):
+    own = [
+        script,
+        "--dataset",
+        "folder",
+        "--data_root",
+        tmp_path,
+        *(["--out", tmp_path / "x"] if "tools" in script else []),
+    ]
+    refused(cli(*own), "--dataset folder" if "tools" in script else "for folder: python train_attack_withTrans.py")
+    refused(cli(*own, *more), f"{more[0]} has no use with --dataset folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_ratios_that_overlap_the_one_that_was_given_is_named(cli, words, tmp_path):
+    own = ["tools/compare_taus.py", *words(tmp_path)]
+    refused(cli(*own, "--poison_ratios", 0.02, 0.9), "--clean_ratio 0.2 and --poison_ratios 0.9 overlap")
+    said = cli(*own, "--clean_ratio", 0.97, "--poison_ratios", 0.01)  # of the default of --poison_ratio nothing is said
+    refused(said, "no such file")
+
+
 def test_a_batch_larger_than_the_poisoned_set_is_refused(cli, words, pipeline):
     before = snapshot(pipeline)
     refused(
@@ -229,6 +257,20 @@ def test_outputs_that_are_inputs_or_folders_are_refused(cli, words, pipeline, tm
         "different",
     )
     assert snapshot(pipeline) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, name, needle",
+    [
+        ("tools/train_ssba.py", "enc.json", "*.json"),
+        ("tools/train_ssba.py", ".", "name a file"),
+        ("tools/benchmark.py", "bench.PNG", "*.png"),
+    ],
+)
+def test_a_name_that_what_is_written_beside_it_takes_is_refused(script, name, needle, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(cli(script, "--out", name), "--out", name, needle)
+    assert not list(tmp_path.iterdir())
 
 
 def test_work_of_another_setting_is_not_replaced_unasked(cli, words, pipeline):

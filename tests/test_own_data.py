@@ -69,18 +69,31 @@ def test_images_of_every_kind_are_read_once_and_the_folder_is_not_written_to(tmp
     np.testing.assert_array_equal(dataset.train_images.subset(np.array([5, 2]))[:], dataset.train_images[[5, 2]])
     assert state(root) == before
 
-    store = next((tmp_path / "cache").rglob("train_32.bin"))
+    store = next((tmp_path / "cache").rglob("train_32_*.bin"))
     stamp = store.stat().st_mtime_ns
     assert load(root, tmp_path).record == dataset.record and store.stat().st_mtime_ns == stamp
     Image.new("RGB", (32, 32), "red").save(root / "train/älg 猫/0.png")
     assert (load(root, tmp_path).train_images[[7]] == [255, 0, 0]).all()
-    store.write_bytes(b"short")
+    next((tmp_path / "cache").rglob("train_32_*.bin")).write_bytes(b"short")
     assert (load(root, tmp_path).train_images[[7]] == [255, 0, 0]).all()
     for damaged in (tmp_path / "cache").rglob("*.json"):
         damaged.write_text("{")
     assert load(root, tmp_path).record == load(root, tmp_path).record
     with pytest.raises(UserError, match=r"3 of the images.*broken"):
         load(root, tmp_path, strict=True)
+
+
+def test_a_run_keeps_its_images_when_another_decodes_a_changed_folder(tmp_path):
+    fill(tmp_path / "data/train")
+    running = load(tmp_path / "data", tmp_path)
+    before = running.train_images[:]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "data/train/a/0.png")
+    other = load(tmp_path / "data", tmp_path)
+    assert (running.train_images[:] == before).all() and (other.train_images[[0]] == [255, 0, 0]).all()
+    store, _ = sorted((tmp_path / "cache").rglob("train_32*"))  # and its record; nothing of the folder as it was
+    os.truncate(store, 32)
+    with pytest.raises(UserError, match="cut short"):
+        other.train_images[:]
 
 
 def test_the_order_in_which_files_were_written_does_not_matter(tmp_path):

@@ -14,7 +14,7 @@ from utils.device import Runtime
 from utils.errors import UserError
 from utils.poisoning import paint
 from utils.SSBA.encode_image import ENCODER, as_floats, decode_images, encode_images, load_networks
-from utils.SSBA.model import SIZE
+from utils.SSBA.model import BITS, SIZE
 from utils.triggers import apply_trigger
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -96,6 +96,18 @@ def test_a_missing_or_hostile_encoder_is_refused(tmp_path, held_out):
     torch.save({"encoder": load_script}, tmp_path / "hostile.pt")
     with pytest.raises(UserError, match="not opened"):
         encode_images(held_out[:1], tmp_path / "hostile.pt")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [torch.zeros(BITS, device="meta"), torch.full((BITS,), torch.nan), torch.full((BITS,), 0.5), torch.ones(BITS).to_sparse(),
+     torch.ones(BITS, 1), [0] * BITS, None],
+    ids=["meta", "nan", "half", "sparse", "shape", "list", "none"],
+)  # fmt: skip
+def test_a_secret_that_is_no_bits_is_refused(secret, tmp_path):
+    torch.save({**torch.load(ENCODER, weights_only=True), "secret": secret}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="lacks a secret of 100 bits"):
+        load_networks(tmp_path / "odd.pt")
 
 
 def test_encoded_images_are_kept_and_made_anew_when_damaged(tmp_path, capsys):

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,15 @@ def test_a_log_that_is_a_device_is_refused_at_once(cli, words, pipeline, tmp_pat
     before = snapshot(pipeline)
     refused(cli("unlearn_relearn.py", *words(pipeline), "--log", tmp_path / "pipe"), "folder or a device", "--log")
     assert (tmp_path / "pipe").is_fifo() and snapshot(pipeline) == before
+
+
+def test_a_lock_of_another_run_names_the_option_that_chooses_the_place(tmp_path):
+    with closing(files.at_exit):
+        files.hold_lock(tmp_path / "verdict.json")
+        for more, option in (((), "--output_root"), (("--out",), "--out")):
+            with pytest.raises(UserError, match=f"another run .*, or give another {option}$"):
+                files.hold_lock(tmp_path / "verdict.json", *more)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_disk_that_is_full_when_a_file_is_closed_is_one_line(tmp_path):
@@ -140,12 +150,33 @@ def test_grey_of_16_bits_keeps_its_upper_eight(tmp_path, kind):
     assert np.abs(smaller[..., 0].astype(int) - whole).max() <= 1
 
 
+@pytest.mark.parametrize("largest", [65535, 4095])
+def test_a_pgm_of_more_than_eight_bits_keeps_its_upper_eight(tmp_path, largest):
+    values = np.random.default_rng(0).integers(0, largest + 1, (32, 32)).astype(">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n32 32\n%d\n" % largest + values.tobytes())
+    found = decode(tmp_path / "a.pgm", 32, resize=False)
+    assert (found == (values.astype(int) * 65535 / largest).round()[..., None] // 256).all()
+
+
 def test_numbers_of_32_bits_and_pipes_are_no_images(tmp_path):
     Image.fromarray(np.ones((32, 32), np.float32)).save(tmp_path / "a.tif")
     os.mkfifo(tmp_path / "b.png")
     for name, needle in (("a.tif", "32 bits"), ("b.png", "no file")):
         with pytest.raises(UserError, match=needle):
             decode(tmp_path / name, 32, resize=False)
+
+
+def test_a_pipe_among_the_images_is_skipped_and_never_opened(tmp_path, monkeypatch):
+    fill(tmp_path, [f"train/{label}/{number}.png" for label in "ab" for number in range(3)])
+    os.mkfifo(tmp_path / "train/a/pipe.png")
+
+    def opened(path, *more, whole=Image.open):
+        assert not str(path).endswith("pipe.png"), "this would wait for ever"
+        return whole(path, *more)
+
+    monkeypatch.setattr(Image, "open", opened)
+    data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")
+    assert data.skipped == ("train/a/pipe.png",) and len(data.train_labels) == 6
 
 
 def test_what_an_audit_does_not_look_at_is_told(tmp_path, capsys):

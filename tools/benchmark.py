@@ -58,7 +58,9 @@ def get_parser():
     parser.add_argument("--rounds", type=args.positive_int, help="how often each is timed; default: 3, with --quick 1")
     parser.add_argument("--batch_size", type=args.number(int, 2), default=128, help="images a batch")
     parser.add_argument("--quick", action="store_true", help="within a minute on two cores; too short for good figures")
-    parser.add_argument("--out", type=args.path, default=ROOT / "results/benchmark.csv", help="the table")
+    parser.add_argument(
+        "--out", type=args.file_beside(".png"), default=ROOT / "results/benchmark.csv", help="the table"
+    )
     args.add_compile_option(parser)
     args.add_device_options(parser)
     return parser

@@ -48,7 +48,11 @@ def get_parser():
     )  # fmt: skip
     parser.add_argument("--draws", type=args.positive_int, default=1, help="draws of each transform that are averaged")
     parser.add_argument(
-        "--every", type=args.positive_int, default=1, metavar="N", help="use only every N-th sample, to save time"
+        "--every",
+        type=args.positive_int,
+        default=1,
+        metavar="N",
+        help="use only every N-th sample, with the tau it has among all, to save time",
     )
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
     parser.add_argument("--checkpoint_load", type=args.file, help="checkpoint of step 1 or 2; default: step 2's last")
@@ -96,7 +100,7 @@ def main(argv=None):
     values = {}
     for names in TAUS:
         options = {"trans1": names[0], "trans2": names[1], "draws": opt.draws, "batch_size": opt.batch_size}
-        values[names], _ = compute_fct(model, images, dataset.spec, runtime, seed=opt.seed, **options)
+        values[names], _ = compute_fct(model, images, dataset.spec, runtime, seed=opt.seed, indices=rows, **options)
     values["auto", ""] = combine(np.stack([values[names] for names in AUTO]))
     values = {" + ".join(name for name in names if name not in ("", "none")): fct for names, fct in values.items()}
     if opt.within_labels:

@@ -25,7 +25,7 @@ from utils.files import make_folder, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
 from utils.poisoning import poison_training_set
-from utils.records import DETECTION
+from utils.records import DETECTION, log_of
 from utils.rows import PRESETS, ROWS, SCALES, TABLES, one_cell, plan
 from utils.separation import gammas_of_ratios, separate
 from utils.steps import Step, list_commands, run
@@ -153,7 +153,7 @@ def main(argv=None):
         if chosen:
             make_folder(resolved.output_root)
             run(steps, opt, resolved.output_root / f"figure3_{row}_seconds.json")
-            log = pd.read_csv(steps["finetune_attack_noTrans"].output.with_name("log.csv"))
+            log = log_of(steps["finetune_attack_noTrans"], ["feature_norm"])
             norms = dict(zip(log["epoch"] + 1, log["feature_norm"], strict=True))
         elif not all(step.is_done() for step in steps.values()):
             print(f"{row} stays in the table; its files are not here, so it is not drawn", flush=True)

@@ -5,6 +5,7 @@ Which files carry the trigger goes to OUT_poisoned.csv beside the folder, which 
 lossy copy costs: train on the folder, and on what it was made from.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils import args
+from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
 from utils.files import csv_writer, new_folder, write_together
 from utils.paths import shown
@@ -63,14 +65,17 @@ def write_split(folder, images, labels, classes, title, quality=None):
 
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
-    dataset = args.load_data(opt)
-    if dataset.spec.streamed or dataset.spec.own:
+    spec = DATASETS[opt.dataset]
+    if spec.streamed or spec.own:
         raise UserError(
             f"--dataset {opt.dataset} is not held in memory, or your own; take cifar10, cifar100 or fashion"
         )
     out = opt.out.absolute()
-    if out.exists():
-        raise UserError(f"{shown(out)} is there already; give --out a new name")
+    listed = Path(f"{out}_poisoned.csv")
+    for path in (out, listed):
+        if os.path.lexists(path):
+            raise UserError(f"{shown(path)} is there already; give --out a new name")
+    dataset = args.load_data(opt)
     if opt.images and opt.images < len(dataset.train_labels):
         rows = np.sort(generator(opt.seed, "images of a folder").permutation(len(dataset.train_labels))[: opt.images])
         dataset = replace(dataset, train_images=dataset.train_images[rows], train_labels=dataset.train_labels[rows])
@@ -84,7 +89,7 @@ def main(argv=None):
         names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
         write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
         rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
-        write_together({out.with_name(f"{out.name}_poisoned.csv"): csv_writer(rows or [{"file": ""}])})
+        write_together({listed: csv_writer(rows or [{"file": ""}])})
     print(
         f"{shown(out)} holds {len(labels)} training images, {(~is_clean).sum()} of them poisoned, and {len(dataset.test_labels)} for tests"
     )

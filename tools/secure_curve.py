@@ -18,9 +18,9 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import make_folder, read_json, write_rows
+from utils.files import make_folder, write_rows
 from utils.paths import separated_folder, shown, typed
-from utils.records import MEASURES
+from utils.records import MEASURES, log_of, read_figures
 from utils.rows import PRESETS, ROWS, SCALES, changed, one_cell, plan
 from utils.steps import Step, list_commands, run
 
@@ -75,11 +75,15 @@ def main(argv=None):
     name = "_".join(["secure_curve", opt.row, opt.scale, *args.table_and_seed(opt)])
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
-    log = pd.read_csv(steps["train_extractor"].output.with_name("log.csv")).set_index("epoch")
+    log, extractor = log_of(steps["train_extractor"], ["loss", "seconds"]), steps["train_extractor"].output
     lines = []
     for epoch, path in results.items():
-        result = read_json(path)
-        part = log.loc[: epoch - 1]
+        result = read_figures(steps[f"test of epoch {epoch}"], path, MEASURES)
+        part = log[log["epoch"] < epoch]
+        if part.empty:
+            raise UserError(
+                f"the log beside {shown(extractor)} has no epoch below {epoch}; remove both and run this again"
+            )
         measures = {measure: round(result[measure], 2) for measure in MEASURES}
         seconds = round(part["seconds"].sum())
         lines.append({"epoch": epoch, "loss": round(part["loss"].iloc[-1], 3), "seconds": seconds, **measures})

@@ -45,7 +45,9 @@ def get_parser():
     parser.add_argument("--image_weight", type=args.positive, default=20.0, help="final weight of the image terms")
     parser.add_argument("--ramp", type=args.positive_int, default=300, help="steps over which that weight grows")
     parser.add_argument("--seed", type=args.natural, default=0, help="decides the secret, first weights and batches")
-    parser.add_argument("--out", type=args.path, default=ENCODER, help="file of encoder, decoder and secret")
+    parser.add_argument(
+        "--out", type=args.file_beside(".json"), default=ENCODER, help="file of encoder, decoder and secret"
+    )
     args.add_device_options(parser)
     return parser
 

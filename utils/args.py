@@ -109,6 +109,19 @@ def file(text):
     return path(text)
 
 
+def file_beside(suffix):
+    """An argparse type: a path that can be a file's, beside which another with ``suffix`` in the place of its own is written."""
+
+    def convert(text):
+        if file(text).suffix.lower() == suffix:
+            raise argparse.ArgumentTypeError(
+                f"what is written beside {text:.200} would replace it; name it other than *{suffix}"
+            )
+        return path(text)
+
+    return convert
+
+
 positive_int = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, low_open=True)
@@ -352,10 +365,11 @@ def check(opt, base=None):
     if not streamed and (opt.strict or getattr(opt, "workers", None) is not None):
         name = "strict" if opt.strict else "workers"
         raise UserError(f"--{name} has no use with --dataset {opt.dataset}, which is held in memory; leave it out")
-    if hasattr(opt, "clean_ratio") and opt.clean_ratio + opt.poison_ratio > 1:
-        raise UserError(
-            f"--clean_ratio {opt.clean_ratio} and --poison_ratio {opt.poison_ratio} overlap: their sum is above 1"
-        )
+    if hasattr(opt, "clean_ratio"):
+        several = getattr(opt, "poison_ratios", None)  # in the place of the one
+        name, ratio = ("poison_ratios", max(several)) if several else ("poison_ratio", opt.poison_ratio)
+        if opt.clean_ratio + ratio > 1:
+            raise UserError(f"--clean_ratio {opt.clean_ratio} and --{name} {ratio} overlap: their sum is above 1")
     if getattr(opt, "trans1", None) == "auto" and opt.trans2 not in ("affine", "none"):
         raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
     for name in ("data_root", "output_root"):
@@ -373,9 +387,10 @@ def _below(base, value):
 
 def _forget_the_attack(opt):
     """Of data of the user's own nobody knows the attack: put `UNKNOWN` in the place of its options."""
+    defaults = ATTACK_DEFAULTS | getattr(opt, "defaults", {})  # a script's own are not what the user asked for
     for name, value in UNKNOWN.items():
         if hasattr(opt, name):
-            if getattr(opt, name) != ATTACK_DEFAULTS[name]:
+            if getattr(opt, name) != defaults[name]:
                 raise UserError(f"--{name} has no use with --dataset {opt.dataset}: your own data is taken as it is")
             setattr(opt, name, value)
     for name in TRIGGER_OPTIONS:

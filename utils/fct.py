@@ -27,7 +27,9 @@ SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
 
 
-def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine", seed=0, draws=1, batch_size=256):
+def compute_fct(
+    model, images, spec, runtime, *, trans1="rotate", trans2="affine", seed=0, draws=1, batch_size=256, indices=None
+):
     """FCT of every image, with tau a function of the seed, the draw and the sample's index alone.
 
     A pass in bfloat16 settles all samples but those near the ranks at which the paper's ratios split them; these are computed
@@ -40,15 +42,19 @@ def compute_fct(model, images, spec, runtime, *, trans1="rotate", trans2="affine
         trans1, trans2: see `transforms.Tau`; trans1 "auto" combines the FCT of several tau, see `combine`;
         draws: how many draws of tau are averaged.
         batch_size: images a forward pass; the values do not depend on it but for the last bits.
+        indices: of the samples, int64 (N,), where the images are some of a set; default: 0 to N - 1.
 
     Returns:
         (fct, norms): float32 (N,) each; norms are the lengths of e(x).
     """
     taus = [Tau(*names, images.shape[1]) for names in (AUTO if trans1 == "auto" else [(trans1, trans2)])]
-    tables = [
-        [tau.draw(generator(seed, "tau", draw), len(images)) for draw in range(draws if tau.is_random else 1)]
-        for tau in taus
-    ]
+    indices = np.arange(len(images)) if indices is None else indices
+
+    def table_of(tau, draw):
+        table = tau.draw(generator(seed, "tau", draw), int(indices.max(initial=-1)) + 1)
+        return {name: value[indices] for name, value in table.items()}
+
+    tables = [[table_of(tau, draw) for draw in range(draws if tau.is_random else 1)] for tau in taus]
 
     def one_value(of_taus):
         return combine(of_taus.T) if trans1 == "auto" else of_taus[:, 0]

@@ -177,9 +177,9 @@ def _alive(pid):
 _locks = []
 
 
-def hold_lock(path):
-    """Keep other runs from writing ``path`` (a file or folder) until this script ends; the lock is a file beside it,
-    which the system gives free when the process ends, however it ends.
+def hold_lock(path, option="--output_root"):
+    """Keep other runs from writing ``path`` (a file or folder), which ``option`` chooses, until this script ends; the lock is a file
+    beside it, which the system gives free when the process ends, however it ends.
 
     Raises:
         UserError: where another run holds it.
@@ -196,7 +196,7 @@ def hold_lock(path):
             owner = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
             os.close(handle)
             raise UserError(
-                f"another run ({owner}) is writing {path}; wait until it ends, or give another --output_root"
+                f"another run ({owner}) is writing {path}; wait until it ends, or give another {option}"
             ) from None
         except OSError as error:
             print(f"Note: no lock can be had on {lock} ({error.strerror}); start no second run of this step")

@@ -92,6 +92,13 @@ def list_images(folder):
     return files, np.asarray(labels, dtype=np.int64), names
 
 
+def open_image(path):
+    """An image file (path), opened by Pillow and not read yet. Raises one of `UNREADABLE` where it is none."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no file")  # a pipe would be waited for
+    return Image.open(os.fspath(path))  # a Path is resolved by older Pillows, which links in a circle stop
+
+
 def decode(path, size, resize):
     """Decode an image file to uint8 (size, size, 3); grey, palette and transparent images become RGB, of grey of 16 bits the
     upper eight are taken.
@@ -103,9 +110,7 @@ def decode(path, size, resize):
         UserError: for a file that is no image, damaged, or of another size.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no file")  # a pipe would be waited for
-        with Image.open(os.fspath(path)) as image:  # a Path is resolved by older Pillows, which links in a circle stop
+        with open_image(path) as image:
             if image.mode.startswith(("I", "F")):
                 image = _eight_bits(image)
             if image.size == (size, size):
@@ -120,7 +125,8 @@ def decode(path, size, resize):
 
 def _eight_bits(image):
     """An image of 16 bits in one of 8; Pillow's own conversion takes all above 255 for white."""
-    if not image.mode.startswith("I;16"):
+    # Pillow makes numbers of 32 bits of a PGM's, which it scales to 0 to 65535, and before 10.3 of a PNG's.
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in {("I", "PPM"), ("I", "PNG")}:
         raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}), of which nobody knows what is white")
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 

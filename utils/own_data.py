@@ -3,11 +3,11 @@
 import hashlib
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from utils.images import (
     list_images,
     listing_digest,
     name_below,
+    open_image,
     tell_broken,
     whole_rows,
 )
@@ -36,7 +37,7 @@ class StoredImages(StreamedImages):
     """`StreamedImages` that were decoded into one file; reading rows of it takes no memory that grows with the folder.
 
     Args:
-        files, size: as there; store: path of the file, uint8 (n, size, size, 3) without a header; rows: int64, the place
+        files, size: as there; store: the file, open: uint8 (n, size, size, 3) without a header; rows: int64, the place
         of each image in it; digest: of the file.
     """
 
@@ -52,7 +53,7 @@ class StoredImages(StreamedImages):
             stored = np.memmap(self.store, np.uint8, "r").reshape(-1, self.size, self.size, 3)
             return stored[self.rows[rows]]
         except (OSError, ValueError, IndexError):
-            raise UserError(f"{self.store} has been removed or cut short; run this again, it is made anew") from None
+            raise UserError(f"{self.store.name} has been cut short; run this again, it is made anew") from None
 
     def subset(self, rows):
         """The chosen rows, not read yet."""
@@ -167,7 +168,7 @@ def _median_size(root, files, cache):
 
         def side(file):
             try:
-                with Image.open(os.fspath(file)) as image:
+                with open_image(file) as image:
                     return min(image.size)
             except UNREADABLE:
                 return None  # skipped, when it is decoded
@@ -186,9 +187,9 @@ def _median_size(root, files, cache):
 
 def _stored(root, split, files, size, cache):
     """(`StoredImages`, the places of the files that can be read, the names of the others). Decodes them where that has not
-    been done."""
-    digest, store = listing_digest(root, files), cache / f"{split}_{size}.bin"
-    record, length = cache / f"{split}_{size}.json", size * size * 3
+    been done, and removes what was decoded of the folder as it was before."""
+    digest, length = listing_digest(root, files), size * size * 3
+    store, record = (cache / f"{split}_{size}_{digest[:16]}.{kind}" for kind in ("bin", "json"))
     known = known_of(record, digest)
     if (
         not known
@@ -215,8 +216,15 @@ def _stored(root, split, files, size, cache):
             bar.close()
         known = {"digest": digest, "broken": broken, "sha256": sha256(store)}
         write_json(record, known)
+        for left in set(cache.glob(f"{split}_{size}[_.]*")) - {store, record}:
+            with suppress(OSError):  # a run that reads it has it open, so it loses nothing
+                left.unlink()
     kept = whole_rows(root, files, known["broken"])
-    return StoredImages([files[row] for row in kept], size, store, kept, known["sha256"]), kept, known["broken"]
+    try:
+        file = open(store, "rb")  # noqa: SIM115, as long as the images are there
+    except OSError as error:
+        raise UserError(f"cannot read {store}: {error.strerror}; run this again, it is made anew") from None
+    return StoredImages([files[row] for row in kept], size, file, kept, known["sha256"]), kept, known["broken"]
 
 
 def _streamed(root, split, files, size, cache):

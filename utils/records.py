@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
 from utils.manifest import manifest
 from utils.paths import shown
+from utils.rows import DEFENCES
 
 MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")
 DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
@@ -42,6 +43,13 @@ def hardware(device):
     return f"{cores()} cores of {name}"
 
 
+def log_of(step, columns, path=None):
+    """The CSV that a `steps.Step` kept, as a DataFrame with ``columns`` of numbers beside ``epoch``; ``path``: if not log.csv beside
+    its output. Raises `UserError` where it is no such log."""
+    path, kinds = path or step.output.with_name("log.csv"), {"epoch": int, **dict.fromkeys(columns, float)}
+    return read_table(path, kinds, f"rm {shown(step.output)}, and this command again", dtype=kinds)
+
+
 def read_log(step, path=None):
     """The rows of a training's log in which the test sets were looked at, as a DataFrame; the one before training left out.
 
@@ -52,7 +60,7 @@ def read_log(step, path=None):
         UserError: where it is no such log, or has no such row.
     """
     path = path or step.output.with_name("log.csv")
-    rows = read_table(path, ["epoch", *MEASURES], f"rm {shown(step.output)}, and this command again")
+    rows = log_of(step, MEASURES, path)
     rows = rows[(rows["epoch"] >= 0) & rows["ASR"].notna()]
     if rows.empty:
         raise UserError(f"{shown(path)} has no epoch in which the test sets were looked at; {_anew(step)}")
@@ -102,19 +110,28 @@ def read_cells(folder):
 
 def _is_cell(cell):
     """Whether what a JSON file holds has what `cell_line` and the tables read of a record."""
-    if not isinstance(cell, dict) or any(name not in cell for name in KEYS):
-        return False
-    parts = [cell.get(name) for name in ("before", "after", "detection", "versions")]
-    parts += [cell.get(name) or {} for name in ("seconds", "paper_selection")]
-    if not all(isinstance(part, dict) for part in parts) or "torch" not in parts[3]:
-        return False
-    numbers = [part.get(name) for part in (*parts[:3], parts[5]) for name in (*MEASURES, *DETECTION)]
+    parts = {name: cell.get(name) for name in ("before", "after", "detection", "versions")}
+    parts |= {name: cell.get(name) or {} for name in ("seconds", "paper_selection")}
+    words = [cell.get(name, "") for name in ("table", "row", "scale", "variant", "rule")]
     commands = cell.get("commands", [])
-    return (
-        all(isinstance(value, (int, float, type(None))) for value in [*numbers, *parts[4].values()])
-        and isinstance(commands, list)
-        and all(isinstance(command, str) for command in commands)
-    )
+    if (
+        any(name not in cell for name in KEYS)
+        or not all(isinstance(part, dict) for part in parts.values())
+        or "torch" not in parts["versions"]
+        or not all(isinstance(word, str) for word in words)
+        or cell["defence"] not in DEFENCES
+        or not isinstance(cell["seed"], int)
+        or not isinstance(commands, list)
+    ):
+        return False
+    numbers = [parts[name].get(measure) for name in ("before", "after") for measure in MEASURES]
+    numbers += parts["seconds"].values()
+    unsure = [parts["paper_selection"].get(name) for name in ("epoch", *MEASURES)]
+    unsure += [parts["detection"].get(name) for name in DETECTION]
+    numbers += [number for number in unsure if number is not None]
+    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers) and all(
+        isinstance(command, str) for command in commands
+    )  # NaN compares false
 
 
 def cell_line(cell):

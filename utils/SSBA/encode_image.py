@@ -75,9 +75,16 @@ def load_networks(path, changed=0):
     content = load_tensors(path, COMMAND, "SSBA encoder")
     encoder, decoder = Encoder(), Decoder()
     secret = content.get("secret") if isinstance(content, dict) else None
-    if not isinstance(secret, torch.Tensor) or secret.shape != (BITS,) or not {"encoder", "decoder"} <= content.keys():
+    if not _is_secret(secret) or not {"encoder", "decoder"} <= content.keys():
         raise UserError(f"{shown(path)} is no SSBA encoder: it lacks a secret of {BITS} bits. Make it with: {COMMAND}")
     load_weights(encoder, content["encoder"], path)
     load_weights(decoder, content["decoder"], path)
     secret = secret.double()[None]
     return encoder.double().eval(), decoder.double().eval(), secret
+
+
+def _is_secret(value):
+    """Whether a value from a file is a dense tensor (BITS,) of zeros and ones."""
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.shape == (BITS,) and bool(((value == 0) | (value == 1)).all())
