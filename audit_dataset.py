@@ -314,7 +314,7 @@ def main(argv=None):
             f"{len(labels)} images of {len(classes)} classes are too few: of some class five are needed, twenty in all"
         )
     out = make_folder(opt.out.absolute(), "--out")
-    hold_lock(out / "verdict.json")
+    hold_lock(out / "verdict.json", "--out")
     refuse_report_of_other_data(out / "verdict.json", dataset, opt)
 
     steps = plan(opt, resolved, words, where, poisoned)

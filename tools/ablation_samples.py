@@ -93,7 +93,7 @@ def main(argv=None):
         flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
 
     folder = opt.out.absolute()
-    claim(folder / "options.json", opt)
+    claim(folder / "options.json", opt, option="--out")
     classes = dataset.spec.num_classes
     quality = detection_quality(flags.astype(float), flags, poisoned.is_clean, poisoned.labels, classes)
     quality.pop("AUROC")  # of FCT, which was not looked at

@@ -40,22 +40,23 @@ from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
 
-def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **more):
+def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, option="--output_root", **more):
     """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
     to replace the work of other settings unless ``--overwrite`` is given.
 
     Args:
         record: where the step keeps its options; opt: the options; continues: whether the run goes on from a checkpoint
         of the same step, so that only ``names`` must agree; ignored: options that change no result of this step;
-        log: the step's CSV where it keeps one; more: settings that the record keeps beside the options.
+        log: the step's CSV where it keeps one; option: the one that chooses the folder; more: settings that the record keeps beside
+        the options.
 
     Raises:
         UserError: for a folder that cannot be written, is being written by another run, or holds other work.
     """
     if not leads():
         return
-    make_folder(record.parent)
-    hold_lock(record)
+    make_folder(record.parent, option)
+    hold_lock(record, option)
     if log:
         make_folder(log.parent)
         hold_lock(log)
@@ -79,7 +80,7 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, **
         go_on = "--checkpoint_load CHECKPOINT to go on with it, " if "epochs_done" in earlier else ""
         raise UserError(
             f"{shown(record.parent)} holds the result of {held}, which {asked} would replace; give --overwrite to replace "
-            f"it, {go_on}or another --output_root"
+            f"it, {go_on}or another {option}"
         )
 
 
