@@ -9,6 +9,8 @@ from utils.dataloader_bd import evaluation_splits, fetch
 from utils.distributed import gather
 from utils.separation import CLEAN, POISON
 
+MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")  # of every table and record
+
 
 @torch.no_grad()
 def outputs(function, images, normalize, runtime):

@@ -13,10 +13,10 @@ from utils.device import cores
 from utils.errors import UserError
 from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
 from utils.manifest import manifest
+from utils.metrics import MEASURES
 from utils.paths import shown
 from utils.rows import DEFENCES
 
-MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")
 DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
 LAST = "last epoch"  # the rule that chose the epoch of a cell's result, but where its record says otherwise
 KEYS = ("table", "row", "defence", "scale", "seed")

@@ -9,8 +9,8 @@ from utils import args
 from utils.checkpoints import fitting, latest_checkpoint
 from utils.errors import UserError
 from utils.files import load_tensors, read_record
+from utils.metrics import MEASURES
 from utils.paths import backdoored_folder, shown
-from utils.records import MEASURES
 from utils.validation import best_epoch
 
 STEP = "unlearn_relearn"
