@@ -103,6 +103,11 @@ def main(argv=None):
     path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
     places = places_of(opt, path, resumed, plain)
+    if resumed and checkpoint["epoch"] + 1 >= opt.epochs and path.name != places.save.name:
+        raise UserError(
+            f"all {opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(places.save)}; copy the file, or "
+            f"give a larger --epochs"
+        )
     if not opt.overwrite:
         refuse_to_replace(places, path)
 
@@ -140,19 +145,14 @@ def main(argv=None):
     model = prepare(network, opt, runtime, to_relearn, unused=plain)  # some have auxiliary outputs
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
-    chosen = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
+    beside = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        chosen=chosen, checkpoint_load=os.path.relpath(path, places.save.parent),
+        beside=beside, checkpoint_load=os.path.relpath(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()
     dropped = Dropped(opt.stay_dropped)
-    if resumed and checkpoint["epoch"] + 1 >= opt.epochs and path.name != places.save.name:
-        raise UserError(
-            f"all {opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(places.save)}; copy the file, or "
-            f"give a larger --epochs"
-        )
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         if opt.val_ratio:

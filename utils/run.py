@@ -135,15 +135,15 @@ class Run:
     Args:
         opt: the options; step: the script's name without ``.py``; record: path of the claimed JSON, see `claim`;
         digest: of the poisoned indices, or None; inputs: paths of the files that the step builds on; data: what
-        `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; chosen: files of the best epoch so far;
-        names, more: see `claim`.
+        `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; beside: files besides the checkpoint that
+        may be there, such as that of the best epoch so far; names, more: see `claim`.
     """
 
-    def __init__(self, opt, step, record, digest, *, inputs=(), data=None, log=None, chosen=(), names=IDENTITY, **more):
+    def __init__(self, opt, step, record, digest, *, inputs=(), data=None, log=None, beside=(), names=IDENTITY, **more):
         self.opt, self.step, self.digest, self.data, self.more = opt, step, digest, data, more
         self.inputs = {path: sha256(path) for path in inputs}
         self.record, self.log, self.names = record, log or record.with_name("log.csv"), names
-        self.history, self.outputs, self.chosen = [], {}, list(chosen)
+        self.history, self.outputs, self.beside = [], {}, list(beside)
         self.staging = None
         self._writer = self._writing = None
         self.started, self.finished = time.perf_counter(), 0
@@ -185,7 +185,7 @@ class Run:
         """The run was stopped between the checkpoint ``path`` and its record: count what the epochs before ``first`` left,
         and write the record, so that they are neither taken for another run's files nor for undone."""
         # ST's extractor may have kept a second one, BR step 2 that of the epoch it chooses.
-        kept = [*path.parent.glob(f"ckpt_epoch_{first - 1}.pth"), *filter(Path.exists, self.chosen)]
+        kept = [*path.parent.glob(f"ckpt_epoch_{first - 1}.pth"), *filter(Path.exists, self.beside)]
         left = self.staging.iterdir() if self.staging else kept
         for file in {path, *left}:
             if file.name not in (self.record.name, self.log.name) and not file.name.startswith("."):
