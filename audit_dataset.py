@@ -336,7 +336,7 @@ def main(argv=None):
         groups = [(row["label"], np.isin(np.arange(len(labels)), put_back.group_of(row))) for row in found]
         like = likeness_of(groups, model, poisoned.images, labels, dataset.spec, runtime)
         tau = tau_that_sees(like >= 0, values, labels == targets[0])
-        poison_ratio = ratio_of((like >= 0).sum(), len(labels))
+        poison_ratio = min(ratio_of((like >= 0).sum(), len(labels)), 1 - float(CLEAN_RATIO))
         buffer = io.BytesIO()
         array_writer(like)(buffer)
         # Left alone where it is the same: a step whose input is newer than its output runs anew.

@@ -97,6 +97,19 @@ def test_two_processes_train_what_one_trains(script, pipeline, words, tmp_path, 
     assert not list((roots[1] / folder).glob("*unfinished"))
 
 
+@pytest.mark.slow
+def test_two_processes_clean_a_network_with_auxiliary_outputs(copy, words, tmp_path):
+    """Outputs of which the loss makes no use."""
+    network = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "theirs.pth")
+    more = ["--model", "googlenet", "--samples", copy / SAMPLES, "--checkpoint_load", tmp_path / "theirs.pth"]
+    more += [*RATIOS, "--epochs", 1, "--batch_size", 8]
+    on_several("unlearn_relearn.py", *words(copy), *more, log=tmp_path / "said")
+    cleaned = torch.load(tmp_path / "theirs_unlearn_purify.pth", weights_only=True)
+    network.load_state_dict(cleaned)
+    assert not torch.equal(cleaned["fc.weight"], torch.load(tmp_path / "theirs.pth", weights_only=True)["fc.weight"])
+
+
 def test_two_processes_measure_and_separate_as_one(copy, pipeline, words, tmp_path):
     shutil.rmtree(copy / SAMPLES)
     for name in ("1_all.txt", "1_fct.json"):
