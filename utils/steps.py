@@ -42,7 +42,7 @@ class Step:
         """Whether the output is there, newer than its inputs and made with these options."""
         record, options = read_record(self.record) or {}, self.options()
         epochs = getattr(options, "epochs", None)
-        if epochs is None and not all(self.record.with_name(name).is_file() for name in record.get("outputs", {})):
+        if epochs is None and not all((self.record.parent / name).is_file() for name in record.get("outputs", {})):
             return False  # of a training the checkpoints before the last may have been removed
         return record.get("epochs_done", epochs) == epochs and self._follows(self.output, record, options)
 
