@@ -312,6 +312,7 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
         ("relearn_only", 0, "cpu", 98.0),
         ("unlearn_only", 1, "cpu", 3.0),
         ("unlearn_only", 0, "cpu", 1.0),
+        ("finetune", 1, "cpu", 97.0),
         ("oracle", 0, "quick", 2.0),
         ("rate_0.01", 0, "cpu", 4.0),
         ("rate_0.01_oracle", 0, "cpu", 5.0),
@@ -327,11 +328,12 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
         ("as it is", f"1.00 ± {np.std([0.5, 1.5], ddof=1):.2f}", "cpu, 2 seeds"),
         ("unlearn_only", f"2.00 ± {np.std([1, 3], ddof=1):.2f}", "cpu, 2 seeds"),
         ("relearn_only", "98.00", "cpu"),
+        ("finetune", "97.00", "cpu, seed 1"),
         ("rate_0.01, backdoored", "99.00", "cpu"),
         ("rate_0.01, as it is", "4.00", "cpu"),
         ("rate_0.01, oracle", "5.00", "cpu"),
     ]
-    assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 6
+    assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 7
 
 
 @pytest.mark.parametrize("setting", ["", "rate_0.01", "resnet18_nopool"])

@@ -83,8 +83,10 @@ def precision_named(cell):
 
 
 def seeds_of(part):
-    """Words on the seeds of ``part``, empty for a single one."""
-    return f", {len(part)} seeds" if len(part) > 1 else ""
+    """Words on the seeds of ``part``, empty for seed 0 alone."""
+    if len(part) > 1:
+        return f", {len(part)} seeds"
+    return f", seed {part['seed'].iloc[0]}" if part["seed"].any() else ""
 
 
 def rule_of(part, model):
