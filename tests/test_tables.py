@@ -16,6 +16,7 @@ from conftest import ROOT, load_script
 from PIL import Image
 
 from utils.errors import UserError
+from utils.records import cell_line, read_cells
 from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan
 from utils.steps import Step, run
 
@@ -570,6 +571,15 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):
     said = cli("tools/secure_curve.py", "--epochs", "10", "--every", "4", "--output_root", tmp_path)
     assert said.code == 2 and "no multiple of --every 4" in said.err and not any(tmp_path.iterdir())
+
+
+def test_a_record_without_an_auroc_is_one(tmp_path):
+    """Where every sample is poisoned there is none."""
+    record = json.loads(next((ROOT / "results/cifar10").glob("*.json")).read_text())
+    record["detection"]["AUROC"] = float("nan")
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    (found,) = read_cells(tmp_path)
+    assert np.isnan(cell_line(found)["AUROC"])
 
 
 def test_in_a_clone_every_committed_cell_is_there_already(cli, tmp_path, monkeypatch):

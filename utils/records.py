@@ -126,12 +126,14 @@ def _is_cell(cell):
         return False
     numbers = [parts[name].get(measure) for name in ("before", "after") for measure in MEASURES]
     numbers += parts["seconds"].values()
-    unsure = [parts["paper_selection"].get(name) for name in ("epoch", *MEASURES)]
-    unsure += [parts["detection"].get(name) for name in DETECTION]
-    numbers += [number for number in unsure if number is not None]
-    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers) and all(
-        isinstance(command, str) for command in commands
-    )  # NaN compares false
+    selected = [parts["paper_selection"].get(name) for name in ("epoch", *MEASURES)]
+    numbers += [number for number in selected if number is not None]
+    detected = [parts["detection"].get(name) for name in DETECTION]  # AUROC is NaN where every sample is poisoned
+    return (
+        all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)  # NaN compares false
+        and all(isinstance(number, (int, float, type(None))) for number in detected)
+        and all(isinstance(command, str) for command in commands)
+    )
 
 
 def cell_line(cell):
