@@ -194,7 +194,7 @@ def tau_that_sees(suspicious, values, own):
 def separation(resolved, words, where, steps, targets, tau, poison_ratio, order):
     """The step that separates: on poisoned data D_p comes from the target classes alone, by the file ``order``."""
     model = steps["train"].output
-    more = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio), "--clean_per_class"]
+    more = ["--clean_ratio", CLEAN_RATIO, "--poison_ratio", str(poison_ratio), "--clean_per_class", "--overwrite"]
     if targets:
         more += ["--poison_classes", *map(str, targets), "--poison_order", typed(order)]
     record = separated_folder(resolved) / "options.json"
@@ -345,8 +345,6 @@ def main(argv=None):
     fct, resolved.poison_ratio = values[tau], poison_ratio
     separate = separation(resolved, words, where, steps, targets, tau, poison_ratio, order)
     refuse_samples_of_others(separate, out / "verdict.json", opt)
-    if not opt.overwrite:
-        separate.words.append("--overwrite")  # what an earlier audit left
     run({"separate": separate}, opt, out / "seconds.json")
     flags = np.full(len(labels), UNCERTAIN)
     for flag in (CLEAN, POISON):

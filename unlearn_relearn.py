@@ -103,11 +103,6 @@ def main(argv=None):
     path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
     places = places_of(opt, path, resumed, plain)
-    if resumed and checkpoint["epoch"] + 1 >= opt.epochs and path.name != places.save.name:
-        raise UserError(
-            f"all {opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(places.save)}; copy the file, or "
-            f"give a larger --epochs"
-        )
     if not opt.overwrite:
         refuse_to_replace(places, path)
 

@@ -229,8 +229,11 @@ class Run:
         written here."""
         place = self.record.parent
         here = path.resolve().parent in (place.resolve(), unfinished_folder(self.record).resolve())
+        other = (
+            self.record.name != "options.json" and path.stem != self.record.stem
+        )  # a record of its own for each model
         held = (read_record(self.record) or {}).get("epochs_done", 0)
-        if leads() and done >= self.opt.epochs and not here and held < done:
+        if leads() and done >= self.opt.epochs and (other or (not here and held < done)):
             raise UserError(
                 f"all {self.opt.epochs} epochs are done in {shown(path)}, so there is nothing to write to {shown(place)}; copy what lies "
                 f"there, or give a larger --epochs"
