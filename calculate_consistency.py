@@ -37,11 +37,11 @@ def main(argv=None):
     poisoned = poison_training_set(dataset, opt)
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
-    fct = fct_of_network(path, model, runtime, dataset, poisoned, opt)
+    fct, collapse = fct_of_network(path, model, runtime, dataset, poisoned, opt)
     sign, words, order = sign_of_backdoor(
         model, poisoned.images, poisoned.labels, fct, dataset.classes, dataset.spec, runtime, opt.seed
     )
-    save_fct(path, digest, fct, dataset, poisoned, opt, sign, order)
+    save_fct(path, digest, fct, dataset, poisoned, opt, order, sign_of_backdoor=sign, **collapse)
     print(words)
     if order is not None:
         count = int((order >= 0).sum())

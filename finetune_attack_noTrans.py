@@ -13,6 +13,7 @@ from utils.checkpoints import latest_checkpoint, load_checkpoint
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
+from utils.fct import COLLAPSED, zeros_of_some
 from utils.losses import intra_class
 from utils.metrics import evaluate
 from utils.paths import backdoored_folder, shown
@@ -21,7 +22,6 @@ from utils.run import Run
 
 STEP = "finetune_attack_noTrans"
 BEFORE = "train_attack_noTrans"
-COLLAPSED = 0.05  # of the first epoch's mean feature norm
 
 
 def get_parser():
@@ -57,6 +57,7 @@ def main(argv=None):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
+    spec = dataset.spec
     del dataset  # in memory the training images are held once, as the victim gets them
     first = run.resume(checkpoint, path, model, optimizer, schedule)
     del checkpoint  # 90 MB of resnet18
@@ -67,14 +68,14 @@ def main(argv=None):
         model.train()
         row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
         schedule.step()
+        row["zeros"] = zeros_of_some(model, poisoned.images, spec, runtime, opt.seed, opt.batch_size)
         if args.due(opt, epoch):
             model.eval()
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
-        norm_at_first = run.history[0].get("feature_norm", 0)
-        if row["feature_norm"] < COLLAPSED * norm_at_first:
-            print(f"The features are collapsing (mean norm {row['feature_norm']:.3g}, first epoch {norm_at_first:.3g}): "
-                  "an earlier epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
+        if row["zeros"] > COLLAPSED:
+            print("The features are collapsing: FCT is exactly zero for so many per cent (zeros) of some training images. An earlier "
+                  "epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 

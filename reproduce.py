@@ -276,7 +276,7 @@ def _record_cell(path, cell, steps, resolved, made):
         best, after = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], log.iloc[-1]
     else:
         log, last = read_log(steps["train_classifier"]), steps["test"]
-        best = log.loc[log["ACC_paper"].idxmax()]
+        best = log.loc[log["ACC"].idxmax()]
         after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
     options = trained.options()

@@ -1,5 +1,10 @@
 """What SD says of a network whose features collapse."""
 
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
 import torch
 
 WARNING = "the network has collapsed"
@@ -18,10 +23,11 @@ def test_step_3_warns_of_a_network_that_gives_all_images_the_same_features(cli, 
     assert said.code == 0 and WARNING in said.out and "100.0 % of the samples" in said.out
 
 
-def test_step_2_warns_while_the_norm_of_the_features_falls(cli, words, copy):
+def test_step_2_tells_each_epoch_how_many_samples_of_step_3_do_not_move_and_warns(cli, words, copy):
     """Under a weight decay that outweighs all else, which the optimizer of step 1's checkpoint brings along."""
     common = [*words(copy), "--batch_size", 64, "--overwrite"]
-    assert "collapsing" not in cli("finetune_attack_noTrans.py", *common, "--epochs", 2).out
+    said = cli("finetune_attack_noTrans.py", *common, "--epochs", 2)
+    assert "collapsing" not in said.out and "zeros 0 " in said.out
     path = max((copy / "saved/backdoored_model").rglob("noTrans/**/1.tar"))
     content = torch.load(path, weights_only=True)
     for group in content["optimizer"]["param_groups"]:
@@ -29,3 +35,17 @@ def test_step_2_warns_while_the_norm_of_the_features_falls(cli, words, copy):
     torch.save(content, path.with_name("heavy.tar"))
     said = cli("finetune_attack_noTrans.py", *common, "--epochs", 4, "--checkpoint_load", path.with_name("heavy.tar"))
     assert said.code == 0 and "The features are collapsing" in said.out and "calculate_consistency.py" in said.out
+    (folder,) = (path.parent for path in (copy / "saved/backdoored_model").rglob("noTrans_ftsimi/**/log.csv"))
+    log = pd.read_csv(folder / "log.csv")
+    for epoch in (2, 3):
+        assert (
+            cli(
+                "calculate_consistency.py", *words(copy), "--checkpoint_load", folder / f"{epoch}.tar", "--overwrite"
+            ).code
+            == 0
+        )
+        record = json.loads((folder / f"{epoch}_fct.json").read_text())
+        zeros = 100 * (np.loadtxt(folder / f"{epoch}_all.txt") == 0).mean()
+        assert log["zeros"][epoch] == pytest.approx(zeros) == record["zeros"]  # fewer than 512 samples: all are watched
+        assert record["feature_norm"] >= 0
+    assert log["zeros"].max() > 0

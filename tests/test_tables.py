@@ -650,7 +650,7 @@ def test_the_picture_has_our_bars_beside_the_papers(results, monkeypatch):
         assert axes[0, column].get_title() == model
 
 
-@pytest.mark.parametrize(("defence", "best"), [("D-BR", 2), ("D-ST", 3)])
+@pytest.mark.parametrize(("defence", "best"), [("D-BR", 2), ("D-ST", 1)])
 def test_the_papers_selection_is_the_highest_acc_less_asr_in_br_and_the_highest_acc_in_st(
     defence, best, tmp_path, monkeypatch
 ):
@@ -676,7 +676,7 @@ def test_the_papers_selection_is_the_highest_acc_less_asr_in_br_and_the_highest_
     if defence == "D-BR":
         steps["unlearn_relearn"] = step("c", rows)
     else:
-        steps |= {"train_classifier": step("c", rows), "test": step("d")}
+        steps |= {"train_classifier": step("c", rows[1:]), "test": step("d")}
         (tmp_path / "d/out.json").write_text(json.dumps(row(3, 60, 60, 0)))
     cell = SimpleNamespace(
         defences=[defence], device="cpu", precision="bfloat16", row="CL", preset="cpu", seed=0, variant_name=""

@@ -12,7 +12,7 @@ from utils.datasets import DATASETS, fewer_images
 from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
 from utils.loading import load_dataset
-from utils.paths import ROOT, arguments
+from utils.paths import ROOT, arguments, decoded_folder
 from utils.poisoning import TARGET_TYPES
 from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
@@ -164,9 +164,7 @@ def _named(models):
 def load_data(opt):
     """The `datasets.Dataset` that the options name."""
     with distributed.leader_first():  # what is decoded, or downloaded, once
-        dataset = load_dataset(
-            opt.dataset, opt.data_root, opt.strict, opt.image_size, opt.output_root / "saved/decoded"
-        )
+        dataset = load_dataset(opt.dataset, opt.data_root, opt.strict, opt.image_size, decoded_folder(opt))
     return dataset if opt.train_images is None else fewer_images(dataset, opt.train_images)
 
 

@@ -16,6 +16,7 @@ from utils.dataloader_bd import Normalize, fetch, hold
 from utils.distributed import gather, part
 from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
+from utils.images import rows_of
 from utils.manifest import anew, as_written, is_other, of_other_data, write_options
 from utils.paths import backdoored_folder, shown
 from utils.progress import progress
@@ -25,6 +26,7 @@ from utils.weights import load_weights
 
 SD_STEPS = ("finetune_attack_noTrans", "train_attack_noTrans")
 AUTO = (("flip", "none"), ("shrink", "none"))  # the two tau that --trans1 auto combines
+COLLAPSED = 1.0  # per cent of the samples with an FCT of exactly zero, above which the features count as collapsed
 
 
 def compute_fct(
@@ -96,6 +98,15 @@ def _fct_of_rows(model, held, rows, runtime, normalize, drawn_taus, batch_size):
     return tuple(gather(torch.cat(parts), len(rows)).cpu().numpy() for parts in (fct, norms))
 
 
+def zeros_of_some(model, images, spec, runtime, seed, batch_size, some=512):
+    """How far the features have collapsed: per cent of ``some`` training images, drawn by the seed, whose FCT under the paper's tau, in
+    float32, is exactly zero. Arguments otherwise as of `compute_fct`; ``images`` are all of the training set."""
+    rows = np.sort(generator(seed, "watched").permutation(len(images))[:some])
+    exact = replace(runtime, dtype=torch.float32)
+    fct, _ = compute_fct(model, rows_of(images, rows), spec, exact, seed=seed, batch_size=batch_size, indices=rows)
+    return 100 * float((fct == 0).mean())
+
+
 def near_a_gamma(fct, reach=0.01):
     """The samples whose rank lies within ``reach`` times N of a rank at which the paper's alpha_c and alpha_p split the
     samples, int64 (M,), ascending. Not those of FCT zero: these have collapsed, and their order is a draw.
@@ -156,7 +167,7 @@ def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     if fct is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
         _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
-        return fct_of_network(path, model, runtime, dataset, poisoned, opt)
+        return fct_of_network(path, model, runtime, dataset, poisoned, opt)[0]
     refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path)
     return fct
 
@@ -174,19 +185,24 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
 
 
 def fct_of_network(path, model, runtime, dataset, poisoned, opt):
-    """FCT of the poisoned training set under the network of the checkpoint ``path``, as `sd_network` gives it and its
-    runtime; float32 (N,), in sample order. Says how far the features have collapsed."""
+    """FCT of the poisoned training set under the network of the checkpoint ``path``, as `sd_network` gives it and its runtime. Says how
+    far the features have collapsed.
+
+    Returns:
+        FCT, float32 (N,), in sample order; the figures of that collapse, a dict: zeros (per cent of the samples whose FCT is exactly
+        zero) and feature_norm (mean length of e(x)).
+    """
     options = {"trans1": opt.trans1, "trans2": opt.trans2, "draws": opt.draws, "batch_size": opt.batch_size}
     fct, norms = compute_fct(model, poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
     if not np.isfinite(fct).all():
         raise UserError(f"{path}: FCT is not finite for {(~np.isfinite(fct)).sum()} samples; use an earlier checkpoint")
-    zeros = float((fct == 0).mean())
+    zeros, norm = 100 * float((fct == 0).mean()), float(norms.mean())
     print(f"FCT of {len(fct)} samples: median {np.median(fct):.4g}, largest {fct.max():.4g}, "
-          f"exactly zero {100 * zeros:.2f} %; mean feature norm {norms.mean():.4g}")  # fmt: skip
-    if zeros > 0.01:
-        print(f"Warning: the network has collapsed, {100 * zeros:.1f} % of the samples have the same features before and after tau. "
+          f"exactly zero {zeros:.2f} %; mean feature norm {norm:.4g}")  # fmt: skip
+    if zeros > COLLAPSED:
+        print(f"Warning: the network has collapsed, {zeros:.1f} % of the samples have the same features before and after tau. "
               "Ties at a threshold are broken by a seeded draw; a checkpoint of an earlier epoch, or of step 1, orders them")  # fmt: skip
-    return fct
+    return fct, {"zeros": zeros, "feature_norm": norm}
 
 
 def settle_fct_precision(*settings):
@@ -212,9 +228,9 @@ def fct_path(path, kind):
     return path.with_name(f"{path.stem}_{kind}")
 
 
-def save_fct(path, digest, fct, dataset, poisoned, opt, sign=None, order=None):
+def save_fct(path, digest, fct, dataset, poisoned, opt, order=None, **found):
     """Write the values beside the checkpoint ``path``, in sample order, one a line. ``digest``: of the checkpoint that they are of;
-    ``sign``: of a backdoor, for the record; ``order``: what `audit.likeness_of` gave, for ``<epoch>_order.npy``, or None.
+    ``order``: what `audit.likeness_of` gave, for ``<epoch>_order.npy``, or None; ``found``: what else the record tells.
 
     ``<epoch>_all.txt`` and the table ``<epoch>_fct.csv`` (index, label, FCT) serve the next steps; ``_clean.txt`` and
     ``_poison.txt`` split the values by the ground truth, where it is known, for plots alone.
@@ -238,7 +254,7 @@ def save_fct(path, digest, fct, dataset, poisoned, opt, sign=None, order=None):
         fct_path(path, "order.npy").unlink(missing_ok=True)
     outputs = {path.with_name(name): digest for name, digest in digests.items()}
     record, inputs = fct_path(path, "fct.json"), {path: digest}
-    settings = {"step": "calculate_consistency", "data": dataset.record, "sign_of_backdoor": sign}
+    settings = {"step": "calculate_consistency", "data": dataset.record, **found}
     write_options(record, opt, inputs=inputs, outputs=outputs, **settings)
 
 

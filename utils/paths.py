@@ -51,6 +51,16 @@ def secure_folder(opt):
     return opt.output_root / "ST/save" / rate / "SupCon_models" / data_name(opt) / opt.model / attack_and_ratios(opt)
 
 
+def decoded_folder(opt):
+    """Folder of what is decoded of data of the user's own."""
+    return opt.output_root / "saved/decoded"
+
+
+def poisoned_folder(opt):
+    """Folder of the poisoned images that take long to make."""
+    return opt.output_root / "saved/poisoned_images" / opt.dataset
+
+
 def shown(path):
     """``path`` as the user would type it: relative to the current folder where it lies below it."""
     try:

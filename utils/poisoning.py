@@ -17,7 +17,7 @@ from utils.checkpoints import latest_checkpoint
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.images import StreamedImages
-from utils.paths import arguments, benign_folder, shown
+from utils.paths import arguments, benign_folder, poisoned_folder, shown
 from utils.seeding import generator
 from utils.separation import share_of
 from utils.SSBA.encode_image import encode_images
@@ -214,7 +214,7 @@ def _kept(opt, settings, images, train, make):
         {"trigger_type": opt.trigger_type, "train": train, "images": content, **settings}, sort_keys=True
     )
     name = f"{opt.trigger_type}_{'train' if train else 'test'}_{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
-    path = opt.output_root / "saved/poisoned_images" / opt.dataset / name
+    path = poisoned_folder(opt) / name
     try:
         kept, made_with = load_npz(path, ("images", "settings"), images.nbytes + 4096)
         if str(made_with) == settings and (kept.dtype, kept.shape) == (images.dtype, images.shape):
