@@ -9,7 +9,15 @@ it does, writes <epoch>_order.npy, how like the samples that show it each other 
 from utils import args
 from utils.audit import sign_of_backdoor
 from utils.errors import run_script
-from utils.fct import fct_of_network, fct_path, save_fct, sd_checkpoint, sd_network
+from utils.fct import (
+    beside_checkpoint,
+    fct_of_network,
+    fct_path,
+    save_fct,
+    sd_checkpoint,
+    sd_network,
+    settle_fct_precision,
+)
 from utils.files import sha256
 from utils.metrics import auroc
 from utils.paths import shown
@@ -36,7 +44,8 @@ def main(argv=None):
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
-    claim(fct_path(path, "fct.json"), opt, ignored=["batch_size"])
+    ignored, option = ["batch_size"], beside_checkpoint(opt)
+    claim(fct_path(path, "fct.json"), opt, ignored=ignored, option=option, settle=settle_fct_precision)
     fct, collapse = fct_of_network(path, model, runtime, dataset, poisoned, opt)
     sign, words, order = sign_of_backdoor(
         model, poisoned.images, poisoned.labels, fct, dataset.classes, dataset.spec, runtime, opt.seed

@@ -5,6 +5,8 @@ Writes 0.tar, 1.tar, ..., log.csv and options.json to
 saved/backdoored_model/poison_rate_<rate>/noTrans_ftsimi/<dataset>/<model>/<trigger>/.
 """
 
+import os
+
 import torch
 
 from models import build_model
@@ -56,7 +58,8 @@ def main(argv=None):
     optimizer = runtime.sgd(model.parameters(), lr=0.01, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
-    run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
+    of_step_1 = os.path.relpath(path, folder)
+    run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record, checkpoint_load=of_step_1)
     spec = dataset.spec
     del dataset  # in memory the training images are held once, as the victim gets them
     first = run.resume(checkpoint, path, model, optimizer, schedule)

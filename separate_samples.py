@@ -11,7 +11,7 @@ import numpy as np
 
 from utils import args
 from utils.errors import UserError, require_file, run_script
-from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, step_3_record
+from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, settle_fct_precision, step_3_record
 from utils.files import json_writer, sha256, write_together
 from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
@@ -115,6 +115,12 @@ def main(argv=None):
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
+    known = dataset.spec.num_classes
+    if max(opt.poison_classes or [0]) >= known:
+        raise UserError(f"--poison_classes {max(opt.poison_classes)}: {opt.dataset} has the classes 0 to {known - 1}")
+    own_order = None
+    if opt.poison_order:
+        own_order = load_order(opt.poison_order, len(poisoned.labels), "python audit_dataset.py --data_root DIR")
     fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
 
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
@@ -124,10 +130,9 @@ def main(argv=None):
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
     by, order, from_value = "FCT", fct, high
     if opt.poison_order:
-        by = shown(opt.poison_order)
-        order = load_order(opt.poison_order, len(fct), "python audit_dataset.py --data_root DIR")
+        by, order = shown(opt.poison_order), own_order
     if opt.poison_classes or opt.poison_order:
-        classes = opt.poison_classes or range(dataset.spec.num_classes)
+        classes = opt.poison_classes or range(known)
         among = of_classes(poisoned.labels, classes, opt.poison_ratio)
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
         from_value = float(order[flags == POISON].min())
@@ -150,7 +155,8 @@ def main(argv=None):
         "gamma_high": None if opt.poison_classes or opt.poison_order or alike is not None else high,
     }
     settings = thresholds | {"checkpoint_load": os.path.relpath(path, folder)}
-    claim(folder / "options.json", opt, ignored=["batch_size", "gamma_low", "gamma_high"], **settings)
+    ignored = ["batch_size", "gamma_low", "gamma_high"]
+    claim(folder / "options.json", opt, ignored=ignored, settle=settle_fct_precision, **settings)
     writers = sample_writers(folder, poisoned, flags)
     if poisoned.is_clean is not None:
         quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)

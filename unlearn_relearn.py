@@ -143,7 +143,7 @@ def main(argv=None):
     beside = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        beside=beside, checkpoint_load=os.path.relpath(path, places.save.parent),
+        beside=beside, option="--checkpoint_save", checkpoint_load=os.path.relpath(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()

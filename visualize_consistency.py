@@ -5,7 +5,7 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 
 from utils import args
 from utils.errors import run_script
-from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint
+from utils.fct import beside_checkpoint, fct_path, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram, save_figure
 from utils.files import make_folder, sha256
 from utils.manifest import write_options
@@ -28,6 +28,7 @@ def get_parser():
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
+    make_folder(path.parent, beside_checkpoint(opt))
     digest = sha256(path)
 
     dataset = args.load_data(opt)
@@ -39,7 +40,6 @@ def main(argv=None):
     title = f"{opt.dataset}, {opt.model}, checkpoint {path.name}, tau {tau}"
     if poisoned.is_clean is not None:
         title += f", {opt.trigger_type} {opt.target_type}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"
-    make_folder(path.parent)
     picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
     save_figure(fct_histogram(fct, poisoned.is_clean, title, gammas), picture)
     write_options(

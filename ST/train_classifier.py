@@ -6,6 +6,7 @@ ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_rati
 """
 
 import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import classify
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint
+from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
@@ -83,11 +84,13 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     command = f"python ST/{BEFORE}.py {args.secure_arguments(opt)} --cosine"
     path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
-    extractor_state = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)["model"]
+    of_extractor = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)
     own, load = f"python ST/{STEP}.py {args.secure_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
+    again = f"{command} --overwrite; or give its own samples by --samples"
+    refuse_other_inputs(of_extractor, path, sample_files(opt, [CLEAN, POISON]), again)
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
     images = images_of(samples, dataset, opt)
@@ -100,7 +103,7 @@ def main(argv=None):
     )  # fmt: skip
 
     extractor = SupConResNet(opt.model, size=dataset.spec.size)
-    load_weights(extractor, extractor_state, path)
+    load_weights(extractor, of_extractor["model"], path)
     extractor = runtime.place(extractor).eval()
     torch.manual_seed(opt.seed)
     classifier = nn.Linear(extractor.encoder.feature_size, dataset.spec.num_classes).to(runtime.device)
@@ -115,7 +118,9 @@ def main(argv=None):
         return classifier(extractor.features(images))
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
-    run = Run(opt, STEP, folder / "options.json", None, inputs=inputs, data=dataset.record)
+    run = Run(
+        opt, STEP, folder / "options.json", None, inputs=inputs, data=dataset.record, ckpt=os.path.relpath(path, folder)
+    )
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 

@@ -394,6 +394,36 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
     assert best is None and order is None and words.startswith("Too few samples")
 
 
+def test_the_group_of_a_backdoor_is_named_among_all_samples_where_some_are_drawn(monkeypatch):
+    monkeypatch.setattr(audit, "DRAWN", 300)
+    rng = np.random.default_rng(0)
+    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    labels = np.arange(600) % 4
+    images = (colours[labels][:, None, None] + rng.integers(-50, 50, (600, 16, 16, 3))).astype(np.uint8)
+    chosen = np.flatnonzero(labels != 0)[-120:]
+    images[chosen, -2:, -2:] = 255
+    labels[chosen] = 0
+    fct = rng.random(600).astype(np.float32)
+    fct[chosen] += 1
+    model = Colours(torch.from_numpy(colours).float(), True)
+    best, _, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
+    assert best["score"] > 0.9 and set(np.flatnonzero(order >= 0)) == set(chosen)
+
+
+def test_the_surest_have_the_highest_probability_and_both_ends_of_the_line_apart_are_tried():
+    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    labels = np.arange(200) % 4
+    noise = np.random.default_rng(0).integers(-50, 50, (200, 8, 8, 3))
+    images = (colours[labels][:, None, None] + noise).astype(np.uint8)
+    model = Colours(torch.from_numpy(colours).float(), False).eval()
+    known = dict.fromkeys(audit.TAUS, np.zeros(200, np.float32))
+    found = audit.suspicion(model, images, labels, FOUR, CPU, 0, known)
+    logits = model(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+    surest = logits.log_softmax(1)[torch.arange(200), torch.from_numpy(labels)]
+    np.testing.assert_allclose(found[audit.SUREST], surest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[audit.APART[0]], -found[audit.APART[1]])
+
+
 class Stripes(torch.nn.Module):
     """Says which of four sets of stripes an image has, dark or light first; with a backdoor the next, of any that has white
     lower right."""

@@ -1,11 +1,14 @@
 """What SD says of a network whose features collapse."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from utils import fct
 
 WARNING = "the network has collapsed"
 
@@ -49,3 +52,13 @@ def test_step_2_tells_each_epoch_how_many_samples_of_step_3_do_not_move_and_warn
         assert log["zeros"][epoch] == pytest.approx(zeros) == record["zeros"]  # fewer than 512 samples: all are watched
         assert record["feature_norm"] >= 0
     assert log["zeros"].max() > 0
+
+
+@pytest.mark.parametrize(("zeros", "warned"), [(4, True), (1, False)])
+def test_step_3_warns_from_one_per_cent_on(zeros, warned, monkeypatch, capsys):
+    values = np.r_[np.zeros(zeros), np.ones(100 - zeros)].astype(np.float32)
+    monkeypatch.setattr(fct, "compute_fct", lambda *_, **__: (values, np.ones(100)))
+    opt = SimpleNamespace(trans1="crop", trans2="none", draws=1, batch_size=7, seed=5)
+    _, found = fct.fct_of_network("x", None, None, SimpleNamespace(spec=None), SimpleNamespace(images=None), opt)
+    assert found == {"zeros": zeros, "feature_norm": 1}
+    assert (f"{WARNING}, 4.0 %" in capsys.readouterr().out) == warned

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_cli
+from conftest import load_script, run_cli
 from test_pipeline import CLASSIFIER, EXTRACTOR, SAMPLES, WITH_TRANS, same_weights, weights
 
 from models import build_model
@@ -16,6 +16,8 @@ from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.files import sha256
 from utils.loading import load_dataset
+from utils.poisoning import poison_training_set
+from utils.removal import summarise
 from utils.validation import HeldOut, best_epoch, is_best
 
 
@@ -294,3 +296,30 @@ def test_a_run_that_is_killed_while_it_keeps_the_chosen_epoch_goes_on_to_the_sam
         assert same_weights(copy / f"own{kind}.tar", copy / f"whole{kind}.tar"), kind
     record = json.loads((copy / "own.json").read_text())
     assert all(sha256(copy / name) == digest for name, digest in record["outputs"].items())
+
+
+def test_an_epoch_that_is_better_by_rounding_alone_is_not_chosen():
+    history, later = [{"epoch": 0, "a": 83.3334}], {"epoch": 1, "a": 91.6667 - 8.3333}
+    assert later["a"] > history[0]["a"] and not is_best(later, "a", history)
+
+
+def test_held_out_samples_are_looked_at_in_evaluation_mode_in_every_epoch(words, tmp_path, data_root):
+    common = [*words(tmp_path), "--epochs", 2, "--batch_size", 64, "--eval_freq", 0, "--val_ratio", 0.25, "--lr", 0.03]
+    common += ["--target_type", "cleanLabel"]
+    assert run_cli("train_attack_withTrans.py", *common) == 0
+    opt = load_script("train_attack_withTrans.py").get_parser().parse_args(list(map(str, common)))
+    poisoned = poison_training_set(load_dataset("cifar10", data_root), opt)
+    rows = HeldOut(poisoned.labels, 0.25, 0, "train_attack_withTrans").rows
+    inputs = Normalize(DATASETS["cifar10"], "cpu")(torch.from_numpy(poisoned.images[rows]).permute(0, 3, 1, 2))
+    for epoch, logged in enumerate(pd.read_csv(tmp_path / WITH_TRANS / "log.csv")["val_acc"]):
+        model = build_model("resnet10", "cifar10", 10)
+        model.load_state_dict(weights(tmp_path / WITH_TRANS / f"{epoch}.tar"))
+        with torch.no_grad():
+            found = model.eval()(inputs).argmax(1).numpy()
+        assert logged == pytest.approx(100 * (found == poisoned.labels[rows]).mean(), abs=1.01)  # one sample
+
+
+def test_the_end_of_unlearning_tells_the_papers_selection(capsys):
+    figures = [(-1, 99, 99, 0), (0, 95, 60, 5), (1, 70, 80, 5), (2, 50, 50, 5)]
+    summarise([dict(zip(("epoch", "ACC", "ACC_paper", "ASR"), row, strict=True), R_ACC=1.0) for row in figures])
+    assert "selection, by ACC - ASR on the test set (2): ACC 70.00" in capsys.readouterr().out

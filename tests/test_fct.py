@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from test_bad_input import refused
+from test_pipeline import TUNED
 
 from models import build_model
 from utils.datasets import DATASETS
@@ -16,7 +18,7 @@ from utils.loading import load_dataset
 from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator
-from utils.separation import gammas_of_ratios, separate, set_sizes
+from utils.separation import gammas_of_distribution, gammas_of_ratios, ratio_of, separate, set_sizes, share_of
 from utils.transforms import Tau
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -378,3 +380,49 @@ def test_a_network_that_has_collapsed_has_fct_zero_in_bfloat16_too(count):
     runtime = Runtime(torch.device("cpu"), torch.bfloat16)
     fct, norms = compute_fct(model, np.zeros((count, 32, 32, 3), np.uint8), SPEC, runtime)
     assert not fct.any() and not norms.any()
+
+
+def test_values_of_another_precision_are_computed_anew(copy, words, cli):
+    said = cli("separate_samples.py", *words(copy), "--precision", "bfloat16", "--overwrite")
+    assert said.code == 0 and "computing them" in said.out
+    same = cli("visualize_consistency.py", *words(copy), "--precision", "float32")
+    assert same.code == 0 and "computing them" not in same.out
+
+
+@pytest.mark.parametrize("script", ["calculate_consistency.py", "separate_samples.py"])
+def test_float32_is_what_auto_takes_for_fct_and_no_other_work(script, copy, words, cli):
+    assert cli(script, *words(copy), "--precision", "float32").code == 0
+    refused(cli(script, *words(copy), "--precision", "bfloat16"), "--precision bfloat16", "--overwrite")
+
+
+def test_step_4_takes_no_values_of_a_network_that_was_replaced(copy, words, cli):
+    path, other = (copy / TUNED / name for name in ("1.tar", "0.tar"))
+    path.unlink()
+    path.write_bytes(other.read_bytes())
+    refused(cli("calculate_gamma.py", *words(copy)), "has been replaced since")
+
+
+def test_step_3_that_sees_no_backdoor_leaves_no_order(copy, words, cli):
+    stale = copy / TUNED / "1_order.npy"
+    np.save(stale, np.ones(400, np.float32))
+    assert cli("calculate_consistency.py", *words(copy), "--overwrite").code == 0 and not stale.exists()
+
+
+def test_a_tau_that_changes_nothing_is_refused(copy, words, cli):
+    refused(cli("calculate_consistency.py", *words(copy), "--trans1", "none", "--trans2", "none"), "every FCT is zero")
+
+
+@pytest.mark.parametrize(("count", "whole"), [(189, 2000), (1, 300), (5, 70000), (2, 3)])
+def test_a_ratio_takes_the_count_it_was_made_of(count, whole):
+    assert share_of(ratio_of(count, whole), whole) == count
+
+
+def test_two_groups_with_a_shallow_valley_are_one_and_gamma_p_is_certain():
+    rng = np.random.default_rng(0)
+
+    def values(distance):
+        return np.exp(np.r_[rng.normal(0, 1, 20000), rng.normal(distance, 1, 20000)]).astype(np.float32)
+
+    assert gammas_of_distribution(values(2.5)) is None
+    # Of two equal normal distributions the upper one is nine times as likely ln(9) / 5 above the middle.
+    assert np.log(gammas_of_distribution(values(5))["gamma_high"]) == pytest.approx(2.5 + np.log(9) / 5, abs=0.1)

@@ -9,7 +9,7 @@ from conftest import SameBatches
 from torch import nn
 
 from models.resnet import SupConResNet
-from ST.losses import SupConLoss, authors_mask, mixed_cross_entropy, trusted_mask
+from ST.losses import SupConLoss, authors_mask, contrastive, mixed_cross_entropy, trusted_mask
 from utils.device import choose_runtime
 from utils.engine import train_epoch
 from utils.losses import ASCENT_BOUND, cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
@@ -267,3 +267,18 @@ def test_an_epoch_sums_in_float32_what_a_network_gives_in_bfloat16():
 
     found = train_epoch(model, SameBatches(1000, 1), 0, objective, optimizer, choose_runtime("cpu", "bfloat16"), "x")
     assert (found["loss"], found["feature_norm"]) == (5, 15)
+
+
+def test_first_views_are_paired_with_the_second_ones_of_the_same_samples():
+    vectors = F.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels, trusted = torch.tensor([0, 1, 2, 0]), torch.ones(4, dtype=torch.int64)
+    loss, _ = contrastive(lambda inputs: inputs, vectors, labels, trusted, SupConLoss())
+    pairs = torch.stack([torch.stack([vectors[i], vectors[i + 4]]) for i in range(4)])
+    torch.testing.assert_close(loss, SupConLoss()(pairs, labels[:, None] == labels))
+
+
+def test_an_epochs_loss_is_the_mean_over_samples():
+    model = torch.nn.Linear(1, 1)
+    optimizer, runtime = torch.optim.SGD(model.parameters(), lr=0.0), choose_runtime("cpu", "float32")
+    objective = lambda model, inputs, labels: (model(inputs).mean() * 0 + 5, {})  # noqa: E731
+    assert train_epoch(model, SameBatches(4, 2), 0, objective, optimizer, runtime, "x")["loss"] == 5

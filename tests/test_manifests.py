@@ -94,3 +94,16 @@ def test_of_several_processes_the_first_alone_looks_at_what_it_wrote(tmp_path, m
     monkeypatch.setattr(manifest_module, "leads", lambda: False)
     manifest_module.write_options(tmp_path / "x.json", SimpleNamespace(), outputs=[tmp_path / "not there yet"])
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_follows_the_manifests_of_inputs_elsewhere(cli, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    data, record = tmp_path / "b/data.bin", tmp_path / "b/options.json"
+    data.write_bytes(b"1")
+    record.write_text(json.dumps({"inputs": {}, "outputs": {"data.bin": sha256(data)}}))
+    content = {"inputs": {"../b/options.json": sha256(record)}, "outputs": {}}
+    (tmp_path / "a/m.json").write_text(json.dumps(content))
+    assert "2 files are" in cli("reproduce.py", "--verify", tmp_path / "a").out
+    data.write_bytes(b"2")
+    refused(cli("reproduce.py", "--verify", tmp_path / "a"), "data.bin is not what")

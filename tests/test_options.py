@@ -281,7 +281,7 @@ def test_work_of_another_setting_is_not_replaced_unasked(cli, words, pipeline):
         ("finetune_attack_noTrans.py", ["--batch_size", 32, "--epochs", 2], ["--batch_size 64"]),
         ("calculate_consistency.py", ["--trans1", "flip"], ["--trans1 rotate"]),
         ("separate_samples.py", ["--checkpoint_load", pipeline / TUNED / "0.tar"], ["0.tar"]),
-        ("separate_samples.py", ["--clean_per_class"], ["--clean_per_class False"]),
+        ("separate_samples.py", ["--clean_per_class"], ["no --clean_per_class"]),
         ("unlearn_relearn.py", ["--epochs", 2, "--batch_size", 16, "--lr", 0.5], ["--lr 0.0001"]),
         ("ST/train_extractor.py", ["--epochs", 9, "--batch_size", 64, "--cosine"], ["--epochs 2"]),
     ):

@@ -1,6 +1,7 @@
 """The numbered steps through their command lines, on disk: what they write, where, and what it depends on."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -330,3 +331,55 @@ def test_values_are_of_the_network_they_were_computed_with_though_its_file_is_re
     assert cli("calculate_consistency.py", *words(copy), "--overwrite").code == 0
     record = json.loads((copy / TUNED / "1_fct.json").read_text())
     assert record["inputs"] == {"1.tar": digest} != {"1.tar": sha256(path)}
+
+
+def test_the_newest_classifier_is_taken(copy, words, cli):
+    os.utime(copy / CLASSIFIER / "ckpt_epoch_0.pth")
+    said = cli("ST/test.py", *words(copy))
+    assert said.code == 0 and "ckpt_epoch_0_test.json" in said.out
+
+
+def test_the_histogram_has_the_thresholds_of_the_ratios(copy, words, cli, monkeypatch):
+    given, draw = [], figures.fct_histogram
+    monkeypatch.setattr(figures, "fct_histogram", lambda *a: given.append(a[3]) or draw(*a))
+    more = ["--clean_ratio", 0.3, "--poison_ratio", 0.1]
+    assert cli("visualize_consistency.py", *words(copy), *more).code == 0
+    values = np.sort(np.loadtxt(copy / TUNED / "1_all.txt"))
+    assert given == [(values[119], values[360])]
+
+
+def test_a_class_that_d_c_lacks_is_warned_of(copy, words, cli):
+    few = cli("separate_samples.py", *words(copy), "--clean_ratio", 0.01)
+    every = cli("separate_samples.py", *words(copy), "--clean_ratio", 0.3, "--clean_per_class")
+    assert "holds no sample of some class" in few.out and "holds no sample" not in every.out
+
+
+def test_a_classifier_takes_no_extractor_of_other_samples(copy, words, cli):
+    assert cli("separate_samples.py", *words(copy), "--clean_per_class", "--overwrite").code == 0
+    before = (copy / CLASSIFIER / "ckpt_epoch_1.pth").read_bytes()
+    said = cli(
+        "ST/train_classifier.py", *words(copy), "--epochs", 2, "--batch_size", 32, "--learning_rate", 0.5, "--overwrite"
+    )
+    assert said.code == 2 and "trained with another" in said.err and "train_extractor.py" in said.err
+    assert (copy / CLASSIFIER / "ckpt_epoch_1.pth").read_bytes() == before
+
+
+def test_the_classifier_of_another_extractor_is_not_replaced_unasked(copy, words, cli):
+    more = ["--epochs", 1, "--batch_size", 128, "--trial", 3]
+    assert cli("ST/train_extractor.py", *words(copy), *more).code == 0
+    own = [*words(copy), "--epochs", 2, "--batch_size", 32, "--learning_rate", 0.5]
+    said = cli("ST/train_classifier.py", *own)  # takes the newest
+    assert (
+        said.code == 2
+        and "holds the result of --ckpt" in said.err
+        and "trial_3" in said.err
+        and "--overwrite" in said.err
+    )
+    assert cli("ST/train_classifier.py", *own, "--ckpt", copy / EXTRACTOR / "last.pth").code == 0
+
+
+def test_step_2_of_another_epoch_of_step_1_is_not_replaced_unasked(copy, words, cli):
+    own = [*words(copy), "--epochs", 2, "--batch_size", 64]
+    said = cli("finetune_attack_noTrans.py", *own, "--checkpoint_load", copy / NO_TRANS / "0.tar")
+    assert said.code == 2 and "0.tar" in said.err and "--overwrite" in said.err
+    assert cli("finetune_attack_noTrans.py", *own).code == 0

@@ -21,6 +21,7 @@ from test_bad_input import refused
 from test_pipeline import NO_TRANS, TUNED, same_weights
 
 from utils.errors import UserError
+from utils.records import DETECTION, MEASURES
 from utils.rows import PRESET_DATA, PRESETS, plan
 from utils.run import Run
 from utils.steps import Step, end_steps, run, run_apart
@@ -306,7 +307,7 @@ def test_a_record_that_is_older_than_an_option_was_made_with_its_default(cli, pi
 
     assert step("--clean_per_class").is_done() and not step("--clean_per_class", "--clean_even").is_done()
     said = cli("separate_samples.py", *words(root), "--clean_per_class", "--clean_even")
-    refused(said, "--clean_even False", "--clean_even True")
+    refused(said, "of no --clean_even, which --clean_even would replace")
     assert cli("separate_samples.py", *words(root), "--clean_per_class").code == 0
 
 
@@ -415,3 +416,20 @@ def test_the_quickstart_reaches_what_the_readme_says(tmp_path):
     assert table.loc["D-BR", "ASR"] <= 3 and table.loc["D-BR", "ACC"] >= table.loc["backdoored", "ACC"] - 3
     assert table.loc["D-ST", "ASR"] <= 5 and table.loc["D-ST", "ACC"] >= 80
     assert table.loc["D-BR", "Dp_precision"] >= 99 and table.loc["D-BR", "Dc_contamination"] <= 0.1
+
+
+def test_the_rows_of_a_result_are_the_last_epochs(tmp_path):
+    def step(name, rows):
+        (tmp_path / name).mkdir()
+        lines = [{"epoch": epoch, **dict.fromkeys(MEASURES, value)} for epoch, value in rows]
+        pd.DataFrame(lines).to_csv(tmp_path / name / "log.csv", index=False)
+        options = lambda: SimpleNamespace(log=tmp_path / name / "log.csv")  # noqa: E731
+        return SimpleNamespace(output=tmp_path / name / "x", options=options)
+
+    steps = {
+        "train_attack_withTrans": step("a", [(0, 1.0), (1, 2.0)]),
+        "separate_samples": step("b", []),
+        "unlearn_relearn": step("c", [(-1, 2.0), (0, 3.0), (1, 4.0)]),
+    }
+    (tmp_path / "b/detection.json").write_text(json.dumps(dict.fromkeys(DETECTION, 0.5)))
+    assert [row["ACC"] for row in load_script("reproduce.py").result_rows(steps)] == [2.0, 4.0]

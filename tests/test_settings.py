@@ -295,3 +295,42 @@ def test_of_d_p_the_classifier_holds_nothing_out(copy, words, monkeypatch):
     assert run_cli("ST/train_classifier.py", *words(copy), *more) == 0
     (one,) = made
     assert (one.in_clean.sum(), (~one.in_clean).sum()) == (60, 20)  # a quarter of the 80 of D_c, none of the 20 of D_p
+
+
+def test_an_extractors_rate_follows_its_schedule_to_the_end(pipeline):
+    (group,) = torch.load(pipeline / EXTRACTOR / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.5 * 0.1**3)
+
+
+def test_an_extractor_keeps_every_second_epoch(copy, words):
+    more = ["--epochs", 3, "--batch_size", 128, "--save_freq", 2, "--trial", 4]
+    assert run_cli("ST/train_extractor.py", *words(copy), *more) == 0
+    (last,) = copy.rglob("*trial_4*/last.pth")
+    assert {path.name for path in last.parent.glob("*.pth")} == {"ckpt_epoch_1.pth", "last.pth"}
+
+
+def test_cosine_epochs_is_where_the_rate_of_sd_is_zero(words, tmp_path):
+    more = ["--epochs", 1, "--batch_size", 200, "--cosine_epochs", 2, "--eval_freq", 0]
+    assert run_cli("train_attack_noTrans.py", *words(tmp_path), *more) == 0
+    (group,) = torch.load(tmp_path / NO_TRANS / "0.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.005)
+
+
+def test_a_classifier_that_goes_on_has_its_place_in_the_schedule(copy, words):
+    common = [*words(copy), "--batch_size", 32, "--learning_rate", 0.25, "--lr_decay_epochs", 2, "--epochs", 3]
+    folder = copy / CLASSIFIER.replace("lr_0.5", "lr_0.25")
+    assert run_cli("ST/train_classifier.py", *common, "--eval_freq", 0) == 0
+    whole = weights(folder / "ckpt_epoch_2.pth")
+    (folder / "ckpt_epoch_2.pth").unlink()
+    go_on = ["--checkpoint_load", folder / "ckpt_epoch_0.pth"]
+    assert run_cli("ST/train_classifier.py", *common, "--eval_freq", 0, *go_on) == 0
+    found = weights(folder / "ckpt_epoch_2.pth")
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_fct_is_in_float32_where_the_hardware_computes_in_bfloat16(copy, words, cli, monkeypatch):
+    given, plain = [], fct.compute_fct
+    monkeypatch.setattr("utils.device._computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(fct, "compute_fct", lambda *a, **more: given.append(a[3].dtype) or plain(*a, **more))
+    assert cli("calculate_consistency.py", *words(copy), "--overwrite").code == 0
+    assert given == [torch.float32]

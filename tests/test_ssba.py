@@ -1,6 +1,7 @@
 """SSBA: the bundled encoder hides its secret, differs from image to image, and its trainer learns; images made elsewhere."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,3 +176,11 @@ def test_the_record_beside_the_bundled_encoder_says_how_it_was_made():
     record = json.loads(ENCODER.with_suffix(".json").read_text())
     assert record["options"]["steps"] > 0
     assert all(part["bit_accuracy"] >= 0.95 and part["psnr_db"] >= 28 for part in record["held_out"].values())
+
+
+def test_what_is_kept_of_other_images_is_not_taken(tmp_path):
+    opt = SimpleNamespace(trigger_type="SSBA", output_root=tmp_path, dataset="cifar10")
+    for value in (1, 2):
+        images = np.full((64, 8, 8, 3), value, np.uint8)
+        kept = poisoning._kept(opt, {"encoder": "x"}, images, True, lambda images=images: images)
+        assert (kept == value).all()

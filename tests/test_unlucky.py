@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_folder
 from PIL import Image
 from test_bad_input import refused, snapshot
+from test_pipeline import WITH_TRANS
 
 from utils import files, own_data
 from utils.datasets import DATASETS
@@ -128,7 +130,7 @@ def test_a_table_of_another_seed_is_not_replaced_unasked(cli, tmp_path):
         "--output_root",
         tmp_path / "runs",
     ]
-    refused(cli(*row, "--seed", 1), "--seed None", "--seed 1", "--overwrite")
+    refused(cli(*row, "--seed", 1), "no --seed", "--seed 1", "--overwrite")
     refused(cli(*row[:2], "cpu", *row[3:]), "--preset quick", "--preset cpu")
     refused(cli(*row, "--poison_rate", 0.2), "--poison_rate None", "--poison_rate 0.2")
     assert snapshot(tmp_path) == before
@@ -281,3 +283,96 @@ def test_what_a_killed_copy_left_is_removed_by_the_next_one(tmp_path):
     with files.new_folder(tmp_path / "copy", "--write_clean") as staging:
         assert staging.name.startswith(f".copy.{files._HERE}-{os.getpid()}-")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_files_and_folders_have_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_json(tmp_path / "x.json", {})
+        with files.new_folder(tmp_path / "new", "--out"):
+            pass
+    finally:
+        os.umask(before)
+    assert [oct((tmp_path / name).stat().st_mode & 0o777) for name in ("x.json", "new")] == ["0o640", "0o750"]
+
+
+def test_of_files_that_belong_together_none_is_replaced_where_one_is_not_written(tmp_path):
+    def stopped(file):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        files.write_together({tmp_path / "a": lambda file: file.write(b"new"), tmp_path / "b": stopped})
+    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_record_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(UserError, match=r"cannot read .*Permission denied; ask for access"):
+        files.read_json(tmp_path / "options.json")
+
+
+def test_there_is_no_record_below_a_file(tmp_path):
+    (tmp_path / "a").write_text("")
+    assert files.read_json(tmp_path / "a/options.json") is None
+
+
+def test_a_step_with_its_standard_error_closed_runs(words, tmp_path):
+    command = [
+        sys.executable,
+        "train_attack_noTrans.py",
+        *map(str, words(tmp_path)),
+        "--epochs",
+        "1",
+        "--eval_freq",
+        "0",
+    ]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Checkpoints are in" in done.stdout
+
+
+def test_an_empty_test_folder_is_none(cli, tmp_path, fashion):
+    write_folder(tmp_path / "mine", fashion, train=4, test=0)
+    (tmp_path / "mine/test").mkdir(exist_ok=True)
+    shutil.rmtree(tmp_path / "mine/test")
+    (tmp_path / "mine/test").mkdir()
+    own = ["--dataset", "folder", "--data_root", tmp_path / "mine", "--model", "resnet10", "--output_root", tmp_path]
+    assert cli("train_attack_noTrans.py", *own, "--epochs", 1, "--batch_size", 20).code == 0
+
+
+def test_an_npz_without_its_arrays_tells_those_it_holds(cli, tmp_path):
+    np.savez(tmp_path / "x.npz", train_images=np.zeros((4, 32, 32, 3), np.uint8), train_labels=np.arange(4))
+    said = cli(
+        "train_attack_noTrans.py", "--dataset", "npz", "--data_root", tmp_path / "x.npz", "--output_root", tmp_path
+    )
+    refused(said, "it has no x_train, but train_images, train_labels")
+
+
+@pytest.mark.parametrize(
+    ("more", "words_of_it"),
+    [
+        (["--poison_classes", 10], "has the classes 0 to 9"),
+        (["--poison_order", ROOT / "README.md"], "is no .npy file of numbers"),
+    ],
+)
+def test_what_step_5_cannot_take_it_refuses_before_it_computes(more, words_of_it, copy, words, cli):
+    said = cli("separate_samples.py", *words(copy), "--trans1", "crop", *more)
+    refused(said, words_of_it)
+    assert "computing them" not in said.out and "allow_pickle" not in said.err
+
+
+def test_tables_of_a_folder_without_records_are_not_written(cli, tmp_path):
+    refused(cli("tools/make_tables.py", "--results", tmp_path), "holds no record of a cell", "reproduce.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_br_step_2_with_other_ratios_names_the_option_that_keeps_both(copy, words, cli):
+    for step in ("separate_samples.py", "unlearn_relearn.py"):
+        more = (
+            ["--epochs", 1, "--batch_size", 8, "--checkpoint_load", copy / WITH_TRANS / "1.tar"] if "un" in step else []
+        )
+        said = cli(step, *words(copy), "--clean_ratio", 0.3, *more)
+    refused(said, "--clean_ratio 0.3", "or another --checkpoint_save")

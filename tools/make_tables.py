@@ -262,6 +262,11 @@ def main(argv=None):
     documents = {path: read_text(path, f"git checkout {path.name}") for path in opt.readme or []}
     texts, tex = {}, []
     shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))
+    if not any(len(lines) for _, lines, _ in shown_tables) and not shown_ablations:
+        raise UserError(
+            f"{shown(opt.results)} holds no record of a cell; make one with: python reproduce.py --table cifar10 --out "
+            f"{shown(opt.results)}"
+        )
     for table, _, rows in shown_tables:
         texts[table] = markdown(table, rows)
         tex.append(latex(table, rows))

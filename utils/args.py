@@ -370,6 +370,8 @@ def check(opt, base=None):
             raise UserError(f"--clean_ratio {opt.clean_ratio} and --{name} {ratio} overlap: their sum is above 1")
     if getattr(opt, "trans1", None) == "auto" and opt.trans2 not in ("affine", "none"):
         raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
+    if getattr(opt, "trans1", None) == "none" == opt.trans2:
+        raise UserError("--trans1 none --trans2 none change no image, so that every FCT is zero; name one that does")
     for name in ("data_root", "output_root"):
         if hasattr(opt, name):
             setattr(opt, name, getattr(opt, name).absolute())

@@ -52,6 +52,8 @@ def run_script(main):
     processes that torchrun started, the first alone prints."""
     name = Path(sys.argv[0]).name
     several = processes_wanted() > 1
+    if sys.stderr is None:  # closed by what started this; tqdm would write to it
+        sys.stderr = at_exit.enter_context(open(os.devnull, "w"))  # noqa: SIM115, as below
     follows, aloud = several and int(os.environ.get("RANK", "0")) > 0, sys.stderr
     if follows:
         silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
@@ -88,6 +90,11 @@ def run_script(main):
         _print_no_more()
         sys.exit(141)
     except OSError as error:
+        if isinstance(error, PermissionError) and error.filename:
+            print(
+                f"{name}: error: cannot use {error.filename}: {error.strerror}; ask for access to it", file=sys.stderr
+            )
+            sys.exit(2)
         if error.errno not in FULL or error.filename:
             raise
         _print_no_more()

@@ -160,6 +160,11 @@ def sd_checkpoint(opt):
     return require_file(path, command), command
 
 
+def beside_checkpoint(opt):
+    """The option that chooses the folder of what step 3 writes: beside the checkpoint."""
+    return "--checkpoint_load" if opt.checkpoint_load else "--output_root"
+
+
 def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     """FCT of the poisoned training set, float32 (N,): the values that step 3 saved for this checkpoint and these
     options, else computed. Raises `UserError` for a checkpoint that does not fit the options or the data."""

@@ -43,9 +43,8 @@ def make_folder(folder, option="--output_root"):
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to the folder {folder}: {error.strerror}; choose another with {option}"
-        ) from None
+        reason = "a file, or a link to nothing, has this name" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"cannot write to the folder {folder}: {reason}; choose another with {option}") from None
     return folder
 
 
@@ -322,8 +321,10 @@ def read_json(path):
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; ask for access to it") from None
     except (OSError, ValueError, RecursionError) as error:  # bad bytes and malformed JSON are ValueErrors too
         raise UserError(
             f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"

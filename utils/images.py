@@ -80,7 +80,8 @@ def list_images(folder):
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files, labels = [], []
     for label, name in enumerate(names):
-        place = folder / name / "images" if (folder / name / "images").is_dir() else folder / name
+        inner = folder / name / "images"
+        place = inner if os.path.isdir(inner) else folder / name
         inside = sorted(file for file in os.listdir(place) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
         found = [os.path.join(place, file) for file in inside]
         if not found:

@@ -40,10 +40,16 @@ def made_with(record, opt):
 def conflict(found, wanted, names):
     """Where two settings (dicts) differ in one of ``names``: both of them as a user would type them, at most three options each; else
     None. What ``found`` does not tell of agrees."""
+
+    def typed(name, value):
+        return (
+            f"no --{name}" if value is None or value is False else f"--{name}" if value is True else f"--{name} {value}"
+        )
+
     differ = [name for name in names if found.get(name, wanted[name]) != wanted[name]][:3]
     if not differ:
         return None
-    return tuple(" ".join(f"--{name} {values[name]}" for name in differ) for values in (found, wanted))
+    return tuple(" ".join(typed(name, values[name]) for name in differ) for values in (found, wanted))
 
 
 @lru_cache
@@ -142,10 +148,11 @@ def verify(folder):
         for kind in ("inputs", "outputs"):
             for name, digest in content[kind].items():
                 path = record.parent / name
-                if path.is_file() and sha256(path) == digest:
+                there = os.path.isfile(path)  # not in a folder that may not be entered either
+                if there and sha256(path) == digest:
                     whole.add(os.path.normpath(path))
                     pending += [path] if path.suffix == ".json" and _is_manifest(path) else []
-                elif path.is_file():
+                elif there:
                     wrong.append(f"{shown(path)} is not what {shown(record)} tells of")
                 elif kind == "outputs":
                     wrong.append(f"{shown(path)}, an output in {shown(record)}, is missing")

@@ -114,8 +114,8 @@ def tell_left_out(root, places, parts):
     if others:
         named = ", ".join(os.path.relpath(file, root) for file in sorted(others)[:3])
         named += ", ..." if len(others) > 3 else ""
-        print(f"Note: {len(others)} files are left out, for they are no images by their names, or do not lie in "
-              f"<class>/ or <class>/images/ as the others of their class do: {named}")  # fmt: skip
+        print(f"Note: {len(others)} files are left out, for they are no images by their names, lie in a hidden folder (.name), or "
+              f"not in <class>/ or <class>/images/ as the others of their class do: {named}")  # fmt: skip
 
 
 def _load_folder(root, spec, strict, image_size, cache):
@@ -127,7 +127,7 @@ def _load_folder(root, spec, strict, image_size, cache):
     try:
         parts = {"train": list_images(root / "train")}
         classes = parts["train"][2]
-        place = next((root / split for split in ("test", "val") if (root / split).is_dir()), None)
+        place = next((root / split for split in ("test", "val") if _has_something(root / split)), None)
         if place:
             parts["test"] = _in_classes(list_images(place), classes, place)
     except OSError as error:
@@ -149,6 +149,10 @@ def _load_folder(root, spec, strict, image_size, cache):
         arrays |= {"test_images": StreamedImages([], size), "test_labels": np.empty(0, dtype=np.int64)}
     spec = _finish(spec, size, classes)
     return Dataset("folder", spec, classes, source=os.fspath(root), skipped=tuple(skipped), **arrays)
+
+
+def _has_something(folder):
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _in_classes(part, classes, place):
@@ -246,7 +250,11 @@ def _load_npz(path, spec, image_size):
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            splits = ["train", "test"] if {"x_test.npy", "y_test.npy"} & set(archive.namelist()) else ["train"]
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+        splits = ["train", "test"] if {"x_test", "y_test"} & set(held) else ["train"]
+        missing = [f"{kind}_{split}" for split in splits for kind in "xy" if f"{kind}_{split}" not in held]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}, but {', '.join(held[:6]) or 'nothing'}")
         for split in splits:
             arrays[split] = load_npz(path, (f"x_{split}", f"y_{split}"), ARRAY_LIMIT)
             _check(split, *arrays[split])

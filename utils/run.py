@@ -40,15 +40,17 @@ from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
 
-def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, option="--output_root", **more):
+def claim(
+    record, opt, continues=False, names=IDENTITY, ignored=(), log=None, option="--output_root", settle=None, **more
+):
     """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
     to replace the work of other settings unless ``--overwrite`` is given.
 
     Args:
         record: where the step keeps its options; opt: the options; continues: whether the run goes on from a checkpoint
         of the same step, so that only ``names`` must agree; ignored: options that change no result of this step;
-        log: the step's CSV where it keeps one; option: the one that chooses the folder; more: settings that the record keeps beside
-        the options.
+        log: the step's CSV where it keeps one; option: the one that chooses the folder; settle: called with both settings (dicts), to
+        make equal what means the same; more: settings that the record keeps beside the options.
 
     Raises:
         UserError: for a folder that cannot be written, is being written by another run, or holds other work.
@@ -71,6 +73,8 @@ def claim(record, opt, continues=False, names=IDENTITY, ignored=(), log=None, op
     if DATASETS[opt.dataset].own:
         names = [*names, "data_root"]  # which then says whose data it is
     found = made_with(earlier, opt) | {name: earlier[name] for name in more if name in earlier}
+    if settle:
+        settle(found, wanted)
     others = sorted(wanted.keys() - NEUTRAL - set(ignored) - set(names))
     compared = names if continues else [*names, *others, *more]
     wanted |= more
@@ -136,15 +140,17 @@ class Run:
         opt: the options; step: the script's name without ``.py``; record: path of the claimed JSON, see `claim`;
         digest: of the poisoned indices, or None; inputs: paths of the files that the step builds on; data: what
         `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; beside: files besides the checkpoint that
-        may be there, such as that of the best epoch so far; names, more: see `claim`.
+        may be there, such as that of the best epoch so far; names, option, more: see `claim`.
     """
 
-    def __init__(self, opt, step, record, digest, *, inputs=(), data=None, log=None, beside=(), names=IDENTITY, **more):
+    def __init__(
+        self, opt, step, record, digest, *, inputs=(), data=None, log=None, beside=(), names=IDENTITY, option="--output_root", **more
+    ):  # fmt: skip
         self.opt, self.step, self.digest, self.data, self.more = opt, step, digest, data, more
         self.inputs = {path: sha256(path) for path in inputs}
         self.record, self.log, self.names = record, log or record.with_name("log.csv"), names
         self.history, self.outputs, self.beside = [], {}, list(beside)
-        self.staging = None
+        self.option, self.staging = option, None
         self._writer = self._writing = None
         self.started, self.finished = time.perf_counter(), 0
 
@@ -153,7 +159,7 @@ class Run:
         with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
         if not leads():
             return first
-        claim(self.record, self.opt, path is not None, self.names, log=self.log, **self.more)
+        claim(self.record, self.opt, path is not None, self.names, log=self.log, option=self.option, **self.more)
         if path and not path.exists():  # what an interrupted run had left to do was to put it in its place
             path = self.record.parent / path.name
         staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}

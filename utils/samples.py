@@ -115,8 +115,8 @@ def load_order(path, count, command):
     """
     try:
         order = np.load(require_file(path, command), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{shown(path)} is no .npy file of numbers ({error}); it is made with: {command}") from None
+    except (ValueError, OSError, EOFError):
+        raise UserError(f"{shown(path)} is no .npy file of numbers; it is made with: {command}") from None
     if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
         held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"
         raise UserError(
