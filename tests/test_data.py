@@ -87,16 +87,17 @@ def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch
         load_dataset("cifar10", tmp_path)
 
 
-def test_a_folder_that_torchvision_made_before_failing_is_removed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "kind", "made"), [("cifar10", "CIFAR10", "."), ("gtsrb", "GTSRB", "gtsrb")])
+def test_a_folder_that_torchvision_made_before_failing_is_removed(name, kind, made, tmp_path, monkeypatch):
     import torchvision
 
-    def fail(root, train, download):
-        root.mkdir()
+    def fail(root, **_):
+        (root / made).mkdir(parents=True)
         raise RuntimeError("Error downloading")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    monkeypatch.setattr(torchvision.datasets, kind, fail)
     with pytest.raises(UserError, match="could not be downloaded"):
-        load_dataset("cifar10", tmp_path)
+        load_dataset(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

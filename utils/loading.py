@@ -104,7 +104,7 @@ def _load_torchvision(name, folder, spec):
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     made = []
     try:
-        made += [place for place in (folder, *folder.parents) if not place.exists()]
+        made += [place for place in (folder / name, folder, *folder.parents) if not place.exists()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of an alignment that old torchvision files carry
             if name == "gtsrb":
