@@ -77,8 +77,8 @@ def main(argv=None):
             row.update(evaluate(model, tests, batches.normalize, runtime))
         run.finish_epoch(epoch, row, [folder / f"{epoch}.tar"], model, optimizer, schedule)
         if row["zeros"] > COLLAPSED:
-            print("The features are collapsing: FCT is exactly zero for so many per cent (zeros) of some training images. An earlier "
-                  "epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
+            print(f"The features are collapsing: FCT is exactly zero for {row['zeros']:.1f} % of the training images looked at. An "
+                  "earlier epoch's checkpoint may separate better; compare them with calculate_consistency.py")  # fmt: skip
     run.complete()
     print(f"Checkpoints are in {shown(folder)}")
 

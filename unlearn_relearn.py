@@ -137,7 +137,7 @@ def main(argv=None):
         model = build_model(opt.model, opt.dataset, spec.num_classes, spec.size)
         load_weights(model, checkpoint["model"], path)
     network = runtime.place(model)
-    model = prepare(network, opt, runtime, to_relearn, unused=plain)  # some have auxiliary outputs
+    model = prepare(network, opt, runtime, to_relearn, unused=plain and network.has_auxiliary)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
     beside = [*places.results, *([places.of_validation] if opt.val_ratio else [])]

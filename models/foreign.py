@@ -17,11 +17,11 @@ PRECISIONS = ("float16", "bfloat16", "float32", "float64")  # of the weights in 
 
 class Foreign(nn.Module):
     """A classifier of torchvision whose ``forward`` maps float (N, 3, H, W) to logits (N, K) in training as well, where
-    some of them give auxiliary logits beside."""
+    some of them give auxiliary logits beside (``has_auxiliary``), whose weights then have no part in the loss."""
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network, self.has_auxiliary = network, bool(getattr(network, "aux_logits", False))
 
     def forward(self, x):
         result = self.network(x)
