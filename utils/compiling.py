@@ -60,7 +60,7 @@ def _choosing(network, plain, fast, count):
     return call
 
 
-class Step:
+class PlainStep:
     """What training does with one batch: forward, loss, backward, optimizer, and the sums of the epoch on the device.
 
     Args:
@@ -98,12 +98,12 @@ class Step:
 
 
 class GraphedStep:
-    """A `Step` that after a few batches is recorded as one CUDA graph, which from then on stands for it: one launch a batch
+    """A `PlainStep` that after a few batches is recorded as one CUDA graph, which from then on stands for it: one launch a batch
     in the place of some five hundred. Batches of another size go through the step itself, and so do all where it cannot be
     recorded, which is said in one line.
 
     Args:
-        step: a `Step`; size: samples of a whole batch.
+        step: a `PlainStep`; size: samples of a whole batch.
     """
 
     WARM = 3  # batches before: they choose cuDNN's algorithms and make the optimizer's buffers
@@ -177,9 +177,9 @@ class GraphedStep:
 
 
 def step_of(model, objective, optimizer, runtime, size):
-    """The `Step` of a training, a `GraphedStep` where `engine.prepare` gave the model ``graphs``, a dict to keep them in from
+    """The `PlainStep` of a training, a `GraphedStep` where `engine.prepare` gave the model ``graphs``, a dict to keep them in from
     one epoch to the next."""
-    step = Step(model, objective, optimizer, runtime)
+    step = PlainStep(model, objective, optimizer, runtime)
     graphs = getattr(model, "graphs", None)
     if graphs is None:
         return step
