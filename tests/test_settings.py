@@ -303,7 +303,7 @@ def test_an_extractors_rate_follows_its_schedule_to_the_end(pipeline):
 
 
 def test_an_extractor_keeps_every_second_epoch(copy, words):
-    more = ["--epochs", 3, "--batch_size", 128, "--save_freq", 2, "--trial", 4]
+    more = ["--epochs", 2, "--batch_size", 128, "--save_freq", 2, "--trial", 4]
     assert run_cli("ST/train_extractor.py", *words(copy), *more) == 0
     (last,) = copy.rglob("*trial_4*/last.pth")
     assert {path.name for path in last.parent.glob("*.pth")} == {"ckpt_epoch_1.pth", "last.pth"}
