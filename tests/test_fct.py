@@ -421,7 +421,7 @@ def test_two_groups_with_a_shallow_valley_are_one_and_gamma_p_is_certain():
     rng = np.random.default_rng(0)
 
     def values(distance):
-        return np.exp(np.r_[rng.normal(0, 1, 20000), rng.normal(distance, 1, 20000)]).astype(np.float32)
+        return np.exp(np.r_[rng.normal(0, 1, 4000), rng.normal(distance, 1, 4000)]).astype(np.float32)
 
     assert gammas_of_distribution(values(2.5)) is None
     # Of two equal normal distributions the upper one is nine times as likely ln(9) / 5 above the middle.

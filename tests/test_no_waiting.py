@@ -69,9 +69,9 @@ def meta(monkeypatch):
 
 RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
 TRAININGS = {  # script: samples a batch, its other options
-    "train_attack_noTrans.py": (2, []),
+    "train_attack_noTrans.py": (5, []),
     "finetune_attack_noTrans.py": (64, ["--checkpoint_load", f"{NO_TRANS}/1.tar"]),
-    "train_attack_withTrans.py": (2, []),
+    "train_attack_withTrans.py": (5, []),
     "unlearn_relearn.py": (16, [*RATIOS, "--checkpoint_load", f"{WITH_TRANS}/1.tar"]),
     "ST/train_extractor.py": (64, [*RATIOS, "--cosine", "--samples", SAMPLES]),
     "ST/train_classifier.py": (32, [*RATIOS, "--samples", SAMPLES, "--ckpt", f"{EXTRACTOR}/last.pth"]),
