@@ -348,12 +348,21 @@ def test_a_further_class_is_a_target_from_half_of_the_highest_score_on(values, t
 # Whether there is a backdoor at all
 
 
-class Colours(torch.nn.Module):
-    """Says which of four colours an image has on the whole; with a backdoor, class 0 of any that has white lower right."""
+COLOURS = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
 
-    def __init__(self, colours, backdoor):
+
+def coloured(rng, count, side):
+    """Images uint8 (count, side, side, 3), each of one of `COLOURS` and noise, and their labels."""
+    labels = np.arange(count) % 4
+    return (COLOURS[labels][:, None, None] + rng.integers(-50, 50, (count, side, side, 3))).astype(np.uint8), labels
+
+
+class Colours(torch.nn.Module):
+    """Says which of `COLOURS` an image has on the whole; with a backdoor, class 0 of any that has white lower right."""
+
+    def __init__(self, backdoor):
         super().__init__()
-        self.colours, self.backdoor = colours / 255, backdoor
+        self.colours, self.backdoor = torch.from_numpy(COLOURS).float() / 255, backdoor
 
     def features(self, x):
         return self.forward(x).clamp(-100, 100)
@@ -372,15 +381,13 @@ FOUR = SimpleNamespace(num_classes=4, mean=(0, 0, 0), std=(1, 1, 1))
 @pytest.mark.parametrize("of_class", [0, 2])
 def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(backdoor, of_class):
     rng = np.random.default_rng(0)
-    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
-    labels = np.arange(600) % 4
-    images = (colours[labels][:, None, None] + rng.integers(-50, 50, (600, 16, 16, 3))).astype(np.uint8)
+    images, labels = coloured(rng, 600, 16)
     chosen = np.flatnonzero(labels != of_class)[:60]
     images[chosen, -2:, -2:] = 255
     labels[chosen] = of_class
     fct = rng.random(600).astype(np.float32)
     fct[chosen] += 1
-    model = Colours(torch.from_numpy(colours).float(), backdoor)
+    model = Colours(backdoor)
     best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
     if backdoor and of_class == 0:
         assert best["label"] == 0 and best["score"] > 0.9 and "has a backdoor whose target is class 0 (a) " in words
@@ -397,25 +404,20 @@ def test_a_backdoor_that_the_network_has_is_seen_and_one_that_it_lacks_is_not(ba
 def test_the_group_of_a_backdoor_is_named_among_all_samples_where_some_are_drawn(monkeypatch):
     monkeypatch.setattr(audit, "DRAWN", 300)
     rng = np.random.default_rng(0)
-    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
-    labels = np.arange(600) % 4
-    images = (colours[labels][:, None, None] + rng.integers(-50, 50, (600, 16, 16, 3))).astype(np.uint8)
+    images, labels = coloured(rng, 600, 16)
     chosen = np.flatnonzero(labels != 0)[-120:]
     images[chosen, -2:, -2:] = 255
     labels[chosen] = 0
     fct = rng.random(600).astype(np.float32)
     fct[chosen] += 1
-    model = Colours(torch.from_numpy(colours).float(), True)
+    model = Colours(True)
     best, _, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
     assert best["score"] > 0.9 and set(np.flatnonzero(order >= 0)) == set(chosen)
 
 
 def test_the_surest_have_the_highest_probability_and_both_ends_of_the_line_apart_are_tried():
-    colours = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
-    labels = np.arange(200) % 4
-    noise = np.random.default_rng(0).integers(-50, 50, (200, 8, 8, 3))
-    images = (colours[labels][:, None, None] + noise).astype(np.uint8)
-    model = Colours(torch.from_numpy(colours).float(), False).eval()
+    images, labels = coloured(np.random.default_rng(0), 200, 8)
+    model = Colours(False).eval()
     known = dict.fromkeys(audit.TAUS, np.zeros(200, np.float32))
     found = audit.suspicion(model, images, labels, FOUR, CPU, 0, known)
     logits = model(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)

@@ -336,8 +336,7 @@ def test_a_step_with_its_standard_error_closed_runs(words, tmp_path):
 
 def test_an_empty_test_folder_is_none(cli, tmp_path, fashion):
     write_folder(tmp_path / "mine", fashion, train=4, test=0)
-    (tmp_path / "mine/test").mkdir(exist_ok=True)
-    shutil.rmtree(tmp_path / "mine/test")
+    shutil.rmtree(tmp_path / "mine/test")  # with an empty folder a class
     (tmp_path / "mine/test").mkdir()
     own = ["--dataset", "folder", "--data_root", tmp_path / "mine", "--model", "resnet10", "--output_root", tmp_path]
     assert cli("train_attack_noTrans.py", *own, "--epochs", 1, "--batch_size", 20).code == 0

@@ -42,9 +42,9 @@ def conflict(found, wanted, names):
     None. What ``found`` does not tell of agrees."""
 
     def typed(name, value):
-        return (
-            f"no --{name}" if value is None or value is False else f"--{name}" if value is True else f"--{name} {value}"
-        )
+        if value is None or isinstance(value, bool):
+            return f"--{name}" if value else f"no --{name}"
+        return f"--{name} {value}"
 
     differ = [name for name in names if found.get(name, wanted[name]) != wanted[name]][:3]
     if not differ:
