@@ -19,7 +19,7 @@ import pandas as pd
 from models import MODELS
 from utils import args
 from utils.errors import UserError, run_script
-from utils.fct import fct_path, load_fct
+from utils.fct import fct_path, load_fct, zeros_of
 from utils.figures import draw_histogram, save_figure
 from utils.files import make_folder, read_table, write_rows
 from utils.metrics import detection_quality
@@ -93,7 +93,7 @@ def measures(resolved, places, norms):
         quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
         per_class = quality["Dc_per_class"]
         lines.append({
-            "epoch": epoch, "feature_norm": norms.get(epoch), "zeros": 100 * float((fct == 0).mean()),
+            "epoch": epoch, "feature_norm": norms.get(epoch), "zeros": zeros_of(fct),
             "FCT_clean": float(np.median(fct[poisoned.is_clean])), "FCT_poisoned": float(np.median(fct[~poisoned.is_clean])),
             **{name: quality[name] for name in DETECTION[:4]}, "Dc_smallest_class": min(per_class), "Dc_largest_class": max(per_class),
         })  # fmt: skip

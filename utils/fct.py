@@ -98,13 +98,18 @@ def _fct_of_rows(model, held, rows, runtime, normalize, drawn_taus, batch_size):
     return tuple(gather(torch.cat(parts), len(rows)).cpu().numpy() for parts in (fct, norms))
 
 
+def zeros_of(fct):
+    """Per cent of FCT, float32 (N,), that is exactly zero."""
+    return 100 * float((fct == 0).mean())
+
+
 def zeros_of_some(model, images, spec, runtime, seed, batch_size, some=512):
     """How far the features have collapsed: per cent of ``some`` training images, drawn by the seed, whose FCT under the paper's tau, in
     float32, is exactly zero. Arguments otherwise as of `compute_fct`; ``images`` are all of the training set."""
     rows = np.sort(generator(seed, "watched").permutation(len(images))[:some])
     exact = replace(runtime, dtype=torch.float32)
     fct, _ = compute_fct(model, rows_of(images, rows), spec, exact, seed=seed, batch_size=batch_size, indices=rows)
-    return 100 * float((fct == 0).mean())
+    return zeros_of(fct)
 
 
 def near_a_gamma(fct, reach=0.01):
@@ -201,7 +206,7 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     fct, norms = compute_fct(model, poisoned.images, dataset.spec, runtime, seed=opt.seed, **options)
     if not np.isfinite(fct).all():
         raise UserError(f"{path}: FCT is not finite for {(~np.isfinite(fct)).sum()} samples; use an earlier checkpoint")
-    zeros, norm = 100 * float((fct == 0).mean()), float(norms.mean())
+    zeros, norm = zeros_of(fct), float(norms.mean())
     print(f"FCT of {len(fct)} samples: median {np.median(fct):.4g}, largest {fct.max():.4g}, "
           f"exactly zero {zeros:.2f} %; mean feature norm {norm:.4g}")  # fmt: skip
     if zeros > COLLAPSED:
