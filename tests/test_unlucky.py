@@ -285,6 +285,15 @@ def test_what_a_killed_copy_left_is_removed_by_the_next_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_without_the_locks_of_a_unix_no_process_is_asked_whether_it_lives(tmp_path, monkeypatch):
+    """Signal 0, which asks that elsewhere, is Ctrl-C to the whole console on Windows."""
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files.os, "kill", lambda pid, number: pytest.fail("a signal was sent"))
+    (tmp_path / f".old.{files._HERE}-{os.getpid()}-abc.tmp").touch()
+    files.write_json(tmp_path / "x.json", {})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_files_and_folders_have_the_rights_that_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:

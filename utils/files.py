@@ -164,6 +164,8 @@ def sweep(folder):
 
 
 def _alive(pid):
+    if fcntl is None:  # Windows, where signal 0 is Ctrl-C to every process of the console
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
