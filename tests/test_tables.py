@@ -222,11 +222,12 @@ def test_every_variant_changes_its_defences_commands(cli, tmp_path):
             assert last not in base
 
 
-def test_variants_that_begin_alike_share_an_extractor(cli, tmp_path):
+@pytest.mark.parametrize(("positives", "first"), [("authors", "authors_mask"), ("unsuspected", "unsuspected")])
+def test_variants_that_begin_alike_share_an_extractor(positives, first, cli, tmp_path):
     words = ["--table", "cifar10", "--rows", "CL", "--defences", "D-ST", "--output_root", tmp_path, "--dry_run"]
-    said = cli("reproduce.py", *words, "--ablations", "authors_mask", "authors_bounded", "bounded").out
+    said = cli("reproduce.py", *words, "--ablations", first, f"{positives}_bounded", "bounded").out
     extractors = [line for line in said.splitlines() if "ST/train_extractor.py" in line]
-    assert ["--positives authors" in line for line in extractors] == [True, False]
+    assert [f"--positives {positives}" in line for line in extractors] == [True, False]
     assert said.count("ST/train_classifier.py") == said.count("ST/test.py") == 3
 
 

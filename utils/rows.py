@@ -144,6 +144,7 @@ VARIANTS = {
         "authors_mask": {"train_extractor": "--positives authors"},
         "unsuspected": {"train_extractor": "--positives unsuspected"},
         "authors_bounded": {"train_extractor": "--positives authors", "train_classifier": "--ascent_bound 10"},
+        "unsuspected_bounded": {"train_extractor": "--positives unsuspected", "train_classifier": "--ascent_bound 10"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
         "likeness": {"samples": "likeness"},
