@@ -20,7 +20,7 @@ from utils.fct import (
 )
 from utils.files import sha256
 from utils.metrics import auroc
-from utils.paths import shown
+from utils.paths import python, quoted, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.separation import ratio_of
@@ -58,8 +58,9 @@ def main(argv=None):
             f"{count} samples of the class are like those that show it. To take these as D_p, in place of FCT (not in the paper), "
             f"with the same --poison_ratio in the steps after it:"
         )
-        print(f"  python separate_samples.py {args.attack_arguments(opt)}{args.tau_arguments(vars(opt))} "
-              f"--poison_alike --poison_ratio {ratio_of(count, len(order))} --checkpoint_load {shown(path)}")  # fmt: skip
+        options = f"{args.attack_arguments(opt)}{args.fct_arguments(vars(opt))}"
+        print(f"  {python('separate_samples.py')} {options} --poison_alike --poison_ratio {ratio_of(count, len(order))} "
+              f"--checkpoint_load {quoted(path)}")  # fmt: skip
     if poisoned.is_clean is not None:
         print(f"AUROC of FCT (by the ground truth, for evaluation only): {auroc(fct, ~poisoned.is_clean):.6f}")
     print(f"The values are in {shown(fct_path(path, 'all.txt'))}")

@@ -4,13 +4,15 @@
 command of step 5 that uses them; writes them to <epoch>_gamma.json beside the checkpoint.
 """
 
+from types import SimpleNamespace
+
 from utils import args
 from utils.checkpoints import refuse_other
 from utils.errors import run_script
 from utils.fct import fct_path, load_fct, sd_path
 from utils.files import read_record
 from utils.manifest import write_options
-from utils.paths import shown
+from utils.paths import python, quoted, shown
 from utils.separation import gammas_of_distribution, gammas_of_ratios
 
 
@@ -33,13 +35,13 @@ def get_parser():
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
     path, _ = sd_path(opt)  # step 4 needs its FCT alone, not the checkpoint
-    command = f"python calculate_consistency.py {args.attack_arguments(opt)}"
+    command = f"{python('calculate_consistency.py')} {args.attack_arguments(opt)}"
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
     if not opt.checkpoint_load:  # a path that is given says which values are meant; the authors' README gives it alone
         refuse_other(record.get("options", {}), opt, shown(values))
     # The document gives step 4 the checkpoint alone; step 5 needs the options too.
     made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt
-    fct = load_fct(path, f"{command} --checkpoint_load {shown(path)}")
+    fct = load_fct(path, f"{command} --checkpoint_load {quoted(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     found, clean_ratio, poison_ratio = {"gamma_low": low, "gamma_high": high}, opt.clean_ratio, opt.poison_ratio
     proposal = gammas_of_distribution(fct) if opt.auto else None
@@ -52,15 +54,16 @@ def main(argv=None):
               f"clean_ratio {clean_ratio}, poison_ratio {poison_ratio}")  # fmt: skip
     elif opt.auto:
         print("The values fall into no two groups, so those of the ratios stay")
-    write_options(fct_path(path, "gamma.json"), opt, step="calculate_gamma", inputs=[values], **found)
+    recorded = SimpleNamespace(**vars(opt) | vars(made_with))
+    write_options(fct_path(path, "gamma.json"), recorded, step="calculate_gamma", inputs=[values], **found)
     print(f"gamma_low {low!r}")
     print(f"gamma_high {high!r}")
     print(
         f"{(fct <= low).sum()} of {len(fct)} samples have FCT <= gamma_low, {(fct >= high).sum()} have FCT >= gamma_high"
     )
-    options = f"{args.attack_arguments(made_with)}{args.tau_arguments(record.get('options', {}))}"
-    print(f"Next: python separate_samples.py {options} --clean_ratio {clean_ratio} --poison_ratio {poison_ratio} "
-          f"--gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {shown(path)}")  # fmt: skip
+    options = f"{args.attack_arguments(made_with)}{args.fct_arguments(record.get('options', {}))}"
+    print(f"Next: {python('separate_samples.py')} {options} --clean_ratio {clean_ratio} --poison_ratio {poison_ratio} "
+          f"--gamma_low {low!r} --gamma_high {high!r} --checkpoint_load {quoted(path)}")  # fmt: skip
 
 
 if __name__ == "__main__":

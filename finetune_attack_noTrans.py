@@ -18,7 +18,7 @@ from utils.errors import UserError, run_script
 from utils.fct import COLLAPSED, zeros_of_some
 from utils.losses import intra_class
 from utils.metrics import evaluate
-from utils.paths import backdoored_folder, shown
+from utils.paths import backdoored_folder, python, shown
 from utils.poisoning import poison_training_set
 from utils.run import Run
 
@@ -42,7 +42,7 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python {BEFORE}.py {args.attack_arguments(opt)} --epochs 2"
+    command = f"{python(f'{BEFORE}.py')} {args.attack_arguments(opt)} --epochs 2"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans"), 2, command)
     checkpoint = load_checkpoint(path, opt, command, [BEFORE, STEP])
 

@@ -15,7 +15,7 @@ from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, settle_fct_prec
 from utils.files import json_writer, sha256, write_together
 from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
-from utils.paths import separated_folder, shown
+from utils.paths import python, quoted, separated_folder, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.samples import load_order, sample_writers
@@ -93,8 +93,8 @@ def found_alike(path, opt, dataset):
     Raises:
         UserError: where step 3 was not run on this checkpoint with these options, or its files were changed.
     """
-    tau = args.tau_arguments(vars(opt))
-    command = f"python calculate_consistency.py {args.attack_arguments(opt)}{tau} --checkpoint_load {shown(path)}"
+    options = f"{args.attack_arguments(opt)}{args.fct_arguments(vars(opt))}"
+    command = f"{python('calculate_consistency.py')} {options} --checkpoint_load {quoted(path)}"
     source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
     record = step_3_record(path, opt, dataset.record)
     if record and order.name not in record.get("outputs", {}):
@@ -128,23 +128,21 @@ def main(argv=None):
     high = high if opt.gamma_high is None else opt.gamma_high
     labels = poisoned.labels if opt.clean_per_class else None
     flags = separate(fct, low, high, opt.clean_ratio, opt.poison_ratio, opt.seed, labels, opt.clean_even)
-    by, order, from_value = "FCT", fct, high
-    if opt.poison_order:
-        by, order = shown(opt.poison_order), own_order
+    poison_rule = f"FCT >= {high:g}"
     if opt.poison_classes or opt.poison_order:
-        classes = opt.poison_classes or range(known)
-        among = of_classes(poisoned.labels, classes, opt.poison_ratio)
+        among = of_classes(poisoned.labels, opt.poison_classes or range(known), opt.poison_ratio)
+        order, by = (own_order, shown(opt.poison_order)) if opt.poison_order else (fct, "FCT")
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
-        from_value = float(order[flags == POISON].min())
+        poison_rule = f"{by} >= {order[flags == POISON].min():g}"
     alike = found_alike(path, opt, dataset) if opt.poison_alike else None
     if alike is not None:
-        by = f"{int(alike.sum())} alike, and FCT"
         flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)
-        from_value = float(fct[flags == POISON].min())
+        rest = fct[(flags == POISON) & ~alike]
+        poison_rule = f"{alike.sum()} alike" + (f", {len(rest)} of FCT >= {rest.min():g}" if len(rest) else "")
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
-    rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
+    clean_rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
-    print(f"D_c {sizes[0]} ({rule}), D_p {sizes[1]} ({by} >= {from_value:g}), D_u {sizes[2]}")
+    print(f"D_c {sizes[0]} ({clean_rule}), D_p {sizes[1]} ({poison_rule}), D_u {sizes[2]}")
     print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
         print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")

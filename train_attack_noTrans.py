@@ -15,7 +15,7 @@ from utils.errors import run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
-from utils.paths import backdoored_folder, shown
+from utils.paths import backdoored_folder, python, shown
 from utils.poisoning import poison_training_set
 from utils.run import Run
 
@@ -40,7 +40,7 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python {STEP}.py {args.attack_arguments(opt)}"
+    command = f"{python(f'{STEP}.py')} {args.attack_arguments(opt)}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP]) if opt.checkpoint_load else None
 
     dataset = args.load_data(opt)

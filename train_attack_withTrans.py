@@ -15,7 +15,7 @@ from utils.errors import UserError, run_script
 from utils.figures import sample_sheet
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
-from utils.paths import backdoored_folder, shown
+from utils.paths import backdoored_folder, python, shown
 from utils.poisoning import poison_training_set
 from utils.run import Run
 from utils.transforms import CropFlip
@@ -43,7 +43,7 @@ def train(opt, runtime, step, weight_decay, start_from=None):
         opt: the options; runtime: a `device.Runtime`; step: name of the script; weight_decay: of SGD;
         start_from: called with the new network to give it other weights than random ones, or None.
     """
-    command = f"python {step}.py {args.attack_arguments(opt)}"
+    command = f"{python(f'{step}.py')} {args.attack_arguments(opt)}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [step]) if opt.checkpoint_load else None
 
     dataset = args.load_data(opt)

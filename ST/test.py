@@ -18,7 +18,7 @@ from utils.errors import UserError, run_script
 from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import evaluate
-from utils.paths import secure_folder, shown
+from utils.paths import python, quoted, secure_folder, shown
 from utils.weights import load_weights
 
 
@@ -40,12 +40,12 @@ def get_parser():
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     more = args.secure_arguments(opt)
-    commands = [f"python ST/train_extractor.py {more} --cosine", f"python ST/train_classifier.py {more}"]
+    commands = [f"{python('ST/train_extractor.py')} {more} --cosine", f"{python('ST/train_classifier.py')} {more}"]
     extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0])
     classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
-    again = f"{commands[1]} --ckpt {shown(extractor_path)} --overwrite; or give its own extractor by --model_ckpt"
+    again = f"{commands[1]} --ckpt {quoted(extractor_path)} --overwrite; or give its own extractor by --model_ckpt"
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)

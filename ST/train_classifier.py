@@ -25,8 +25,8 @@ from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import run_script
-from utils.metrics import evaluate
-from utils.paths import secure_folder, shown
+from utils.metrics import evaluate, say_selection
+from utils.paths import python, secure_folder, shown
 from utils.run import Run
 from utils.samples import images_of, load_samples, sample_files
 from utils.separation import CLEAN, POISON
@@ -82,10 +82,10 @@ def run_name(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python ST/{BEFORE}.py {args.secure_arguments(opt)} --cosine"
+    command = f"{python(f'ST/{BEFORE}.py')} {args.secure_arguments(opt)} --cosine"
     path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
     of_extractor = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)
-    own, load = f"python ST/{STEP}.py {args.secure_arguments(opt)}", opt.checkpoint_load
+    own, load = f"{python(f'ST/{STEP}.py')} {args.secure_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
@@ -136,6 +136,7 @@ def main(argv=None):
     if held_out:
         epoch = best_epoch(run.history, "val_acc_Dc")
         print(f"The held-out samples choose epoch {epoch + 1}: {shown(folder / f'ckpt_epoch_{epoch}.pth')}")
+    say_selection(run.history, "ACC", lambda row: row["ACC"])
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -23,7 +23,7 @@ from utils.checkpoints import SECURE_IDENTITY, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.paths import secure_folder, shown
+from utils.paths import python, secure_folder, shown
 from utils.run import Run
 from utils.samples import images_of, load_samples, sample_files
 from utils.separation import CLEAN, POISON, UNCERTAIN
@@ -102,7 +102,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.cosine and opt.lr_decay_epochs:
         raise UserError("--lr_decay_epochs has no use with --cosine; leave one out")
-    command = f"python ST/{STEP}.py {args.secure_arguments(opt)} --cosine"
+    command = f"{python(f'ST/{STEP}.py')} {args.secure_arguments(opt)} --cosine"
     load = opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, command, [STEP], SECURE_IDENTITY) if load else None
     sets = [CLEAN, UNCERTAIN, POISON]

@@ -173,7 +173,7 @@ def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
 
     step_3_found(None)
     none = run()
-    assert none.code == 0 and "saw no backdoor" in none.out
+    assert none.code == 0 and "saw no backdoor" in none.out and f"D_p 40 (FCT >= {np.sort(fct)[-40]:g})" in none.out
     by_fct = set(sorted(range(400), key=lambda i: fct[i])[-40:])
     assert len(sets()[1] - by_fct) == 0 == len(by_fct) - 40
     lowest = np.argsort(fct)  # the most harmless of all are alike here
@@ -182,7 +182,9 @@ def test_d_p_of_what_is_alike_and_then_of_the_highest_fct(cli, words, copy):
         values[lowest[:alike]] = 0.5
         step_3_found(values)
         result = run()
-        assert result.code == 0 and f"{alike} alike" in result.out, result.err
+        rest = np.sort(fct[lowest[alike:]])[alike - 40 :]  # what D_p is short of 40
+        by_fct = f", {40 - alike} of FCT >= {rest.min():g}" if alike < 40 else ""
+        assert result.code == 0 and f"({alike} alike{by_fct})" in result.out, result.out + result.err
         expected, rest = set(lowest[:alike].tolist()), [int(i) for i in lowest[alike:]]
         while len(expected) < 40:
             expected.add(rest.pop())

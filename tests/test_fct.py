@@ -18,7 +18,17 @@ from utils.loading import load_dataset
 from utils.metrics import auroc
 from utils.paths import ROOT
 from utils.seeding import generator
-from utils.separation import gammas_of_distribution, gammas_of_ratios, ratio_of, separate, set_sizes, share_of
+from utils.separation import (
+    CLEAN,
+    POISON,
+    gammas_of_distribution,
+    gammas_of_ratios,
+    ratio_of,
+    separate,
+    set_sizes,
+    share_of,
+    two_groups,
+)
 from utils.transforms import Tau
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -426,3 +436,15 @@ def test_two_groups_with_a_shallow_valley_are_one_and_gamma_p_is_certain():
     assert gammas_of_distribution(values(2.5)) is None
     # Of two equal normal distributions the upper one is nine times as likely ln(9) / 5 above the middle.
     assert np.log(gammas_of_distribution(values(5))["gamma_high"]) == pytest.approx(2.5 + np.log(9) / 5, abs=0.1)
+
+
+def test_values_most_of_which_are_equal_have_no_two_groups():
+    for count in (4, 60):  # above every quantile lie four values, or none
+        values = np.r_[np.full(100 - count, 0.1), np.full(count, 0.2)].astype(np.float32)
+        assert two_groups(np.log(values).astype(np.float64))[1] is None and gammas_of_distribution(values) is None
+
+
+def test_gamma_low_does_not_count_where_every_label_gives_its_share():
+    fct, labels = np.arange(100.0), np.arange(100) % 10
+    flags = separate(fct, 39.0, 30.0, 0.4, 0.05, 0, labels)
+    assert (flags == POISON).sum() == 70 and (flags == CLEAN).sum() == 30

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
-        (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must be different files"),
+        (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must have different names"),
         (unlearn(cli, place, "--log", root / "w.csv", load="wrapped.pth"), "do not fit this network"),
         (unlearn(cli, place, load="mixed.pth"), "are float16 and float32; convert"),
         (unlearn(cli, place, "--log", root / "w.csv", load="meta.pth"), "they have no dense values in features"),

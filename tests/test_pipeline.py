@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -96,6 +100,24 @@ def test_gamma_prints_values_that_separate_samples_takes(copy, words, cli):
     given = ["--gamma_low", gammas["gamma_low"], "--gamma_high", gammas["gamma_high"], "--batch_size", 1]
     assert cli("separate_samples.py", *words(copy), *given).code == 0
     assert before == {name: (copy / SAMPLES / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_command_that_step_4_prints_separates_by_its_values(precision, pipeline, words, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    root = tmp_path / "my runs"
+    shutil.copytree(pipeline, root, copy_function=os.link)
+    more = ["--trans1", "flip", "--trans2", "none", "--precision", precision, "--overwrite"]
+    assert cli("calculate_consistency.py", *words(root), *more).code == 0
+    place = root / TUNED
+    said = cli("calculate_gamma.py", "--clean_ratio", 0.3, "--poison_ratio", 0.05, "--checkpoint_load", place / "1.tar")
+    (command,) = [line for line in said.out.splitlines() if line.startswith("Next: ")]
+    program, script, *options = shlex.split(command.removeprefix("Next: "))
+    assert (program, script) == ("python", "separate_samples.py")
+    done = cli(script, *options)
+    assert done.code == 0 and "computing them" not in done.out, done.err
+    kept = json.loads((place / "1_gamma.json").read_text())["options"]  # what the values are of, and the ratios
+    assert (kept["model"], kept["output_root"], kept["clean_ratio"]) == ("resnet10", str(root), 0.3)
 
 
 def test_separated_samples_are_plain_arrays_that_together_are_the_training_set(pipeline):
@@ -254,6 +276,28 @@ def test_steps_of_st_run_from_their_own_folder_and_default_paths_are_printed(pip
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Using ") == 2 and "ACC_paper" in done.stdout
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "ST", ROOT / "results", Path("/")], ids=str)
+def test_a_command_in_a_message_runs_in_the_folder_it_is_given_in(folder, monkeypatch, tmp_path, cli, words):
+    monkeypatch.chdir(folder)
+    for step, before in (
+        ("ST/train_classifier.py", "ST/train_extractor.py"),
+        ("ST/train_extractor.py", "separate_samples.py"),
+    ):
+        said = cli(step, *words(tmp_path))
+        script = re.search(r"python (\S+\.py)", said.err)[1]
+        assert said.code == 2 and Path(script).resolve() == ROOT / before, said.err
+
+
+def test_the_classifier_tells_the_papers_selection_beside_the_last_epoch(copy, words, cli):
+    said = cli(
+        "ST/train_classifier.py", *words(copy), "--epochs", 3, "--batch_size", 32, "--learning_rate", 0.5, "--overwrite"
+    )
+    log = pd.read_csv(next((copy / "ST/save").rglob("Linear_*/log.csv")))
+    best = log["ACC"].idxmax()
+    assert said.code == 0 and f"Last epoch (3): ACC {log['ACC'].iloc[-1]:.2f}" in said.out
+    assert f"selection, by ACC on the test set ({best + 1}): ACC {log['ACC'][best]:.2f}" in said.out
 
 
 def test_the_documents_commands_are_understood():

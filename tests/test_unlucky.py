@@ -1,5 +1,7 @@
 """What happens to users through no malice: odd files of their own, places that cannot be written, commands that do not go together."""
 
+import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -11,17 +13,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_folder
+import torch
+from conftest import ROOT, load_script, write_folder
 from PIL import Image
 from test_bad_input import refused, snapshot
 from test_pipeline import WITH_TRANS
 
 from utils import files, own_data
 from utils.datasets import DATASETS
-from utils.errors import UserError
+from utils.errors import UserError, run_script
+from utils.figures import sample_sheet
 from utils.files import atomic_write
 from utils.images import decode
 from utils.loading import load_dataset
+from utils.poisoning import poison_training_set
 from utils.records import MEASURES, read_figures, read_log
 
 
@@ -97,6 +102,55 @@ def test_the_log_of_another_run_is_not_replaced_unasked(cli, words, pipeline, tm
     assert snapshot(tmp_path) == before
     assert cli(*step, "--checkpoint_save", tmp_path / "b.tar", "--log", tmp_path / "b.csv").code == 0
     assert cli(*step, "--checkpoint_save", tmp_path / "a.tar").code == 0  # its own
+
+
+def test_a_model_and_a_log_of_one_name_in_two_folders_are_refused(cli, words, pipeline, tmp_path):
+    places = ["--checkpoint_save", tmp_path / "models/run1", "--log", tmp_path / "logs/run1"]
+    refused(
+        cli("unlearn_relearn.py", *words(pipeline), *places), "must have different names"
+    )  # they share one till they are complete
+    assert not os.listdir(tmp_path)
+
+
+def test_the_log_that_another_run_took_over_is_not_removed_with_the_earlier_result(cli, words, pipeline, tmp_path):
+    step = ["unlearn_relearn.py", *words(pipeline), "--epochs", 1, "--batch_size", 16]
+    for more in (["a.tar"], ["b.tar", "--lr", 0.01, "--overwrite"], ["a.tar", "--log", tmp_path / "a.csv"]):
+        said = cli(*step, "--checkpoint_save", tmp_path / more[0], *more[1:])
+        assert said.code == 0, said.err
+    assert "is replaced" in said.out and "removed" not in said.out
+    named = json.loads((tmp_path / "b.json").read_text())["outputs"]["unlearn_purify.csv"]
+    assert files.sha256(tmp_path / "unlearn_purify.csv") == named
+    assert {"a.csv", "a.tar", "b.tar"} <= {*os.listdir(tmp_path)}
+
+
+def test_a_model_in_the_place_of_the_one_that_is_chosen_is_not_replaced_unasked(cli, words, pipeline, tmp_path):
+    step = ["unlearn_relearn.py", *words(pipeline), "--epochs", 1, "--batch_size", 16]
+    assert cli(*step, "--checkpoint_save", tmp_path / "m_val.tar", "--log", tmp_path / "a.csv").code == 0
+    before = snapshot(tmp_path)
+    others = ["--checkpoint_save", tmp_path / "m.tar", "--log", tmp_path / "b.csv", "--val_ratio", 0.2]
+    refused(cli(*step, *others), "m_val.tar is of the run that", "--checkpoint_save")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_for_the_log_names_its_option(cli, words, pipeline, tmp_path):
+    before = snapshot(pipeline)
+    said = cli("unlearn_relearn.py", *words(pipeline), "--epochs", 1, "--batch_size", 16, "--overwrite", "--checkpoint_save",
+               tmp_path / "a.tar", "--log", "/proc/nowhere/a.csv")  # fmt: skip
+    refused(said, "/proc/nowhere", "choose another with --log")
+    assert snapshot(pipeline) == before
+
+
+def test_too_little_memory_of_the_cpu_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: torch.empty(1 << 46))  # 256 TiB
+    refused(SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err), "out of memory", "--batch_size")
+
+
+def test_a_class_named_like_a_formula_is_drawn(fashion, tmp_path):
+    opt = load_script("train_attack_noTrans.py").get_parser().parse_args(["--dataset", "fashion"])
+    odd = dataclasses.replace(fashion, classes=["$^$", *fashion.classes[1:]])
+    sample_sheet(tmp_path / "a.png", odd, poison_training_set(odd, opt), opt)
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_a_picture_of_no_format_is_refused(cli, tmp_path):

@@ -324,13 +324,13 @@ def add_fct_options(parser):
     parser.add_argument("--checkpoint_load", type=file, help="checkpoint of step 2 (or 1); default: step 2's last")
 
 
-def tau_arguments(options):
-    """The options of tau as the user would type them, for commands: those in ``options`` (dict) that are not the default."""
-    return "".join(
-        f" --{name} {shlex.quote(str(options[name]))}"
-        for name, value in TAU_DEFAULTS.items()
-        if options.get(name, value) != value
-    )
+def fct_arguments(options):
+    """What decides FCT beside the attack, as the user would type it, for commands: tau and ``--precision`` where they are in
+    ``options`` (dict) and not the default."""
+    given = {name: options[name] for name, default in TAU_DEFAULTS.items() if options.get(name, default) != default}
+    if options.get("precision") == "bfloat16":  # auto is float32 there
+        given["precision"] = "bfloat16"
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def check(opt, base=None):

@@ -12,18 +12,18 @@ from utils.errors import first_line
 LONG = 8_000_000
 
 
-def compiled(network, setting, runtime, count, size, images):
+def compiled(network, setting, runtime, count, size, total):
     """Compile a network's ``forward`` and ``features`` in place for whole training batches; evaluation, and a smaller last
     batch, go through the network as it is.
 
     Args:
         network: on its device; setting: auto (on CUDA, for a long run), on or off; runtime: a `device.Runtime`; count: images
-        of a whole batch, all views counted; size: side of an image in pixels; images: how many the run trains on in all.
+        of a whole batch, all views counted; size: side of an image in pixels; total: how many images the run trains on in all.
 
     Returns:
         The network. Where compiling fails it stays as it was, which is said in one line.
     """
-    if setting == "off" or (setting == "auto" and (runtime.device.type != "cuda" or images < LONG)):
+    if setting == "off" or (setting == "auto" and (runtime.device.type != "cuda" or total < LONG)):
         return network
     started = time.perf_counter()
     try:  # on a copy, so that no weight or batch statistic is touched

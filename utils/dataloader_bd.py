@@ -118,8 +118,8 @@ def workers_that_fit(workers, held, splits, change):
         place = os.statvfs("/dev/shm")
     except (OSError, AttributeError):  # another system than Linux
         return workers
-    views = 4 * len(change.tables) if isinstance(change, Views) else 1  # bytes a value, at most
-    batch = max(map(len, splits), default=0) * math.prod(held.shape[1:]) * views
+    width = 4 * len(change.tables) if isinstance(change, Views) else 1  # bytes a value, at most
+    batch = max(map(len, splits), default=0) * math.prod(held.shape[1:]) * width
     fit = place.f_bavail * place.f_frsize // max(1, 3 * batch)  # two that wait, and one that is made
     if fit < workers:
         _tell_once(

@@ -15,9 +15,9 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
 
     Args:
         model: the network; the caller puts it into training mode.
-        batches: a `dataloader_bd.Batches`.
+        batches: a `dataloader_bd.Batches`; epoch: its number from 0, which decides order and augmentation.
         objective: ``(model, inputs, labels)`` -> ``(loss, sums)``; with ``batches.extra``, that too.
-        optimizer: of the weights to train.
+        optimizer: of the weights to train; runtime: a `device.Runtime`.
         title: what the progress bar says.
         before_batch: called with the number of the batch, e.g. to set the learning rate.
 
@@ -49,12 +49,12 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
 
 
 def prepare(network, opt, runtime, batches, unused=False):
-    """A network, on its device, as it is trained: compiled, and its step a CUDA graph, where ``--compile`` says so, and shared
+    """A network, on its device, as it is trained: compiled, and its step a CUDA graph, where ``opt.compile`` says so, and shared
     by the processes of torchrun. ``batches``: the `dataloader_bd.Batches` it is trained on; unused: whether the loss leaves
     some weights without a gradient."""
     if world() == 1:
-        whole, images = batches.batch_size * batches.views, opt.epochs * len(batches.labels) * batches.views
-        network = compiled(network, opt.compile, runtime, whole, batches.images.shape[2], images)
+        whole, total = batches.batch_size * batches.views, opt.epochs * len(batches.labels) * batches.views
+        network = compiled(network, opt.compile, runtime, whole, batches.images.shape[2], total)
         if runtime.device.type == "cuda" and opt.compile != "off":
             network.graphs = {}
     return parallel(network, runtime, unused)
@@ -63,15 +63,15 @@ def prepare(network, opt, runtime, batches, unused=False):
 WATCH_EVERY = 50  # batches
 
 
-def _refuse_bad_numbers(step, seen, title, batches):
-    """Stop a training whose sums have gone bad, after ``seen`` of an epoch's ``batches``. The device is waited for: the CPU after
+def _refuse_bad_numbers(step, done, title, batches):
+    """Stop a training whose sums have gone bad, after ``done`` of an epoch's ``batches``. The device is waited for: the CPU after
     every batch, others at the end of the epoch, and where images are streamed now and then, or else those of many batches
     would lie ready in pinned memory."""
     every = 1 if step.finite.device.type == "cpu" else WATCH_EVERY if batches.streamed else len(batches)
-    if seen % every and seen < len(batches):
+    if done % every and done < len(batches):
         return
     finite = step.finite.item()
-    if finite < seen:
+    if finite < done:
         names = [name for name, value in step.totals.items() if not torch.isfinite(value)]
         raise UserError(
             f"{', '.join(names)} is not finite in {title}, batch {finite + 1} of {len(batches)}; nothing "

@@ -79,9 +79,12 @@ def run_script(main):
             print(f"{name}: error: process {os.environ['RANK']}: {' '.join(str(error).split())}", file=aloud)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):
-        print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
+        _say_out_of_memory(name)
         sys.exit(2)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for the memory of the CPU
+            _say_out_of_memory(name)
+            sys.exit(2)
         if not (several and any(word in str(error) for word in LOST)):
             raise
         print(f"{name}: error: another process has ended, see what it said; what was saved is whole", file=sys.stderr)
@@ -107,6 +110,10 @@ def run_script(main):
         sys.exit(130)
     finally:
         at_exit.close()
+
+
+def _say_out_of_memory(name):
+    print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
 
 
 def first_line(error):

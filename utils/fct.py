@@ -18,7 +18,7 @@ from utils.errors import UserError, require_file
 from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
 from utils.images import rows_of
 from utils.manifest import anew, as_written, is_other, of_other_data, write_options
-from utils.paths import backdoored_folder, shown
+from utils.paths import backdoored_folder, python, shown
 from utils.progress import progress
 from utils.seeding import generator
 from utils.transforms import Tau
@@ -155,7 +155,7 @@ def combine(fct):
 
 def sd_path(opt):
     """Path of the checkpoint that SD steps 3 to 5 look at, ``--checkpoint_load`` or step 2's last, and the command making it."""
-    command = f"python finetune_attack_noTrans.py {args.attack_arguments(opt)} --epochs 10"
+    command = f"{python('finetune_attack_noTrans.py')} {args.attack_arguments(opt)} --epochs 10"
     return opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "noTrans_ftsimi"), 10, command), command
 
 
@@ -297,5 +297,5 @@ def _saved_fct(path, opt, dataset, count):
     record = step_3_record(path, opt, dataset.record)
     if not record or not as_written(record, fct_path(path, "all.txt")):
         return None
-    fct = load_fct(path, "python calculate_consistency.py")
+    fct = load_fct(path, python("calculate_consistency.py"))
     return fct if len(fct) == count else None

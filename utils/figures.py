@@ -57,7 +57,7 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
         for column, axis in enumerate(line):
             if column < len(rows) and kind in ("clean", "poisoned"):
                 label = (poisoned.true_labels if kind == "clean" else poisoned.labels)[rows[column]]
-                axis.set_title(dataset.classes[label], fontsize=8)
+                axis.set_title(plain(dataset.classes[label]), fontsize=8)
         line[0].set_ylabel(kind, fontsize=9)
     attack = f"{opt.dataset}, {opt.trigger_type}, {opt.target_type}"
     count = f"{(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned"

@@ -60,7 +60,7 @@ class StreamedImages:
         return StreamedImages(self.files[rows], self.size)
 
     def names(self):
-        """Class folder, name and size in bytes of every file, a line each, as bytes."""
+        """The folder it lies in, name and size in bytes of every file, a line each, as bytes."""
         lines = ("{1}/{2} {0}".format(os.path.getsize(file), *file.split(os.sep)[-2:]) for file in self.files)
         return "\n".join(lines).encode(errors="surrogateescape")
 

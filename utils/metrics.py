@@ -75,6 +75,24 @@ def evaluate(classify, tests, normalize, runtime):
     return result
 
 
+def say_selection(history, words, score):
+    """Print the last epoch and the one that the authors would keep, which they choose on the test set (README: measures).
+
+    Args:
+        history: the rows of a log (list of dicts); words: what it is chosen by; score: that, of a row; the highest is chosen.
+
+    Returns:
+        bool: whether there was something to print: rows with all measures, so an attack and test images.
+    """
+    rows = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
+    if not rows or not all(row.keys() >= {*MEASURES} for row in (*rows, history[-1])):
+        return False
+    kinds = {"Last epoch": history[-1], f"The paper's selection, by {words} on the test set": max(rows, key=score)}
+    for name, row in kinds.items():
+        print(f"{name} ({row['epoch'] + 1}): {', '.join(f'{key} {row[key]:.2f}' for key in MEASURES)}")
+    return True
+
+
 def auroc(scores, positive):
     """Area under the ROC curve of ``scores`` (float (N,)) for ``positive`` (bool (N,)); ties count one half."""
     ranks = pd.Series(scores).rank().to_numpy()  # of equal values their mean

@@ -69,8 +69,19 @@ def shown(path):
         return os.fspath(path)
 
 
+def quoted(path):
+    """`shown`, as a word of a command."""
+    return shlex.quote(shown(path))
+
+
+def python(script):
+    """The words that run a ``script`` (its path in the repository) from the current folder, which is ST/ for some."""
+    inside = Path.cwd().is_relative_to(ROOT)
+    return f"python {shlex.quote(os.path.relpath(ROOT / script)) if inside else quoted(ROOT / script)}"
+
+
 def typed(path):
-    """A path as a user would type it in the folder of the repository, where the commands run."""
+    """A path as a user would type it in the folder of the repository, where reproduce.py and the audit run theirs."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -82,5 +93,5 @@ def arguments(opt, always, others):
         value = getattr(opt, name)
         if name in always or value != defaults.get(name):
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(shlex.quote(shown(one) if isinstance(one, Path) else str(one)) for one in values)]
+            words += [f"--{name}", *(quoted(one) if isinstance(one, Path) else shlex.quote(str(one)) for one in values)]
     return " ".join(words)

@@ -9,8 +9,8 @@ from utils import args
 from utils.checkpoints import fitting, latest_checkpoint
 from utils.errors import UserError
 from utils.files import load_tensors, read_record
-from utils.metrics import MEASURES
-from utils.paths import backdoored_folder, shown
+from utils.metrics import say_selection
+from utils.paths import backdoored_folder, python, shown
 from utils.validation import best_epoch
 
 STEP = "unlearn_relearn"
@@ -28,7 +28,7 @@ def load_start(opt):
         UserError: where it is missing, damaged or of other options, or an option does not go with it.
     """
     step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
-    command = f"python {step_before}.py {args.attack_arguments(opt)} --epochs {epochs}"
+    command = f"{python(f'{step_before}.py')} {args.attack_arguments(opt)} --epochs {epochs}"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
     content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)
     if is_state_dict(content):
@@ -75,10 +75,12 @@ def places_of(opt, path, resumed, plain):
 
     Returns:
         A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
-        result and chosen_result (their state dicts), and results (those of these two that are written: for a plain one).
+        result and chosen_result (their state dicts), results (those of these two that are written: for a plain one), and written (all
+        that is written but the record).
 
     Raises:
-        UserError: where two of them are the same file, or one is a folder.
+        UserError: where two of them have the same name, under which a run keeps them until it is complete, one is what is loaded, or
+        one is a folder.
     """
     own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
     save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
@@ -88,20 +90,19 @@ def places_of(opt, path, resumed, plain):
     of_validation = save.with_name(f"{save.stem}_val.tar")
     chosen_result = of_validation.with_suffix(".pth")
     results = [result, chosen_result][: 1 + bool(opt.val_ratio)] if plain else []
-    files = [save, log, record, *results]
-    if opt.val_ratio:
-        files.append(of_validation)
-    if not resumed:
-        files.append(path)
-    if len({file.absolute() for file in files}) < len(files):
+    written = [save, log, *results, *([of_validation] if opt.val_ratio else [])]
+    files = [record, *written]
+    onto_itself = not resumed and path.absolute() in {file.absolute() for file in files}
+    if onto_itself or len({file.name for file in files}) < len(files):
         raise UserError(
-            f"the model {save}, its record {record.name}, the log {log} and what is loaded must be different files"
+            f"the model {save}, its record {record.name} and the log {log} must have different names, and not be what is loaded"
         )
     for file in (save, log, record, result):
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
     return SimpleNamespace(
-        save=save, log=log, record=record, of_validation=of_validation, result=result, chosen_result=chosen_result, results=results
+        save=save, log=log, record=record, of_validation=of_validation, result=result, chosen_result=chosen_result, results=results,
+        written=written,
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def refuse_to_replace(places, loaded):
         except UserError:  # some other file
             return False
 
-    for file in (places.log, places.save, *places.results):
+    for file in places.written:
         if not file.is_file() or file.absolute() == loaded.absolute():
             continue
         option = "--log" if file == places.log else "--checkpoint_save"
@@ -160,11 +161,5 @@ def refuse_lost_choice(file, name, history, path):
 def summarise(history):
     """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
     measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
-    if measured and all(row.keys() >= {*MEASURES} for row in (*measured, history[-1])):
-        best = max(measured, key=lambda row: row["ACC_paper"] - row["ASR"])
-        shown_rows = [("Last epoch", history[-1]), ("The paper's selection, by ACC - ASR on the test set", best)]
-        for name, row in shown_rows:
-            figures = ", ".join(f"{key} {row[key]:.2f}" for key in MEASURES)
-            print(f"{name} ({row['epoch'] + 1}): {figures}")
-    elif measured:
+    if not say_selection(history, "ACC - ASR", lambda row: row["ACC_paper"] - row["ASR"]) and measured:
         print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")

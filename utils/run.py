@@ -35,7 +35,7 @@ from utils.files import (
     write_json,
     write_together,
 )
-from utils.manifest import conflict, made_with, manifest, plain_options
+from utils.manifest import as_written, conflict, made_with, manifest, plain_options
 from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
@@ -60,8 +60,8 @@ def claim(
     make_folder(record.parent, option)
     hold_lock(record, option)
     if log:
-        make_folder(log.parent)
-        hold_lock(log)
+        make_folder(log.parent, "--log")
+        hold_lock(log, "--log")
     sweep(record.parent)
     if _complete(unfinished_folder(record) / record.name):
         print(f"Finishing what an interrupted run had left to do in {shown(record.parent)}")
@@ -113,7 +113,9 @@ def _replace(record, log):
         if file.name != record.name and not file.name.startswith("."):
             _move(file, log if log and file.name == log.name else record.parent / file.name)
     names = [name for name in earlier.get("outputs", {}) if name not in outputs and Path(name).name == name]
-    stale = [name for name in names if (record.parent / name).is_file()]
+    stale = [
+        name for name in names if as_written(earlier, record.parent / name)
+    ]  # not what another run has put there since
     for name in stale:
         (record.parent / name).unlink()
     _move(staging / record.name, record)  # last: until then all this would be done again

@@ -9,7 +9,7 @@ from utils.checkpoints import IDENTITY, refuse_other
 from utils.errors import UserError, require_file
 from utils.files import array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
-from utils.paths import samples_folder, shown
+from utils.paths import python, samples_folder, shown
 from utils.poisoning import poison_training_set
 from utils.separation import CLEAN, POISON, UNCERTAIN
 
@@ -56,7 +56,7 @@ def load_samples(opt, spec, flags):
     names = [name for name in IDENTITY if name != "model"] if getattr(opt, "samples", None) else IDENTITY
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
-    command = f"python separate_samples.py {args.attack_arguments(opt)} {ratios}"
+    command = f"{python('separate_samples.py')} {args.attack_arguments(opt)} {ratios}"
     record = read_record(require_file(folder / "options.json", command))
     refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", names)
     again = anew(record, "separate_samples.py", command)

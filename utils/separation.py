@@ -57,9 +57,9 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
         int64 (N,): `CLEAN` for D_c, `UNCERTAIN` for D_u, `POISON` for D_p.
 
     Raises:
-        UserError: where gamma_low is above gamma_high, or D_c or D_p is empty.
+        UserError: where gamma_low, which counts without labels alone, is above gamma_high, or D_c or D_p is empty.
     """
-    if gamma_low > gamma_high:
+    if labels is None and gamma_low > gamma_high:
         raise UserError(f"--gamma_low {gamma_low} is above --gamma_high {gamma_high}")
     n_clean, n_poison = set_sizes(len(fct), clean_ratio, poison_ratio)
     n_clean = _with_ties((fct < gamma_low).sum(), (fct == gamma_low).sum(), n_clean)
@@ -171,9 +171,13 @@ def two_groups(values, certainty=0.9):
 
     Returns:
         (the lower mean; the smallest value above it that belongs to the upper one with this ``certainty``, or None; how low the
-        density falls between the means, as a share of that at the lower one of them).
+        density falls between the means, as a share of that at the lower one of them, infinite where so many values are equal that
+        no two were fitted).
     """
-    share, mean, deviation = _two_normals(values)
+    fitted = _two_normals(values)
+    if fitted is None:
+        return float(values.mean()), None, np.inf
+    share, mean, deviation = fitted
     total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
     line = np.linspace(mean[0], values.max(), 800)
     density = _densities(line, share, mean, deviation)
@@ -187,7 +191,8 @@ def _densities(values, share, mean, deviation):
 
 def _two_normals(values, rounds=200):
     """Expectation maximisation from four starts, which split at quantiles; the likeliest end. Shares, means (ascending) and
-    deviations, float (2,) each; a deviation is at least a tenth of that of all values, so that none falls onto a point."""
+    deviations, float (2,) each; a deviation is at least a tenth of that of all values, so that none falls onto a point. None where
+    fewer than five values lie above each of the quantiles, for the others are equal."""
     least = 0.1 * values.std()
     best = (-np.inf, None)
     for quantile in (0.5, 0.8, 0.93, 0.98):
