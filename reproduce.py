@@ -33,7 +33,7 @@ from utils.device import choose_runtime
 from utils.errors import UserError, refuse_several_processes, run_script
 from utils.files import bytes_writer, make_folder, read_json, read_record, write_rows, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
-from utils.paths import ROOT, attack_and_ratios, shown
+from utils.paths import ROOT, attack_and_ratios, python, quoted, shown
 from utils.records import (
     DETECTION,
     LAST,
@@ -135,8 +135,8 @@ def result_rows(steps):
     """One dict a model: ACC, ACC_paper, ASR, R_ACC, and beside the defences how well SD detected; percentages but AUROC."""
     measures = list(MEASURES)
     rows = [{"model": "backdoored", **read_log(trained_step(steps)).iloc[-1][measures]}]
-    detection = detected_by(steps, DETECTION[:4])
-    detected = {name: detection[name] for name in DETECTION[:4]}
+    detection = detected_by(steps, DETECTION[1:4])
+    detected = {name: detection.get(name) for name in DETECTION[:4]}  # AUROC is None where every sample is poisoned
     if "unlearn_relearn" in steps:
         result = read_log(steps["unlearn_relearn"], unlearning_log(steps)).iloc[-1]
         rows.append({"model": "D-BR", **result[measures], **detected})
@@ -159,6 +159,8 @@ def cells_of(opt):
         raise UserError(f"--scale {scale} is for the tables of cifar10 and cifar100; imagenet has --scale paper alone")
     defences = opt.defences or (DEFENCES[:1] if opt.table == "imagenet" else DEFENCES)
     root, cells = opt.output_root or ROOT / "runs", []
+    if opt.poison_rate == args.ATTACK_DEFAULTS["poison_rate"]:  # the tables' own
+        opt.poison_rate = None
     rate = [] if opt.poison_rate is None else [f"rate_{opt.poison_rate}"]
     setting = [
         *rate,
@@ -220,8 +222,8 @@ def run_table(opt):
         for cell, steps, resolved in plans:
             _run_cell(cell, steps, resolved, table, stop)
     collect(table.with_suffix(""), table)  # a run that was killed may have left a record out
-    place = "" if table.parent == ROOT / "results" else f" --results {shown(table.parent)}"
-    print(f"The table is {shown(table)}; beside the paper's: python tools/make_tables.py{place}")
+    place = "" if table.parent == ROOT / "results" else f" --results {quoted(table.parent)}"
+    print(f"The table is {shown(table)}; beside the paper's: {python('tools/make_tables.py')}{place}")
 
 
 def _name_of(cell):

@@ -1,6 +1,7 @@
 """Every trigger and target type through the command line; CIFAR-100 through every step; the gallery."""
 
 import math
+import shlex
 import subprocess
 import sys
 
@@ -90,7 +91,7 @@ def test_the_gallery_shows_every_trigger(cli, tmp_path):
 
 
 def test_a_pipe_that_closes_early_leaves_no_traceback(tmp_path):
-    command = f"{sys.executable} reproduce.py --dry_run --output_root {tmp_path} | head -1"
+    command = shlex.join([sys.executable, "reproduce.py", "--dry_run", "--output_root", str(tmp_path)]) + " | head -1"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.startswith("python train_attack_noTrans.py ") and "Traceback" not in result.stderr
 
@@ -166,7 +167,9 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline, mon
     ratios = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--auto",
                  "--poison_ratios", 0.02, 0.1, "--out", tmp_path / "taus")  # fmt: skip
     assert ratios.code == 0, ratios.err
-    table = pd.read_csv(path).set_index(["tau", "ratios"])
+    names = ["", "_every_2", "_poison_ratios_0.02_0.1_auto"]  # none has replaced another
+    assert {file.name for file in path.parent.iterdir()} == {f"{path.stem}{more}.csv" for more in names}
+    table = pd.read_csv(path.with_stem(path.stem + names[-1])).set_index(["tau", "ratios"])
     assert len(table) == 3 * 9
     of_flip = table.loc["flip"]
     assert of_flip.loc["0.2 0.02", "Dp_size"] == 8 and of_flip.loc["0.2 0.1", "Dp_size"] == 40

@@ -28,7 +28,9 @@ def benchmark():
 
 
 def work(benchmark, images=64):
-    opt = SimpleNamespace(images=images, quick=True, batch_size=32, model="resnet10")
+    opt = SimpleNamespace(
+        images=images, quick=True, batch_size=32, model="resnet10", precision="float32", compile="off"
+    )
     return benchmark.Work(opt, CPU)
 
 
@@ -49,7 +51,10 @@ def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchm
     np.testing.assert_allclose(table["ratio"], table["plain_s"] / table["ours_s"], rtol=1e-3)
     assert (table["ratio_least"] <= table["ratio_most"]).all()
     np.testing.assert_allclose(table["images_per_s"], 64 / table["ours_s"], rtol=1e-3)
-    assert table["peak_rss_mb"].between(100, 20_000).all() and table["peak_gpu_mb"].isna().all()
+    memory = table["peak_rss_mb"]
+    assert (memory.between(100, 20_000) | memory.isna()).all() and table[
+        "peak_gpu_mb"
+    ].isna().all()  # NaN where the system does not tell
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert table.set_index("stage").loc["separation", "ratio"] > 5  # it computes nothing again
 
@@ -87,6 +92,25 @@ def test_both_paths_have_the_same_loss_and_gradients(benchmark):
     torch.testing.assert_close(*losses)
     for one, two in zip(own.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", ["training epoch", "L_intra epoch", "FCT", "unlearn + relearn epoch", "evaluation"])
+def test_both_paths_see_as_many_images(benchmark, stage, monkeypatch):
+    task, seen = work(benchmark), {False: 0, True: 0}
+    make = task.network
+
+    def counted(plain):
+        def count(layer, inputs):
+            seen[plain] += len(inputs[0])
+
+        network = make(plain)
+        network.conv1.register_forward_pre_hook(count)
+        return network
+
+    monkeypatch.setattr(task, "network", counted)
+    for run in benchmark.STAGES[stage](task):
+        run()
+    assert seen[False] == seen[True] == 64 * (2 if stage in ("FCT", "evaluation") else 1)
 
 
 def test_both_paths_normalise_alike(benchmark):

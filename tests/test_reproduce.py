@@ -261,6 +261,7 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     step.needs, step.digest = [], "a" * 64  # of a training set that took the place of the one it was trained on
     assert not step.is_done() and step.interrupted_at() is None
     step.needs, step.digest = [SimpleNamespace(output=source)], None
+    opt.overwrite = True  # which replaces what is of other settings, and begins nothing anew
     monkeypatch.setattr(Run, "finish_epoch", interrupt)
     with pytest.raises(UserError, match="code 130"):
         again(step)
@@ -433,3 +434,6 @@ def test_the_rows_of_a_result_are_the_last_epochs(tmp_path):
     }
     (tmp_path / "b/detection.json").write_text(json.dumps(dict.fromkeys(DETECTION, 0.5)))
     assert [row["ACC"] for row in load_script("reproduce.py").result_rows(steps)] == [2.0, 4.0]
+    without = {**dict.fromkeys(DETECTION, 0.5), "AUROC": None}  # every sample is poisoned
+    (tmp_path / "b/detection.json").write_text(json.dumps(without))
+    assert [row.get("AUROC", 0) for row in load_script("reproduce.py").result_rows(steps)] == [0, None]

@@ -172,6 +172,12 @@ def test_the_trainer_learns_bits_and_writes_what_the_trigger_reads(cli, tmp_path
     assert (encode_images(held_out[:2], out) != held_out[:2]).any()
 
 
+def test_an_encoder_is_not_replaced_unasked(cli, tmp_path):
+    (tmp_path / "encoder.pt").write_bytes(b"mine")
+    said = cli("tools/train_ssba.py", "--out", tmp_path / "encoder.pt")
+    assert said.code == 2 and "--overwrite" in said.err and (tmp_path / "encoder.pt").read_bytes() == b"mine"
+
+
 def test_the_record_beside_the_bundled_encoder_says_how_it_was_made():
     record = json.loads(ENCODER.with_suffix(".json").read_text())
     assert record["options"]["steps"] > 0

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, load_script
 from PIL import Image
+from test_bad_input import snapshot
 
 from utils.errors import UserError
 from utils.records import cell_line, read_cells
@@ -106,6 +107,26 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     network = cli("reproduce.py", *words, "--model", "resnet18", "--dry_run")
     assert "D-BR_quick_seed0_resnet18" in network.out and "--model resnet18" in network.out
     assert "seed0_resnet" not in cli("reproduce.py", *words, "--model", "resnet10", "--dry_run").out
+
+
+def test_the_tables_own_poison_rate_is_no_other_setting(cli, tmp_path):
+    words = [
+        "--table",
+        "cifar10",
+        "--scale",
+        "cpu",
+        "--rows",
+        "SIG",
+        "--defences",
+        "D-BR",
+        "--output_root",
+        tmp_path,
+        "--dry_run",
+    ]
+    plain, named, other = (
+        cli("reproduce.py", *words, *more).out for more in ([], ["--poison_rate", 0.1], ["--poison_rate", 0.05])
+    )
+    assert plain == named and "--poison_rate 0.05" in other
 
 
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
@@ -218,8 +239,26 @@ def test_every_variant_changes_its_defences_commands(cli, tmp_path):
         base = cli("reproduce.py", *words, "--dry_run").out
         for variant in variants:
             said = cli("reproduce.py", *words, "--dry_run", "--ablations", variant).out
-            last = [line for line in said.splitlines() if "python " in line][-1]
-            assert last not in base
+            for step, changes in variants[variant].items():
+                if step == "samples":
+                    assert (
+                        "tools/ablation_samples.py" in said
+                        and f"--kind {changes} " in said
+                        and "ablation_samples" not in base
+                    )
+                    continue
+                ours, theirs = (
+                    [shlex.split(line) for line in text.splitlines() if f"{step}.py" in line] for text in (said, base)
+                )
+                pairs = []
+                for word in shlex.split(changes):  # an option with its values
+                    if word.startswith("--"):
+                        pairs.append([word])
+                    else:
+                        pairs[-1].append(word)
+                joined = [" ".join(words) + " " for words in (ours[-1], theirs[-1])]
+                assert all(f"{' '.join(pair)} " in joined[0] for pair in pairs), (variant, joined)
+                assert not all(f"{' '.join(pair)} " in joined[1] for pair in pairs), variant
 
 
 @pytest.mark.parametrize(("positives", "first"), [("authors", "authors_mask"), ("unsuspected", "unsuspected")])
@@ -318,8 +357,11 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
         ("oracle", 0, "quick", 2.0),
         ("rate_0.01", 0, "cpu", 4.0),
         ("rate_0.01_oracle", 0, "cpu", 5.0),
+        ("random", 0, "cpu", 96.0),
     ):
         one = {**cell("SIG", "D-BR", seed, scale=scale, ASR=asr), "variant": variant}
+        if variant == "random":
+            one["before"] = one["before"] | {"ACC": 82.5}
         (folder / f"SIG_{scale}_{seed}_{variant}.json").write_text(json.dumps(one))
     assert cli("tools/make_tables.py", "--results", results).code == 0
     text = (results / "tables.md").read_text().split("**CIFAR-10, variants**")[1]
@@ -331,11 +373,12 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
         ("unlearn_only", f"2.00 ± {np.std([1, 3], ddof=1):.2f}", "cpu, 2 seeds"),
         ("relearn_only", "98.00", "cpu"),
         ("finetune", "97.00", "cpu, seed 1"),
+        ("random, from 82.50 / 99.00", "96.00", "cpu"),
         ("rate_0.01, backdoored", "99.00", "cpu"),
         ("rate_0.01, as it is", "4.00", "cpu"),
         ("rate_0.01, oracle", "5.00", "cpu"),
     ]
-    assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 7
+    assert len(pd.read_csv(results / "cifar10_ablations.csv")) == 8
 
 
 @pytest.mark.parametrize("setting", ["", "rate_0.01", "resnet18_nopool"])
@@ -567,6 +610,13 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
     with Image.open(tmp_path / "results/secure_curve_BadNets-all2one_quick.png") as picture:
         assert picture.size[1] > 200
     runs_nothing_again(curve, words, 10, capsys)
+    before = snapshot(tmp_path / "results")
+    with pytest.raises(UserError, match="is of 2 other epochs"):  # two there, one now
+        curve.main([*map(str, words), "--every", "2"])
+    (saved / "ckpt_epoch_0.pth").unlink()  # as a run with a larger --every would have left it
+    with pytest.raises(UserError, match="no checkpoint of epoch 1 was kept"):
+        curve.main(list(map(str, words)))
+    assert snapshot(tmp_path / "results") == before
 
 
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):

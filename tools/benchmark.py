@@ -1,16 +1,18 @@
 """How fast every stage is beside the usual PyTorch code for it, in the same run.
 
 The plain reference is written here as most repositories have it: PIL images through torchvision's transforms, one at a time,
-in a DataLoader with 2 workers, normalised image by image, float32, contiguous format; FCT from pairs of images, separation by
-batches of one. Both do the same work on the same images, turn about (A B A B), after one round that is not counted. Prints a
-table and writes it (--out) with a bar picture beside it: medians of the seconds, the ratio plain / ours with its least and
-largest pair, images a second, peak memory; on CUDA also the share of the bfloat16 peak that a large matrix product reaches.
+in a DataLoader with 2 workers, which keep running from round to round, normalised image by image, float32, contiguous format;
+FCT from pairs of images, separation by batches of one. Both do the same work on the same images, turn about (A B A B), after
+one round that is not counted. Prints a table and writes it (--out) with a bar picture beside it: medians of the seconds, the
+ratio plain / ours with its least and largest pair, images a second, peak memory; on CUDA also the share of the bfloat16 peak
+that a large matrix product reaches.
 """
 
 import statistics
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -77,6 +79,8 @@ class Work:
         self.pil = [Image.fromarray(image) for image in self.images]
         self.model, self.opt = opt.model, opt
         self.trusted = np.arange(count) % 2 == 0
+        # As the steps take FCT: in float32 unless --precision names another.
+        self.fct_runtime = replace(runtime, dtype=torch.float32) if opt.precision == "auto" else runtime
 
     def network(self, plain):
         torch.manual_seed(0)
@@ -96,10 +100,16 @@ class Work:
         end = [transforms.ToTensor(), transforms.Normalize(self.spec.mean, self.spec.std)]
         changed, plain = transforms.Compose([*change, *end]), transforms.Compose(end)
         data = Plain(self.pil, self.labels, [plain, changed] if pairs else [changed])
-        return DataLoader(data, batch_size or self.batch_size, shuffle=shuffle, num_workers=WORKERS)
+        return loader_of(data, batch_size or self.batch_size, shuffle)
 
     def to_device(self, *tensors):
         return [tensor.to(self.runtime.device) for tensor in tensors]
+
+
+def loader_of(data, batch_size, shuffle=True):
+    """The usual loader. Its processes begin in the round that is not counted: in an epoch of 50 000 images that is nothing, in a
+    round of few it would be much of the time."""
+    return DataLoader(data, batch_size, shuffle, num_workers=WORKERS, persistent_workers=True)
 
 
 class Plain(Dataset):
@@ -200,7 +210,7 @@ def intra_class_epoch(work):
 def fct(work):
     own, theirs = work.network(False).eval(), work.network(True).eval()
     loader = work.loader(*TAU, pairs=True, shuffle=False)
-    runtime = work.runtime
+    runtime = work.fct_runtime
 
     def plain():
         values = []
@@ -215,7 +225,7 @@ def fct(work):
 def separation(work):
     """Ours takes the values that the step before saved, as separate_samples.py does; the plain one computes them again."""
     theirs = work.network(True).eval()
-    values, _ = compute_fct(work.network(False).eval(), work.images, work.spec, work.runtime, seed=0)
+    values, _ = compute_fct(work.network(False).eval(), work.images, work.spec, work.fct_runtime, seed=0)
     loader = work.loader(*TAU, pairs=True, batch_size=1, shuffle=False)
     low, high = gammas_of_ratios(values, 0.2, 0.05)
 
@@ -236,14 +246,14 @@ def separation(work):
 
 
 def extractor(work):
-    own, theirs = work.runtime.place(SupConResNet(work.model)), SupConResNet(work.model).train()
-    theirs.to(work.runtime.device)
+    own = work.runtime.place(SupConResNet(work.model))
+    theirs = with_plain_convolutions(SupConResNet(work.model)).train().to(work.runtime.device)
     trusted = work.trusted
     batches = work.batches("extractor", augmentation=ContrastiveView(32), views=2, extra=trusted)
     own, optimizer = work.trained(own, batches)
     their_optimizer, loss_of = sgd(theirs), SupConLoss()
     change = transforms.Compose([*VIEW, transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
-    loader = DataLoader(Plain(work.pil, work.labels, [TwoViews(change)]), work.batch_size, True, num_workers=WORKERS)
+    loader = loader_of(Plain(work.pil, work.labels, [TwoViews(change)]), work.batch_size)
 
     objective = partial(contrastive, loss_of=loss_of)
 
@@ -261,7 +271,7 @@ def extractor(work):
 
 def classifier(work):
     encoder = work.runtime.place(SupConResNet(work.model)).eval()
-    their_encoder = SupConResNet(work.model).eval().to(work.runtime.device)
+    their_encoder = with_plain_convolutions(SupConResNet(work.model)).eval().to(work.runtime.device)
     own, theirs = (nn.Linear(encoder.encoder.feature_size, 10).to(work.runtime.device) for _ in range(2))
     optimizer, their_optimizer = sgd(own), sgd(theirs)
     batches = work.batches("classifier", augmentation=ContrastiveView(32), extra=work.trusted)
@@ -293,7 +303,7 @@ def unlearning(work):
     end = [transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)]
     change = transforms.Compose([*CROP_FLIP, *end])
     loaders = [
-        DataLoader(Plain(pil, labels, [change]), work.batch_size, True, num_workers=WORKERS)
+        loader_of(Plain(pil, labels, [change]), work.batch_size)
         for pil, labels in ((work.pil[:half], work.labels[:half]), (work.pil[half:], work.labels[half:]))
     ]
 
@@ -323,7 +333,7 @@ def evaluation(work):
     normalize = Normalize(work.spec, work.runtime.device)
     end = transforms.Compose([transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)])
     loaders = [
-        DataLoader(Plain([Image.fromarray(image) for image in images], work.labels, [end]), work.batch_size, num_workers=WORKERS)
+        loader_of(Plain([Image.fromarray(image) for image in images], work.labels, [end]), work.batch_size, False)
         for images in (work.images, triggered)
     ]  # fmt: skip
 
@@ -343,7 +353,7 @@ STAGES = {
     "separation": separation, "extractor epoch": extractor, "classifier epoch": classifier,
     "unlearn + relearn epoch": unlearning, "evaluation": evaluation,
 }  # fmt: skip
-TRAINS = {
+PASSES = {
     "training epoch": 3,
     "L_intra epoch": 3,
     "unlearn + relearn epoch": 3,
@@ -407,10 +417,10 @@ def compare(name, work, rounds):
         "plain_images_per_s": len(work.labels) / medians["plain"], "peak_rss_mb": max(one[1] for one in times["ours"]),
         "plain_peak_rss_mb": max(one[1] for one in times["plain"]), "peak_gpu_mb": max(one[2] for one in times["ours"]),
     }  # fmt: skip
-    if work.runtime.device.type == "cuda" and name in TRAINS:
+    if work.runtime.device.type == "cuda" and name in PASSES:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             work.network(False).eval()(torch.zeros(1, 3, 32, 32, device=work.runtime.device))
-        operations = counter.get_total_flops() * TRAINS[name] * len(work.labels)
+        operations = counter.get_total_flops() * PASSES[name] * len(work.labels)
         line["bf16_peak_share"] = operations / medians["ours"] / bfloat16_peak(work.runtime.device)
     return line
 

@@ -85,6 +85,17 @@ def separations(fct, labels, opt):
         yield "auto", None if found is None else separate(fct, *(found[name] for name in names), opt.seed)
 
 
+def how(opt):
+    """What the table's name says of the options, other than of attack and network, that are not the default."""
+    words = []
+    for name in ("every", "draws", *args.RATIOS, "poison_ratios", "auto", "within_labels", "per_class"):
+        value = getattr(opt, name)
+        if value != opt.defaults[name]:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words.append("_".join([name, *map(str, values)]))
+    return "".join(f"_{word}" for word in words)
+
+
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     path, command = sd_checkpoint(opt)
@@ -116,7 +127,8 @@ def main(argv=None):
             table.append(line)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
     seed = f"_seed{opt.seed}" if opt.seed else ""
-    out = make_folder(opt.out.absolute(), "--out") / f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}.csv"
+    name = f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}{how(opt)}.csv"
+    out = make_folder(opt.out.absolute(), "--out") / name
     write_rows(out, table)
     print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")
     print(pd.DataFrame(table).to_string(index=False))

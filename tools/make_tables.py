@@ -23,7 +23,7 @@ from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
 from utils.files import read_table, read_text, text_writer, write_together
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, python, quoted, shown
 from utils.records import LAST, MEASURES, cell_line, collect, read_cells
 from utils.rows import ROWS, VARIANTS
 
@@ -124,15 +124,26 @@ def ablations(results):
             if not of_cell["variant"].any():
                 continue
             where = f"{setting}, " if setting else ""
-            before = of_cell.drop_duplicates("seed")  # the same network, whatever is done to it
+            before = of_cell.drop_duplicates("seed")  # the network of the first; what began from another says so
             values = [spread(before[f"before_{name}"]) for name in MEASURES]
             rows.append([row, "", f"{where}backdoored", *values, scale + seeds_of(before)])
             for part in ("", *VARIANTS[defence]):
                 of_it = of_cell[of_cell["part"] == part]
                 if len(of_it):
                     values = [spread(of_it[name]) for name in MEASURES]
-                    rows.append([row, defence, where + (part or "as it is"), *values, scale + seeds_of(of_it)])
+                    what = where + (part or "as it is") + from_another(of_it, before)
+                    rows.append([row, defence, what, *values, scale + seeds_of(of_it)])
         yield table, rows
+
+
+def from_another(lines, before):
+    """What a line of variants says of the network it began from where that is another than the one whose line stands above it;
+    ``lines``, ``before``: the records of the variant and of those networks, DataFrames, the latter with one a seed."""
+    names = ["before_ACC", "before_ASR"]
+    above = before.set_index("seed").loc[lines["seed"], names]
+    if (above.to_numpy() == lines[names].to_numpy()).all():
+        return ""
+    return f", from {' / '.join(spread(lines[name]) for name in names)}"
 
 
 def body(table, paper, lines):
@@ -145,7 +156,7 @@ def body(table, paper, lines):
             rows.append([*start, NOT_RUN, *[""] * (len(HEAD) - len(start) - 1)])
             continue
         parts = [part]
-        if part["scale"].iloc[0] == "paper" and cell["model"] != "backdoored":  # the same network before both
+        if part["scale"].iloc[0] == "paper" and cell["model"] != "backdoored":
             parts.append(ours(lines, cell["row"], cell["model"], ["full"]))
         rows += [[*start, *figures(cell, one)] for one in parts if len(one)]
     return rows
@@ -259,13 +270,13 @@ def main(argv=None):
     opt = get_parser().parse_args(argv)
     own, bundled = (folder / "paper.csv" for folder in (opt.results, ROOT / "results"))
     paper = read_table(own if own.exists() else bundled, PAPER, "git checkout results/paper.csv")
-    documents = {path: read_text(path, f"git checkout {path.name}") for path in opt.readme or []}
+    documents = {path: read_text(path, f"git checkout {quoted(path)}") for path in opt.readme or []}
     texts, tex = {}, []
     shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))
     if not any(len(lines) for _, lines, _ in shown_tables) and not shown_ablations:
         raise UserError(
-            f"{shown(opt.results)} holds no record of a cell; make one with: python reproduce.py --table cifar10 --out "
-            f"{shown(opt.results)}"
+            f"{shown(opt.results)} holds no record of a cell; make one with: {python('reproduce.py')} --table cifar10 --out "
+            f"{quoted(opt.results)}"
         )
     for table, _, rows in shown_tables:
         texts[table] = markdown(table, rows)

@@ -18,7 +18,7 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import make_folder, write_rows
+from utils.files import make_folder, read_table, write_rows
 from utils.paths import separated_folder, shown, typed
 from utils.records import MEASURES, log_of, read_figures
 from utils.rows import PRESETS, ROWS, SCALES, changed, one_cell, plan
@@ -63,6 +63,24 @@ def steps_of(opt, root):
     return steps, results
 
 
+def refuse_what_cannot_be_shown(extractor, epochs, table, overwrite):
+    """Raise a `UserError` where the `Step` ``extractor`` is done and kept no checkpoint of one of the ``epochs`` (from 1), or
+    ``table`` (path of the CSV) holds a curve of other epochs, which is to be replaced with ``overwrite`` alone."""
+    kept = {epoch: extractor.output.with_name(f"ckpt_epoch_{epoch - 1}.pth") for epoch in epochs}
+    lost = [epoch for epoch, path in kept.items() if not path.is_file()]
+    if lost and extractor.is_done():
+        raise UserError(
+            f"the extractor {shown(extractor.output)} is trained, and no checkpoint of epoch {lost[0]} was kept; give a multiple of its "
+            f"--every, or another --output_root to train it anew"
+        )
+    if table.exists() and not overwrite:
+        held = read_table(table, {"epoch": int}, "this command again, with --overwrite")["epoch"].tolist()
+        if held != list(epochs):
+            raise UserError(
+                f"{shown(table)} is of {len(held)} other epochs; give another --out, or --overwrite to replace it"
+            )
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     if opt.epochs % opt.every:
@@ -73,6 +91,7 @@ def main(argv=None):
         list_commands(steps, {})
         return
     name = "_".join(["secure_curve", opt.row, opt.scale, *args.table_and_seed(opt)])
+    refuse_what_cannot_be_shown(steps["train_extractor"], results, opt.out / f"{name}.csv", opt.overwrite)
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
     log, extractor = log_of(steps["train_extractor"], ["loss", "seconds"]), steps["train_extractor"].output

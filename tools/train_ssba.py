@@ -49,6 +49,9 @@ def get_parser():
         "--out", type=args.file_beside(".json"), default=ENCODER, help="file of encoder, decoder and secret"
     )
     args.add_device_options(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an encoder that is there, such as the bundled one"
+    )
     return parser
 
 
@@ -71,6 +74,8 @@ def measure(images, path):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    if opt.out.exists() and not opt.overwrite:
+        raise UserError(f"{shown(opt.out)} is there already; give --overwrite to replace it, or another --out")
     runtime = choose_runtime(opt.device, opt.precision)
     print(f"Running on {runtime}", flush=True)
     data = [load_dataset(name, opt.data_root) for name in opt.dataset]

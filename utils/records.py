@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
 from utils.manifest import manifest
 from utils.metrics import MEASURES
-from utils.paths import shown
+from utils.paths import quoted, shown
 from utils.rows import DEFENCES
 
 DETECTION = ("AUROC", "Dp_precision", "Dp_recall", "Dc_contamination", "Dp_size", "Dc_size")
@@ -47,7 +47,7 @@ def log_of(step, columns, path=None):
     """The CSV that a `steps.Step` kept, as a DataFrame with ``columns`` of numbers beside ``epoch``; ``path``: if not log.csv beside
     its output. Raises `UserError` where it is no such log."""
     path, kinds = path or step.output.with_name("log.csv"), {"epoch": int, **dict.fromkeys(columns, float)}
-    return read_table(path, kinds, f"rm {shown(step.output)}, and this command again", dtype=kinds)
+    return read_table(path, kinds, f"rm {quoted(step.output)}, and this command again", dtype=kinds)
 
 
 def read_log(step, path=None):

@@ -178,7 +178,7 @@ def run(steps, opt, ledger_path, log=None, stop=None):
         done = step.is_done()
         if opt.overwrite and not done and "overwrite" in vars(step.options()):
             step.words.append("--overwrite")
-        begun = None if done or opt.overwrite else step.interrupted_at()
+        begun = None if done else step.interrupted_at()
         checkpoint, before = begun or (None, 0)
         go_on = ["--checkpoint_load", typed(checkpoint)] if begun else []
         command = shlex.join(["python", step.script, *step.words, *go_on])
