@@ -259,17 +259,22 @@ def check_clean(opt):
         )
     if target.exists() or target.is_symlink():
         raise UserError(f"{shown(target)} is there already; give --write_clean a new name")
-    if target.resolve().is_relative_to(opt.data_root.resolve()):
+    if _real(target).is_relative_to(_real(opt.data_root)):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")
+
+
+def _real(path):
+    """``path`` without links. `Path.resolve` ends in an error where one leads to itself, which is told where it is opened."""
+    return Path(os.path.realpath(path))
 
 
 def refuse_places_in_the_data(opt):
     """Refuse to write into the folders that are read as data: what is made there would be taken for a class."""
     for name in ("out", "output_root"):
-        place = getattr(opt, name).resolve()
+        place = _real(getattr(opt, name))
         for split in ("train", "test", "val"):
-            if place.is_relative_to(opt.data_root.resolve() / split):
+            if place.is_relative_to(_real(opt.data_root) / split):
                 raise UserError(
                     f"--{name} {shown(place)} lies among the images that are audited; give a place outside them"
                 )

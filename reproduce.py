@@ -85,12 +85,14 @@ def get_parser():
         help="with --table: so many rows at once, each to a log of its own; default: 1",
     )
     parser.add_argument(
-        "--devices", nargs="+", help="with --table: the rows take turns on these, such as cuda:0 cuda:1"
+        "--devices", type=args.word, nargs="+", help="with --table: the rows take turns on these, such as cuda:0 cuda:1"
     )
     parser.add_argument("--seeds", type=args.natural, nargs="+", help="with --table: one cell a seed; default: 0")
     parser.add_argument("--defences", choices=DEFENCES, nargs="+", help="what to run; default: both")
-    parser.add_argument("--dataset", help="data set; default: cifar10, with the preset quickstart fashion")
-    parser.add_argument("--model", help="network; default: the preset's")
+    parser.add_argument(
+        "--dataset", type=args.word, help="data set; default: cifar10, with the preset quickstart fashion"
+    )
+    parser.add_argument("--model", type=args.word, help="network; default: the preset's")
     parser.add_argument("--out", type=args.path, default=ROOT / "results", help="folder of the table and the pictures")
     parser.add_argument(
         "--name", type=args.file_name, help="name of the table; default: the preset's, or row and data set"
@@ -101,7 +103,12 @@ def get_parser():
         help="run nothing; hold the results in FOLDER, and what they were made from, against their manifests",
     )  # fmt: skip
     args.add_overwrite_option(parser)
-    for name, kind in (("seed", args.natural), ("poison_rate", args.share), ("device", str), ("precision", str)):
+    for name, kind in (
+        ("seed", args.natural),
+        ("poison_rate", args.share),
+        ("device", args.word),
+        ("precision", args.word),
+    ):
         parser.add_argument(f"--{name}", type=kind, help="given to every step")
     for name in ("data_root", "output_root"):
         parser.add_argument(f"--{name}", type=args.path, help="given to every step")

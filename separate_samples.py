@@ -102,7 +102,7 @@ def found_alike(path, opt, dataset):
         return None
     if not record or not as_written(record, order):
         raise UserError(
-            f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command}"
+            f"{shown(source)} is not of this network, these options and {order.name}. Make it anew with: {command} --overwrite"
         )
     return load_order(order, len(dataset.train_labels), command) >= 0
 

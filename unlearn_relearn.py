@@ -79,9 +79,9 @@ def get_parser():
         "--stay_dropped", action="store_true",
         help="with --drop_doubtful: where over a tenth would be left out, those last left out are, in place of none",
     )  # fmt: skip
-    for name in ("mean", "std"):
+    for name, kind in (("mean", args.number(float, 0)), ("std", args.positive)):
         parser.add_argument(
-            f"--{name}", type=args.positive, nargs=3, metavar=("R", "G", "B"),
+            f"--{name}", type=kind, nargs=3, metavar=("R", "G", "B"),
             help="plain state dict: what its images are normalised with, in 0-1; default: the data set's",
         )  # fmt: skip
     parser.add_argument(
@@ -124,6 +124,11 @@ def main(argv=None):
 
     to_unlearn, *held_out_of_Dp = batches_of(POISON, unlearn_batch_size)
     to_relearn, *held_out_of_Dc = batches_of(CLEAN, opt.batch_size)
+    if len(to_unlearn.labels) < 2 or len(to_relearn.labels) < 2:
+        raise UserError(
+            f"D_p has {len(to_unlearn.labels)} samples to train on and D_c {len(to_relearn.labels)}, and batch statistics need two; "
+            f"separate with a larger --poison_ratio or --clean_ratio"
+        )
     if "unlearn" in opt.passes and unlearn_batch_size > len(to_unlearn.labels):
         raise UserError(
             f"a batch of {unlearn_batch_size} is larger than D_p, {len(to_unlearn.labels)} samples; give --unlearn_batch_size "

@@ -175,5 +175,6 @@ def copy(pipeline, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _quiet_bars(monkeypatch):
+    monkeypatch.chdir(ROOT)  # messages name scripts and files as they are seen from there
     monkeypatch.setenv("TQDM_DISABLE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

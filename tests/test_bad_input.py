@@ -64,6 +64,7 @@ def test_common_options_are_checked(cli, script, words, needle):
         (["--epochs", "0"], "at least 1"),
         (["--lr", "-1"], "above 0"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "hpu"], "--device hpu"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--precision", "int4"], "bfloat16"),
     ],

@@ -143,3 +143,12 @@ def test_images_of_cl_are_perturbed_in_evaluation_mode_and_anew_for_another_netw
         np.testing.assert_array_equal(poisoned.images[rows], apply_trigger("fourCornerTrigger", expected, train=True))
         found.append(poisoned.images[rows])
     assert (found[0] != found[1]).any()
+
+
+@pytest.mark.parametrize("model", [None, "resnet1000", ["resnet10"]], ids=str)
+def test_a_benign_checkpoint_that_does_not_say_its_network_is_one_line(model, benign, words, cli, tmp_path):
+    content = torch.load(benign[0], weights_only=True)
+    content["options"]["model"] = model
+    torch.save(content, tmp_path / "benign.tar")
+    said = cli("train_attack_noTrans.py", *words(tmp_path), *CL, "--benign_checkpoint", tmp_path / "benign.tar")
+    assert said.code == 2 and "does not say which of" in said.err and said.err.count("\n") == 1, said.err

@@ -204,6 +204,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     torch.save({"model": plain, "model_ema": plain}, root / "two.pth")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
+        (unlearn(cli, place, load="mistyped.pth"), "no such file|names the state dict that is to be cleaned"),
         (unlearn(cli, place, model="resnet18"), "do not fit this network"),
         (unlearn(cli, place, "--checkpoint_save", root / "theirs.pth"), "must have different names"),
         (unlearn(cli, place, "--log", root / "w.csv", load="wrapped.pth"), "do not fit this network"),

@@ -189,7 +189,9 @@ def test_no_more_workers_than_shared_memory_has_room_for(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("--shm-size") == 2  # once for each number
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, OverflowError, KeyError])
+@pytest.mark.parametrize(
+    "error", [MemoryError, RuntimeError, NotImplementedError, AttributeError, OverflowError, KeyError]
+)
 def test_whatever_a_reader_raises_of_a_broken_image_it_is_skipped(error, tmp_path, monkeypatch, fashion):
     from utils.datasets import DATASETS
     from utils.own_data import load

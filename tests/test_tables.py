@@ -421,10 +421,24 @@ def test_tables_go_to_the_one_document_that_has_their_markers(results, cli, tmp_
     assert first.read_text() == before and "old" in second.read_text()
 
 
+PAPERS_HEAD = b"table,row,model,ACC,ASR\n"
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
-        *(("paper.csv", content) for content in (b"\xff\xfe\x00", b"")),
+        *(
+            ("paper.csv", content)
+            for content in (
+                b"\xff\xfe\x00",
+                b"",
+                PAPERS_HEAD,
+                PAPERS_HEAD + b"cifar10,SIG,D-BR,92%,1\n",
+                PAPERS_HEAD + b"cifar10,,D-BR,92,1\n",
+                PAPERS_HEAD + b"cifar9,SIG,D-BR,92,1\n",
+                PAPERS_HEAD + 2 * b"cifar10,SIG,D-BR,92,1\n",
+            )
+        ),
         *(("README.md", content) for content in (None, b"\xff\xfe\x00", b"")),
     ],
 )

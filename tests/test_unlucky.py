@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,9 +19,9 @@ import torch
 from conftest import ROOT, load_script, write_folder
 from PIL import Image
 from test_bad_input import refused, snapshot
-from test_pipeline import WITH_TRANS
+from test_pipeline import NO_TRANS, SAMPLES, WITH_TRANS
 
-from utils import files, own_data
+from utils import files, own_data, triggers
 from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
 from utils.figures import sample_sheet
@@ -438,3 +440,113 @@ def test_br_step_2_with_other_ratios_names_the_option_that_keeps_both(copy, word
         )
         said = cli(step, *words(copy), "--clean_ratio", 0.3, *more)
     refused(said, "--clean_ratio 0.3", "or another --checkpoint_save")
+
+
+def separated(cli, common, root, *ratios):
+    """SD by its first network alone, and a backdoored one, in ``root``."""
+    first = root / NO_TRANS / "0.tar"
+    for step in (
+        ["train_attack_noTrans.py", "--epochs", 1, "--batch_size", 64],
+        ["calculate_consistency.py", "--checkpoint_load", first],
+        ["separate_samples.py", "--checkpoint_load", first, *ratios],
+        ["train_attack_withTrans.py", "--epochs", 1, "--batch_size", 64],
+    ):
+        assert cli(step[0], *common, *step[1:]).code == 0
+    return first
+
+
+def run_printed(said, cwd):
+    """Run the command that a message says makes the file, as a shell in ``cwd`` would."""
+    command = re.search(r"Make it (?:anew )?with: (.*?)(?:\. Nearest .*)?$", said.err.strip())[1]
+    command = re.sub(r"\bpython ", f"{shlex.quote(sys.executable)} ", command, count=1)
+    return subprocess.run(command, shell=True, cwd=cwd, capture_output=True, text=True)
+
+
+def test_what_was_lost_is_made_anew_by_the_command_that_is_printed(cli, words, tmp_path, monkeypatch):
+    common, root = words(tmp_path / "my runs"), tmp_path / "my runs"
+    first = separated(cli, common, root)
+    samples = root / SAMPLES
+    for lost, step in (
+        (first.with_name("0_all.txt"), ["calculate_gamma.py", "--checkpoint_load", first]),
+        (samples / "poison_samples.npy", ["unlearn_relearn.py", *common, "--epochs", 1, "--batch_size", 8]),
+        (first, ["finetune_attack_noTrans.py", *common, "--epochs", 1, "--batch_size", 64]),
+    ):
+        before = lost.read_bytes()
+        lost.unlink()
+        monkeypatch.chdir(ROOT / "ST")  # not where it was typed
+        said = cli(*step)
+        refused(said, "no such file", lost.name, "--overwrite")
+        made = run_printed(said, ROOT / "ST")
+        assert made.returncode == 0, (said.err, made.stderr)
+        assert lost.suffix == ".tar" or lost.read_bytes() == before  # a checkpoint holds the seconds it took
+        monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04cut", b"\x93NUMPY\x01\x00\x0a\x00{'descr': ["], ids=["zip", "header"])
+def test_an_npy_of_whatever_damage_is_one_line(content, copy, words, cli, tmp_path):
+    (tmp_path / "o.npy").write_bytes(content)
+    order = ["--poison_order", tmp_path / "o.npy", "--overwrite"]
+    refused(cli("separate_samples.py", *words(copy), *order), "o.npy is no .npy file")
+    encoded = ["--trigger_type", "SSBA", "--ssba_images", tmp_path / "o.npy", tmp_path / "o.npy"]
+    refused(cli("train_attack_noTrans.py", *words(tmp_path / "out"), *encoded), "o.npy as one plain .npy array")
+    samples = copy / SAMPLES / "poison_samples.npy"
+    samples.unlink()
+    samples.write_bytes(content)
+    refused(cli("unlearn_relearn.py", *words(copy), "--overwrite"), "is not a file of separated samples")
+
+
+def test_a_set_of_one_sample_is_one_line(cli, words, tmp_path):
+    separated(cli, words(tmp_path), tmp_path, "--poison_ratio", 0.0025)
+    said = cli("unlearn_relearn.py", *words(tmp_path), "--poison_ratio", 0.0025, "--epochs", 1, "--batch_size", 8)
+    refused(said, "D_p has 1 samples to train on", "--poison_ratio")
+
+
+def test_samples_are_told_apart_by_their_folder_and_not_by_how_it_is_spelt(cli, words, copy, tmp_path, monkeypatch):
+    extractor = ["ST/train_extractor.py", *words(copy), "--epochs", 1, "--cosine", "--batch_size", 64, "--samples"]
+    for name, kind in (("a", "random"), ("b", "oracle")):
+        made = cli("tools/ablation_samples.py", *words(copy), "--kind", kind, "--out", tmp_path / name / "sep")
+        assert made.code == 0, made.err
+    monkeypatch.chdir(tmp_path / "a")
+    assert cli(*extractor, "sep", "--learning_rate", 0.4).code == 0
+    assert cli(*extractor, "../a/sep", "--learning_rate", 0.4).code == 0
+    before = snapshot(copy)
+    monkeypatch.chdir(tmp_path / "b")
+    refused(cli(*extractor, "sep", "--learning_rate", 0.4), "a/sep", "--overwrite")
+    assert snapshot(copy) == before
+
+
+def test_names_that_leave_no_room_for_others_beside_them_are_one_line(cli, words, pipeline, tmp_path):
+    long = "b" * 252
+    refused(cli("unlearn_relearn.py", *words(pipeline), "--checkpoint_save", tmp_path / long), "is no file name here")
+    made = cli("tools/poison_folder.py", "--dataset", "fashion", "--images", 200, "--out", tmp_path / long[:240])
+    assert made.code == 0, made.err
+    (tmp_path / "loop").symlink_to("loop")
+    for options in (
+        ["--data_root", tmp_path / "loop"],
+        ["--data_root", tmp_path / long[:240], "--out", tmp_path / "loop"],
+    ):
+        refused(cli("audit_dataset.py", "--output_root", tmp_path / "out", *options), "loop")
+
+
+@pytest.mark.parametrize(
+    "words", [["--dataset", ""], ["--model", ""], ["--device", ""], ["--table", "cifar10", "--devices", ""]], ids=str
+)
+def test_an_empty_name_is_refused(words, cli):
+    refused(cli("reproduce.py", "--dry_run", *words), words[-2], "is empty")
+
+
+@pytest.mark.parametrize("content", [b"P6\nxx 12 255\n", None], ids=["header", "large"])
+def test_a_picture_that_cannot_be_blended_in_is_one_line(content, cli, words, tmp_path, monkeypatch):
+    picture = tmp_path / "hello_kitty.png"
+    if content:
+        picture.write_bytes(content)
+    else:
+        Image.new("L", (9600, 9600)).save(picture)
+    monkeypatch.setattr(triggers, "KITTY", picture)
+    said = cli("train_attack_noTrans.py", *words(tmp_path), "--trigger_type", "kittyTrigger", "--epochs", 1)
+    refused(said, "cannot read the picture", "draw_kitty.py")
+
+
+def test_images_of_zero_to_one_are_as_they_are_with_mean_0_and_deviation_1():
+    opt = load_script("unlearn_relearn.py").get_parser().parse_args(["--mean", "0", "0", "0", "--std", "1", "1", "1"])
+    assert (opt.mean, opt.std) == ([0, 0, 0], [1, 1, 1])

@@ -28,7 +28,7 @@ from utils.records import LAST, MEASURES, cell_line, collect, read_cells
 from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
-PAPER = ("table", "row", "model", "ACC", "ASR")  # columns of paper.csv
+PAPER = {"table": str, "row": str, "model": str, "ACC": float, "ASR": float}  # columns of paper.csv
 SHOWN_SCALES = ("paper", "full", "long", "cpu")  # the first that a cell has
 HEAD = ["attack", "model", "paper: ACC / ASR", "ours: ACC_paper / ASR", "difference", "ACC", "R_ACC",
         "best on the test set", "scale, seeds", "made by"]  # fmt: skip
@@ -266,10 +266,26 @@ def tables(results, paper):
         yield table, lines, body(table, paper, lines)
 
 
+def papers_figures(path):
+    """The paper's figures in the CSV ``path``, a DataFrame with the columns `PAPER`. Raises `UserError` where it is no such table."""
+    command = "git checkout results/paper.csv"
+    paper = read_table(path, PAPER, command, dtype=PAPER, keep_default_na=False)
+    odd = ~(paper["table"].isin(TITLES) & paper["row"].isin(ROWS) & paper["model"].isin(("backdoored", *VARIANTS)))
+    odd |= paper.duplicated(["table", "row", "model"])
+    if paper.empty or odd.any():
+        what = (
+            f"its line {odd.idxmax() + 2} is of no table, row and model, or there twice"
+            if odd.any()
+            else "it has no line"
+        )
+        raise UserError(f"{shown(path)} does not hold the paper's figures: {what}. Ours: {command}")
+    return paper
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     own, bundled = (folder / "paper.csv" for folder in (opt.results, ROOT / "results"))
-    paper = read_table(own if own.exists() else bundled, PAPER, "git checkout results/paper.csv")
+    paper = papers_figures(own if own.exists() else bundled)
     documents = {path: read_text(path, f"git checkout {quoted(path)}") for path in opt.readme or []}
     texts, tex = {}, []
     shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))

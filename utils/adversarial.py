@@ -4,8 +4,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import build_model
+from models import MODELS, build_model
 from utils.checkpoints import load_checkpoint
+from utils.errors import UserError
+from utils.paths import shown
 from utils.progress import progress
 from utils.seeding import generator
 from utils.weights import load_weights
@@ -21,7 +23,10 @@ def load_benign_model(path, opt, spec, command):
         UserError: where ``path`` is missing (``command`` makes it), damaged, or of another data set.
     """
     checkpoint = load_checkpoint(path, opt, command, ["train_clean_withTrans"], ["dataset"])
-    model = build_model(checkpoint["options"]["model"], opt.dataset, spec.num_classes, spec.size)
+    name = checkpoint["options"].get("model")
+    if not isinstance(name, str) or name not in MODELS:
+        raise UserError(f"{shown(path)} does not say which of {', '.join(MODELS)} it is of; make one with: {command}")
+    model = build_model(name, opt.dataset, spec.num_classes, spec.size)
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 

@@ -93,6 +93,13 @@ def file_name(text):
     return path(text).name
 
 
+def word(text):
+    """An argparse type: a name; an empty one is most often a shell variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def path(text):
     """An argparse type: a path with a name; an empty one is most often a shell variable that was not set."""
     if not text:
@@ -375,7 +382,20 @@ def check(opt, base=None):
     for name in ("data_root", "output_root"):
         if hasattr(opt, name):
             setattr(opt, name, getattr(opt, name).absolute())
+    for name in (
+        "samples",
+        *TRIGGER_OPTIONS,
+    ):  # in a record they mean the same from every folder, however they are spelt
+        if hasattr(opt, name):
+            setattr(opt, name, _real(getattr(opt, name)))
     return opt
+
+
+def _real(value):
+    """``value`` with the paths in it, if there are any, as absolute ones without links."""
+    if isinstance(value, list):
+        return [_real(one) for one in value]
+    return Path(os.path.realpath(value)) if isinstance(value, Path) else value
 
 
 def _below(base, value):

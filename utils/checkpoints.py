@@ -10,7 +10,7 @@ from utils.files import (
     read_record,
     sha256,
 )
-from utils.manifest import conflict, made_with, plain_options
+from utils.manifest import anew, conflict, made_with, plain_options
 from utils.paths import shown
 
 # The options that decide which data set a step sees; a checkpoint of others does not fit.
@@ -184,8 +184,10 @@ def latest_checkpoint(folder, epochs, command):
     """The last epoch's checkpoint in ``folder``, as a step's own record tells it; ``epochs`` where there is none."""
     record = read_record(folder / "options.json") or {}
     epochs = record.get("options", {}).get("epochs", epochs)
+    if record:
+        command = anew(record, f"{record.get('step')}.py", command)
     if not isinstance(epochs, int):
-        raise UserError(f"{folder / 'options.json'} is not the record of a step. Make it with: {command} --overwrite")
+        raise UserError(f"{folder / 'options.json'} is not the record of a step. Make it with: {command}")
     path = require_file(folder / f"{epochs - 1}.tar", command)
     print(f"Using {shown(path)}")
     return path

@@ -208,11 +208,10 @@ class Batches:
 
     def __init__(self, images, labels, spec, runtime, batch_size, seed, name, augmentation=None, views=1, extra=None):
         self.images, self.runtime = hold(images, runtime), runtime
-        self.host_labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        # A copy: numpy takes a field of a structured array with one row for contiguous, and torch does not.
+        self.host_labels = torch.from_numpy(np.array(labels, dtype=np.int64))
         self.labels = self.host_labels.to(runtime.device)
-        self.extra = (
-            None if extra is None else torch.from_numpy(np.ascontiguousarray(extra, dtype=np.int64)).to(runtime.device)
-        )
+        self.extra = None if extra is None else torch.from_numpy(np.array(extra, dtype=np.int64)).to(runtime.device)
         self.normalize = Normalize(spec, runtime.device)
         self.batch_size, self.seed, self.name = batch_size, seed, name
         self.augmentation, self.views = augmentation, views

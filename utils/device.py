@@ -68,7 +68,7 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
         torch.zeros(1, device=place)
         if not torch.amp.is_autocast_available(place.type):
             raise RuntimeError("it has no autocast")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         first = first_line(error).partition(". ")[0]  # torch goes on with all the devices it knows
         raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
     torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device

@@ -274,9 +274,10 @@ def load_fct(path, command):
     Raises:
         UserError: where the file is missing (``command`` makes it) or is not a list of finite numbers.
     """
-    source = require_file(fct_path(path, "all.txt"), command)
     record = read_record(fct_path(path, "fct.json")) or {}
-    command = anew(record, "calculate_consistency.py", command)
+    again = anew(record, "calculate_consistency.py", command)
+    source = require_file(fct_path(path, "all.txt"), again if record else command)
+    command = again
     try:
         values = np.loadtxt(source, dtype=np.float64, ndmin=1)
     except (ValueError, OSError) as error:

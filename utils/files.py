@@ -4,12 +4,14 @@ a stranger may have written as data only; locks."""
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import pickle
 import shutil
 import socket
 import tempfile
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -28,8 +30,10 @@ try:
 except ImportError:  # Windows: no locks there
     fcntl = None
 
-# What a bad npz can raise.
-BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What a bad npy or npz can raise.
+BROKEN = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def make_folder(folder, option="--output_root"):
@@ -72,7 +76,7 @@ def new_folder(target, option):
         raise UserError(f"{target} is there already; give a new name")
     make_folder(target.parent, option)
     sweep(target.parent)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{_HERE}-{os.getpid()}-", suffix=".tmp"))
+    staging = Path(tempfile.mkdtemp(dir=target.parent, **_temporary_name(target)))
     try:
         yield staging
         os.chmod(staging, 0o777 & ~_umask())
@@ -130,7 +134,7 @@ def _temporary(path, mode):
         with _told(path):
             sweep(path.parent)
             file = tempfile.NamedTemporaryFile(  # noqa: SIM115, closed below
-                mode, dir=path.parent, prefix=f".{path.name}.{_HERE}-{os.getpid()}-", suffix=".tmp", delete=False
+                mode, dir=path.parent, delete=False, **_temporary_name(path)
             )
             name = file.name
         with _told(path), file:  # closing it writes what is left, and can find the disk full too
@@ -150,6 +154,11 @@ def _told(path):
 
 
 _HERE = "".join(letter for letter in socket.gethostname() if letter.isalnum())[:20]
+
+
+def _temporary_name(path):
+    """What the name of a temporary file for ``path`` begins and ends with, for `tempfile`; shorter than any that a file can have."""
+    return {"prefix": f".{path.name[:40]}.{_HERE}-{os.getpid()}-", "suffix": ".tmp"}
 
 
 def sweep(folder):

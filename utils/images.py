@@ -19,8 +19,8 @@ from utils.files import read_json, write_json
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # What Pillow's readers raise of a broken file, whatever its name says it is.
 UNREADABLE = (
-    OSError, SyntaxError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, EOFError, struct.error,
-    Image.DecompressionBombWarning, Image.DecompressionBombError,
+    OSError, MemoryError, SyntaxError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, EOFError,
+    struct.error, Image.DecompressionBombWarning, Image.DecompressionBombError,
 )  # fmt: skip
 # Bytes; a JPEG of 64x64 pixels has some 2 000. Two threads take 1.3 to 2 times the processor time of one for images of 32x32
 # pixels, and 16 of them, on 16 cores, took 50 s for CIFAR-10's 60 000; from 256x256 on threads cost nothing.

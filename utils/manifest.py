@@ -15,7 +15,7 @@ import torchvision
 from utils.distributed import leads
 from utils.errors import UserError
 from utils.files import read_json, read_record, sha256, write_json
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, python, quoted, shown
 
 
 def plain_options(opt):
@@ -73,6 +73,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         dict for JSON; its ``inputs`` and ``outputs`` are relative to the folder of ``record``.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    folder = Path.cwd()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     named = []
     for files in (inputs, outputs):
@@ -80,6 +81,9 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         named.append({os.path.relpath(path, record.parent): digest for path, digest in files.items()})
     return {
         "command": command,
+        "folder": os.fspath(
+            folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        ),  # in which it was typed
         "options": plain_options(opt),
         "versions": versions,
         "commit": _commit(),
@@ -97,11 +101,15 @@ def write_options(record, opt, **more):
 
 
 def anew(record, script, command):
-    """The command that makes anew what a ``record`` (dict) of a ``script`` tells of: as it was typed then, or ``command`` where the
-    record does not say."""
-    typed = record.get("command")
-    if isinstance(typed, str) and typed.isprintable() and typed.split(" ")[0] == script:
-        command = f"python {typed}"
+    """The command that makes anew what a ``record`` (dict) of a ``script`` (path in the repository) tells of: as it was typed then, in
+    the folder it was typed in, or ``command`` where the record does not say."""
+    typed, folder = record.get("command"), record.get("folder", ".")
+    told = all(isinstance(text, str) and text.isprintable() for text in (typed, folder))
+    if told and typed.split(" ")[0] == Path(script).name:
+        folder = (ROOT / folder).resolve()
+        command = f"{python(script, folder)}{typed.removeprefix(Path(script).name)}"
+        if folder != Path.cwd():
+            command = f"cd {quoted(folder)} && {command}"
     return command if "--overwrite" in command else f"{command} --overwrite"
 
 

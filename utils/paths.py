@@ -74,10 +74,12 @@ def quoted(path):
     return shlex.quote(shown(path))
 
 
-def python(script):
-    """The words that run a ``script`` (its path in the repository) from the current folder, which is ST/ for some."""
-    inside = Path.cwd().is_relative_to(ROOT)
-    return f"python {shlex.quote(os.path.relpath(ROOT / script)) if inside else quoted(ROOT / script)}"
+def python(script, folder=None):
+    """The words that run a ``script`` (its path in the repository) from a ``folder``, by default the current one, which is ST/ for
+    some."""
+    folder = folder or Path.cwd()
+    inside = folder.is_relative_to(ROOT)
+    return f"python {shlex.quote(os.path.relpath(ROOT / script, folder) if inside else os.fspath(ROOT / script))}"
 
 
 def typed(path):

@@ -195,7 +195,7 @@ def _encoded_elsewhere(dataset, opt, rows, train):
         encoded = np.load(path, allow_pickle=False, mmap_mode="r")
         if not isinstance(encoded, np.ndarray):
             raise ValueError("it is an archive of several arrays")
-    except (OSError, ValueError, EOFError) as error:
+    except BROKEN as error:
         raise UserError(f"--ssba_images: cannot read {shown(path)} as one plain .npy array ({error})") from None
     if encoded.dtype != np.uint8 or encoded.shape != whole.shape:
         raise UserError(

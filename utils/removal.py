@@ -30,6 +30,8 @@ def load_start(opt):
     step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
     command = f"{python(f'{step_before}.py')} {args.attack_arguments(opt)} --epochs {epochs}"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
+    if opt.model not in MODELS and not os.path.exists(path):
+        raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
     content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)
     if is_state_dict(content):
         opt.foreign = precision_of(content)
@@ -97,8 +99,14 @@ def places_of(opt, path, resumed, plain):
         raise UserError(
             f"the model {save}, its record {record.name} and the log {log} must have different names, and not be what is loaded"
         )
-    for file in (save, log, record, result):
-        if file.exists() and not file.is_file():
+    for file in files:
+        try:
+            odd = file.exists() and not file.is_file()
+        except OSError as error:  # of what is loaded and what is written the names differ in length
+            raise UserError(
+                f"{file.name[:100]!r} is no file name here ({error.strerror}); name another by --checkpoint_save or --log"
+            ) from None
+        if odd:
             raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
     return SimpleNamespace(
         save=save, log=log, record=record, of_validation=of_validation, result=result, chosen_result=chosen_result, results=results,

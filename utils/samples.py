@@ -1,13 +1,15 @@
 """The separated samples on disk: plain ``.npy`` files with a structured dtype and a record of how they were made."""
 
+from argparse import Namespace
 from functools import partial
 
 import numpy as np
 
+from models import MODELS
 from utils import args
 from utils.checkpoints import IDENTITY, refuse_other
 from utils.errors import UserError, require_file
-from utils.files import array_writer, read_record
+from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
 from utils.paths import python, samples_folder, shown
 from utils.poisoning import poison_training_set
@@ -56,13 +58,15 @@ def load_samples(opt, spec, flags):
     names = [name for name in IDENTITY if name != "model"] if getattr(opt, "samples", None) else IDENTITY
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
-    command = f"{python('separate_samples.py')} {args.attack_arguments(opt)} {ratios}"
+    # A network from elsewhere is cleaned with samples that one of ours has found.
+    finder = opt if opt.model in MODELS else Namespace(**{**vars(opt), "model": "resnet10"})
+    command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
     record = read_record(require_file(folder / "options.json", command))
     refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", names)
     again = anew(record, "separate_samples.py", command)
     parts = []
     for flag in flags:
-        path = require_file(folder / FILES[flag], command)
+        path = require_file(folder / FILES[flag], again)
         try:
             part = np.load(path, allow_pickle=False, mmap_mode="r")
             if not isinstance(part, np.ndarray) or part.ndim != 1 or part.dtype != sample_dtype(
@@ -75,7 +79,7 @@ def load_samples(opt, spec, flags):
                 part["label"].min() < 0 or part["label"].max() >= spec.num_classes or part["index"].min() < 0
             ):
                 raise ValueError(f"a label is not 0 to {spec.num_classes - 1}, or an index below 0")
-        except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
+        except (*BROKEN, TypeError) as error:
             raise UserError(
                 f"{shown(path)} is not a file of separated samples ({error}). Make it anew with: {again}"
             ) from None
@@ -115,7 +119,7 @@ def load_order(path, count, command):
     """
     try:
         order = np.load(require_file(path, command), allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except BROKEN:
         raise UserError(f"{shown(path)} is no .npy file of numbers; it is made with: {command}") from None
     if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
         held = f"{order.dtype} {order.shape}" if isinstance(order, np.ndarray) else "several arrays"

@@ -189,8 +189,9 @@ def run(steps, opt, ledger_path, log=None, stop=None):
         code = run_apart(step.script, [*step.words, *go_on], log, stop)
         if code:
             said = f" (what it said is in {shown(log)})" if log else ""
+            then = "; mend what it named first" if code == 2 else ""
             raise UserError(
-                f"{step.script} ended with code {code}{said}; the steps before it are kept, and running this again goes on there"
+                f"{step.script} ended with code {code}{said}; the steps before it are kept, and running this again goes on there{then}"
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)

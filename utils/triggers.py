@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.errors import UserError
+from utils.images import UNREADABLE
 from utils.paths import ROOT, shown
 from utils.seeding import generator
 from utils.SSBA.encode_image import ENCODER, encode_images
@@ -121,7 +122,7 @@ def _kitty(changed, shape):
     try:
         with Image.open(KITTY) as picture:
             resized = picture.convert("RGB").resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"cannot read the picture {shown(KITTY)} ({error}); draw it with: python tools/draw_kitty.py"
         ) from None
