@@ -382,10 +382,8 @@ def check(opt, base=None):
     for name in ("data_root", "output_root"):
         if hasattr(opt, name):
             setattr(opt, name, getattr(opt, name).absolute())
-    for name in (
-        "samples",
-        *TRIGGER_OPTIONS,
-    ):  # in a record they mean the same from every folder, however they are spelt
+    # In a record these mean the same from every folder, however they are spelt.
+    for name in ("samples", *TRIGGER_OPTIONS):
         if hasattr(opt, name):
             setattr(opt, name, _real(getattr(opt, name)))
     return opt

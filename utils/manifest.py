@@ -73,7 +73,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         dict for JSON; its ``inputs`` and ``outputs`` are relative to the folder of ``record``.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    folder = Path.cwd()
+    folder = Path.cwd()  # in which it was typed
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     named = []
     for files in (inputs, outputs):
@@ -81,9 +81,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         named.append({os.path.relpath(path, record.parent): digest for path, digest in files.items()})
     return {
         "command": command,
-        "folder": os.fspath(
-            folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        ),  # in which it was typed
+        "folder": os.fspath(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder),
         "options": plain_options(opt),
         "versions": versions,
         "commit": _commit(),
@@ -104,10 +102,14 @@ def anew(record, script, command):
     """The command that makes anew what a ``record`` (dict) of a ``script`` (path in the repository) tells of: as it was typed then, in
     the folder it was typed in, or ``command`` where the record does not say."""
     typed, folder = record.get("command"), record.get("folder", ".")
-    told = all(isinstance(text, str) and text.isprintable() for text in (typed, folder))
-    if told and typed.split(" ")[0] == Path(script).name:
-        folder = (ROOT / folder).resolve()
-        command = f"{python(script, folder)}{typed.removeprefix(Path(script).name)}"
+    try:
+        told = all(text.isprintable() for text in (typed, folder))
+        name, *words = shlex.split(typed)
+    except (AttributeError, TypeError, ValueError):  # no text, or not a command
+        told = False
+    if told and name == Path(script).name:
+        folder = Path(os.path.realpath(ROOT / folder))
+        command = f"{python(script, folder)} {shlex.join(words)}".rstrip()
         if folder != Path.cwd():
             command = f"cd {quoted(folder)} && {command}"
     return command if "--overwrite" in command else f"{command} --overwrite"

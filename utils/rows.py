@@ -132,9 +132,7 @@ VARIANTS = {
         "fixed_bound": {"unlearn_relearn": "--ascent_bound 15 --bound_growth 1"},
         "drop_doubtful": {"unlearn_relearn": "--drop_doubtful"},
         "stay_dropped": {"unlearn_relearn": "--drop_doubtful --stay_dropped"},
-        "finetune": {
-            "unlearn_relearn": "--passes relearn --lr 0.01"
-        },  # plain fine-tuning on D_c, at the paper's training rate
+        "finetune": {"unlearn_relearn": "--passes relearn --lr 0.01"},  # plain, at the paper's training rate
         "random_clean": {"samples": "random_clean"},
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
