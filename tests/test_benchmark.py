@@ -61,7 +61,11 @@ def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchm
 
 @pytest.mark.parametrize(
     ("name", "marker", "document"),
-    [("benchmark", "benchmark", "README.md"), ("benchmark_h200", "benchmark H200", "README.md")],
+    [
+        ("benchmark", "benchmark", "README.md"),
+        ("benchmark_float32", "benchmark float32", "results/speed.md"),
+        ("benchmark_h200", "benchmark H200", "README.md"),
+    ],
 )
 def test_the_documents_show_the_benchmark(benchmark, name, marker, document):
     text = benchmark.markdown(pd.read_csv(ROOT / f"results/{name}.csv"))

@@ -250,7 +250,7 @@ def test_a_batch_larger_than_the_poisoned_set_is_refused(cli, words, pipeline):
 def test_outputs_that_are_inputs_or_folders_are_refused(cli, words, pipeline, tmp_path):
     model, before = pipeline / WITH_TRANS / "1.tar", snapshot(pipeline)
     common = [*words(pipeline), "--batch_size", 16, "--checkpoint_load", model]
-    refused(cli("unlearn_relearn.py", *common, "--checkpoint_save", model), "different files")
+    refused(cli("unlearn_relearn.py", *common, "--checkpoint_save", model), "different names")
     refused(cli("unlearn_relearn.py", *common, "--log", tmp_path), "is a folder")
     refused(
         cli("unlearn_relearn.py", *common, "--checkpoint_save", tmp_path / "x.tar", "--log", tmp_path / "x.json"),

@@ -273,8 +273,9 @@ def papers_figures(path):
     odd = ~(paper["table"].isin(TITLES) & paper["row"].isin(ROWS) & paper["model"].isin(("backdoored", *VARIANTS)))
     odd |= paper.duplicated(["table", "row", "model"])
     if paper.empty or odd.any():
-        line = f"its line {odd.idxmax() + 2} is of no table, row and model, or there twice"
-        what = line if odd.any() else "it has no line"
+        what = "it has no line"
+        if odd.any():
+            what = f"its line {odd.idxmax() + 2} is of no table, row and model, or there twice"
         raise UserError(f"{shown(path)} does not hold the paper's figures: {what}. Ours: {command}")
     return paper
 
