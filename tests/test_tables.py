@@ -110,23 +110,12 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
 
 
 def test_the_tables_own_poison_rate_is_no_other_setting(cli, tmp_path):
-    words = [
-        "--table",
-        "cifar10",
-        "--scale",
-        "cpu",
-        "--rows",
-        "SIG",
-        "--defences",
-        "D-BR",
-        "--output_root",
-        tmp_path,
-        "--dry_run",
-    ]
-    plain, named, other = (
-        cli("reproduce.py", *words, *more).out for more in ([], ["--poison_rate", 0.1], ["--poison_rate", 0.05])
-    )
-    assert plain == named and "--poison_rate 0.05" in other
+    def commands(*more):
+        words = ["--table", "cifar10", "--scale", "cpu", "--rows", "SIG", "--defences", "D-BR", "--dry_run"]
+        return cli("reproduce.py", *words, "--output_root", tmp_path, *more).out
+
+    assert commands("--poison_rate", 0.1) == commands()
+    assert "--poison_rate 0.05" in commands("--poison_rate", 0.05)
 
 
 def test_the_paper_scale_is_the_documents_commands(cli, tmp_path):
