@@ -113,9 +113,8 @@ def _replace(record, log):
         if file.name != record.name and not file.name.startswith("."):
             _move(file, log if log and file.name == log.name else record.parent / file.name)
     names = [name for name in earlier.get("outputs", {}) if name not in outputs and Path(name).name == name]
-    stale = [
-        name for name in names if as_written(earlier, record.parent / name)
-    ]  # not what another run has put there since
+    # Of what the earlier result has and this one has not, only what is as that wrote it: another run may have put its own there.
+    stale = [name for name in names if as_written(earlier, record.parent / name)]
     for name in stale:
         (record.parent / name).unlink()
     _move(staging / record.name, record)  # last: until then all this would be done again
