@@ -52,7 +52,7 @@ from utils.files import (
 )
 from utils.manifest import plain_options
 from utils.metrics import auroc
-from utils.paths import ROOT, backdoored_folder, separated_folder, shown, typed
+from utils.paths import ROOT, backdoored_folder, real, separated_folder, shown, typed
 from utils.poisoning import poison_training_set
 from utils.samples import sample_files
 from utils.separation import CLEAN, POISON, UNCERTAIN, ratio_of, share_of
@@ -259,22 +259,17 @@ def check_clean(opt):
         )
     if target.exists() or target.is_symlink():
         raise UserError(f"{shown(target)} is there already; give --write_clean a new name")
-    if _real(target).is_relative_to(_real(opt.data_root)):
+    if real(target).is_relative_to(real(opt.data_root)):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")
-
-
-def _real(path):
-    """``path`` without links. `Path.resolve` ends in an error where one leads to itself, which is told where it is opened."""
-    return Path(os.path.realpath(path))
 
 
 def refuse_places_in_the_data(opt):
     """Refuse to write into the folders that are read as data: what is made there would be taken for a class."""
     for name in ("out", "output_root"):
-        place = _real(getattr(opt, name))
+        place = real(getattr(opt, name))
         for split in ("train", "test", "val"):
-            if place.is_relative_to(_real(opt.data_root) / split):
+            if place.is_relative_to(real(opt.data_root) / split):
                 raise UserError(
                     f"--{name} {shown(place)} lies among the images that are audited; give a place outside them"
                 )

@@ -12,7 +12,7 @@ from utils.datasets import DATASETS, fewer_images
 from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
 from utils.loading import load_dataset
-from utils.paths import ROOT, arguments, decoded_folder
+from utils.paths import ROOT, arguments, decoded_folder, real
 from utils.poisoning import TARGET_TYPES
 from utils.SSBA.encode_image import ENCODER
 from utils.transforms import TAU_NAMES
@@ -393,7 +393,7 @@ def _real(value):
     """``value`` with the paths in it, if there are any, as absolute ones without links."""
     if isinstance(value, list):
         return [_real(one) for one in value]
-    return Path(os.path.realpath(value)) if isinstance(value, Path) else value
+    return real(value) if isinstance(value, Path) else value
 
 
 def _below(base, value):

@@ -277,19 +277,18 @@ def load_fct(path, command):
     record = read_record(fct_path(path, "fct.json")) or {}
     again = anew(record, "calculate_consistency.py", command)
     source = require_file(fct_path(path, "all.txt"), again if record else command)
-    command = again
     try:
         values = np.loadtxt(source, dtype=np.float64, ndmin=1)
     except (ValueError, OSError) as error:
-        raise UserError(f"{shown(source)} is not one number a line ({error}). Make it anew with: {command}") from None
+        raise UserError(f"{shown(source)} is not one number a line ({error}). Make it anew with: {again}") from None
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values >= 0)).all():
         raise UserError(
-            f"{shown(source)} holds no values, or some that are negative or not finite. Make it anew with: {command}"
+            f"{shown(source)} holds no values, or some that are negative or not finite. Make it anew with: {again}"
         )
     if is_other(record, "outputs", source) or (Path(path).is_file() and is_other(record, "inputs", path)):
         raise UserError(
             f"{shown(source)} is not what the run wrote that {shown(fct_path(path, 'fct.json'))} tells of, or {shown(path)} "
-            f"has been replaced since. Make it anew with: {command}"
+            f"has been replaced since. Make it anew with: {again}"
         )
     return values.astype(np.float32)
 

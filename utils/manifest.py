@@ -15,7 +15,7 @@ import torchvision
 from utils.distributed import leads
 from utils.errors import UserError
 from utils.files import read_json, read_record, sha256, write_json
-from utils.paths import ROOT, python, quoted, shown
+from utils.paths import ROOT, python, quoted, real, shown, typed
 
 
 def plain_options(opt):
@@ -23,7 +23,7 @@ def plain_options(opt):
 
     def plain(value):
         if isinstance(value, Path):  # those of the repository stay the same when it is moved
-            return os.fspath(value.relative_to(ROOT) if value.is_relative_to(ROOT) else value)
+            return typed(value)
         if isinstance(value, list):
             return [plain(part) for part in value]
         return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
@@ -41,7 +41,7 @@ def conflict(found, wanted, names):
     """Where two settings (dicts) differ in one of ``names``: both of them as a user would type them, at most three options each; else
     None. What ``found`` does not tell of agrees."""
 
-    def typed(name, value):
+    def spelt(name, value):
         if value is None or isinstance(value, bool):
             return f"--{name}" if value else f"no --{name}"
         return f"--{name} {value}"
@@ -49,7 +49,7 @@ def conflict(found, wanted, names):
     differ = [name for name in names if found.get(name, wanted[name]) != wanted[name]][:3]
     if not differ:
         return None
-    return tuple(" ".join(typed(name, values[name]) for name in differ) for values in (found, wanted))
+    return tuple(" ".join(spelt(name, values[name]) for name in differ) for values in (found, wanted))
 
 
 @lru_cache
@@ -73,7 +73,6 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         dict for JSON; its ``inputs`` and ``outputs`` are relative to the folder of ``record``.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    folder = Path.cwd()  # in which it was typed
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     named = []
     for files in (inputs, outputs):
@@ -81,7 +80,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         named.append({os.path.relpath(path, record.parent): digest for path, digest in files.items()})
     return {
         "command": command,
-        "folder": os.fspath(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder),
+        "folder": typed(Path.cwd()),  # in which the command was given
         "options": plain_options(opt),
         "versions": versions,
         "commit": _commit(),
@@ -101,14 +100,14 @@ def write_options(record, opt, **more):
 def anew(record, script, command):
     """The command that makes anew what a ``record`` (dict) of a ``script`` (path in the repository) tells of: as it was typed then, in
     the folder it was typed in, or ``command`` where the record does not say."""
-    typed, folder = record.get("command"), record.get("folder", ".")
+    given, folder = record.get("command"), record.get("folder", ".")
     try:
-        told = all(text.isprintable() for text in (typed, folder))
-        name, *words = shlex.split(typed)
+        told = all(text.isprintable() for text in (given, folder))
+        name, *words = shlex.split(given)
     except (AttributeError, TypeError, ValueError):  # no text, or not a command
         told = False
     if told and name == Path(script).name:
-        folder = Path(os.path.realpath(ROOT / folder))
+        folder = real(ROOT / folder)
         command = f"{python(script, folder)} {shlex.join(words)}".rstrip()
         if folder != Path.cwd():
             command = f"cd {quoted(folder)} && {command}"

@@ -69,6 +69,12 @@ def shown(path):
         return os.fspath(path)
 
 
+def real(path):
+    """``path`` as an absolute one without links. `Path.resolve` ends in an error where one leads to itself; this leaves that to
+    whoever opens it."""
+    return Path(os.path.realpath(path))
+
+
 def quoted(path):
     """`shown`, as a word of a command."""
     return shlex.quote(shown(path))
