@@ -28,29 +28,35 @@ class PreActBlock(BasicBlock):
 
 
 class WideConv(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1 that on maps of 2x2 pixels trains on a CPU as one matrix product.
+    """A 3x3 convolution of padding 1 that trains on a CPU as one matrix product where its result has 2x2 pixels, from 2x2
+    (stride 1) or 4x4 (stride 2).
 
-    Every output pixel then sees every input pixel, so nothing of the product is wasted; oneDNN computes with the padding too,
-    and on AVX2 multiplies for the gradient of the weights image by image. The values are those of the convolution but for
-    rounding; evaluation is left alone, so that FCT keeps its bits.
+    From 2x2 every output pixel sees every input pixel, so nothing of the product is wasted; from 4x4 the pixels that each
+    output pixel sees are laid side by side. oneDNN computes with the padding too, reaches for the gradient of the weights a
+    quarter of its speed on larger maps, and on AVX2 multiplies for it image by image. The values are those of the
+    convolution but for rounding; evaluation is left alone, so that FCT keeps its bits.
     """
 
     LEAST = 256  # channels; what narrower ones gain is too little to see
 
     def forward(self, x):
-        """float (N, C, H, W) -> float (N, out_channels, H, W)."""
-        if x.shape[2:] != (2, 2) or x.device.type != "cpu" or not self.training:
+        """float (N, C, H, W) -> float (N, out_channels, H', W')."""
+        step = self.stride[0]
+        if x.shape[2:] != (2 * step, 2 * step) or x.device.type != "cpu" or not self.training:
             return super().forward(x)
         # Pixels before channels, as channels_last has them in memory; cast first, so that less is copied.
-        weight = self.weight.permute(0, 2, 3, 1)
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
         if torch.is_autocast_enabled("cpu"):
-            weight = weight.to(torch.get_autocast_dtype("cpu"))
-        # What the input pixels weigh in the output pixel (row, column): the part of the kernel that lies on the map.
-        parts = [weight[:, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
-        dense = torch.stack(parts).flatten(0, 1).flatten(1)
-        return (
-            F.linear(x.permute(0, 2, 3, 1).flatten(1), dense).view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
-        )
+            x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+        if step == 1:
+            # What the input pixels weigh in the output pixel (row, column): the part of the kernel that lies on the map.
+            parts = [weight[:, 1 - row : 3 - row, 1 - column : 3 - column] for row in (0, 1) for column in (0, 1)]
+            y = F.linear(x.flatten(1), torch.stack(parts).flatten(0, 1).flatten(1))
+        else:
+            padded = F.pad(x, (0, 0, 1, 0, 1, 0))
+            seen = [padded[:, row : row + 3 : 2, column : column + 3 : 2] for row in range(3) for column in range(3)]
+            y = F.linear(torch.cat(seen, dim=3), weight.flatten(1))
+        return y.view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
 
 
 def with_plain_convolutions(model):
@@ -106,7 +112,7 @@ class ResNet(torchvision.models.ResNet):
         for module in self.modules():  # torchvision's own initialisation, for the layers exchanged above
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if (module.kernel_size, module.stride) == ((3, 3), (1, 1)) and module.in_channels >= WideConv.LEAST:
+                if module.kernel_size == (3, 3) and module.in_channels >= WideConv.LEAST:
                     module.__class__ = WideConv  # a new module would draw weights of its own
 
     def _narrow(self, block, layers, width):
@@ -119,7 +125,8 @@ class ResNet(torchvision.models.ResNet):
 
     def features(self, x):
         """Pooled features e(x), float (N, feature_size), of images float (N, 3, H, W)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        # The same numbers and gradients as with the ReLU first, on a quarter of the pixels.
+        x = self.relu(self.maxpool(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
 

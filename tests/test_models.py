@@ -50,6 +50,19 @@ def test_stem_decides_the_size_of_the_feature_maps(stem, shapes):
     assert feature_maps(ResNet("resnet18", 10, stem), torch.randn(1, 3, 32, 32)) == shapes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_relu_behind_the_pooling_changes_no_bit_and_no_gradient(dtype):
+    model = with_plain_convolutions(build_model("resnet10", "cifar10", 10)).train()
+    results = []
+    for forward in (model, model._forward_impl):  # the other is torchvision's, which pools after its ReLU
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = forward(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        logits.float().square().sum().backward()
+        results.append([logits, *(weight.grad.clone() for weight in model.parameters())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_preactresnet18_is_the_published_network():
     model = shake(build_model("preactresnet18", "cifar10", 10))
     state, inputs = model.state_dict(), torch.randn(3, 3, 32, 32)
@@ -156,24 +169,26 @@ def test_equal_seeds_give_equal_weights():
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
 
 
-@pytest.mark.parametrize("size", [2, 4, 3])
-def test_a_wide_convolution_is_the_convolution(size):
-    wide = WideConv(6, 5, 3, padding=1, bias=False).double()
-    x, upstream = (
-        torch.randn(7, 6, size, size, dtype=torch.double, requires_grad=True),
-        torch.randn(7, 5, size, size).double(),
-    )
+@pytest.mark.parametrize(
+    ("stride", "size"), [(1, 2), (1, 1), (1, 3), (1, 4), (1, (1, 4)), (2, 4), (2, 2), (2, 3), (2, 8)]
+)
+def test_a_wide_convolution_is_the_convolution(stride, size):
+    wide = WideConv(6, 5, 3, stride=stride, padding=1, bias=False).double()
+    height, width = size if isinstance(size, tuple) else (size, size)
+    x = torch.randn(7, 6, height, width, dtype=torch.double, requires_grad=True)
+    expected = F.conv2d(x, wide.weight, stride=stride, padding=1)
+    upstream = torch.randn_like(expected)
     results = []
-    for y in (wide(x), F.conv2d(x, wide.weight, padding=1)):
+    for y in (wide(x), expected):
         results.append((y, *torch.autograd.grad(y, (x, wide.weight), upstream)))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 6), ("resnet10", 1)])
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 7), ("resnet10", 1)])
 def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(name, count):
     model = build_model(name, "cifar10", 10)
-    # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first with a stride of 2
+    # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first of layer 3 with 128 channels coming in
     assert sum(isinstance(module, WideConv) for module in model.modules()) == count
     plain = with_plain_convolutions(copy.deepcopy(model))
     assert not any(isinstance(module, WideConv) for module in plain.modules())
@@ -188,11 +203,12 @@ def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(nam
         torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain(stride):
     torch.manual_seed(0)
-    wide = WideConv(256, 256, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    wide = WideConv(256, 256, 3, stride=stride, padding=1, bias=False).to(memory_format=torch.channels_last)
     plain = with_plain_convolutions(copy.deepcopy(wide))
-    x = torch.randn(32, 256, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(32, 256, 2 * stride, 2 * stride).to(memory_format=torch.channels_last).requires_grad_()
     upstream = torch.randn(32, 256, 2, 2)
 
     def results(layer, dtype):
