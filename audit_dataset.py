@@ -50,13 +50,13 @@ from utils.files import (
     sha256,
     write_together,
 )
-from utils.manifest import plain_options
+from utils.manifest import of_this_data, plain_options
 from utils.metrics import auroc
 from utils.paths import ROOT, backdoored_folder, real, separated_folder, shown, typed
 from utils.poisoning import poison_training_set
 from utils.samples import sample_files
 from utils.separation import CLEAN, POISON, UNCERTAIN, ratio_of, share_of
-from utils.steps import Step, run
+from utils.steps import Step, run, say_where
 
 EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10
 SMALL = 20_000  # images; in fewer, batches of 128 are too few steps to plant a backdoor of 1 %
@@ -277,9 +277,10 @@ def refuse_places_in_the_data(opt):
 
 def refuse_report_of_other_data(path, dataset, opt):
     """Refuse to replace the verdict in ``path`` where it is on other data, unless --overwrite is given."""
-    data = (read_record(path) or {}).get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    if source not in (None, dataset.source) and not opt.overwrite:
+    record = read_record(path) or {}
+    source = record["data"].get("source") if isinstance(record.get("data"), dict) else None
+    moved = source is not None and of_this_data(record, dataset.record)
+    if source not in (None, dataset.source) and not moved and not opt.overwrite:
         raise UserError(f"{shown(path)} is on {source}; give another --out, or --overwrite to replace that report")
 
 
@@ -318,6 +319,7 @@ def main(argv=None):
     refuse_report_of_other_data(out / "verdict.json", dataset, opt)
 
     steps = plan(opt, resolved, words, where, poisoned)
+    say_where()
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output
     known = {TAU: load_fct(model_path, steps["fct"].command)}
@@ -410,9 +412,11 @@ def again(opt, *more):
     """The command of this audit, with ``more``."""
     parser, words = get_parser(), ["--data_root", typed(opt.data_root)]
     for name in ("image_size", "model", "epochs", "batch_size", "lr", "seed", "precision", "output_root", "out"):
-        value = getattr(opt, name)
-        if value != parser.get_default(name):
-            words += [f"--{name}", typed(value.absolute()) if isinstance(value, Path) else str(value)]
+        value, usual = getattr(opt, name), parser.get_default(name)
+        if isinstance(value, Path):  # the usual ones are in the folder of this project, where the command is given
+            value, usual = value.absolute(), ROOT / usual
+        if value != usual:
+            words += [f"--{name}", typed(value) if isinstance(value, Path) else str(value)]
     if opt.strict:
         words.append("--strict")
     return shlex.join(["python", "audit_dataset.py", *words, *more])

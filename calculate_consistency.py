@@ -45,7 +45,8 @@ def main(argv=None):
     poisoned = poison_training_set(dataset, opt)
     _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
     ignored, option = ["batch_size"], beside_checkpoint(opt)
-    claim(fct_path(path, "fct.json"), opt, ignored=ignored, option=option, settle=settle_fct_precision)
+    record = fct_path(path, "fct.json")
+    claim(record, opt, ignored=ignored, option=option, settle=settle_fct_precision, data=dataset.record)
     fct, collapse = fct_of_network(path, model, runtime, dataset, poisoned, opt)
     sign, words, order = sign_of_backdoor(
         model, poisoned.images, poisoned.labels, fct, dataset.classes, dataset.spec, runtime, opt.seed

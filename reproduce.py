@@ -60,7 +60,7 @@ from utils.rows import (
     trained_step,
     unlearning_log,
 )  # fmt: skip
-from utils.steps import end_steps, list_commands, run
+from utils.steps import end_steps, list_commands, run, say_where
 
 
 def get_parser():
@@ -203,6 +203,7 @@ def run_table(opt):
         return
 
     make_folder(table.with_suffix(""), "--out")
+    say_where()
     stop = threading.Event()
 
     def run_row(row):  # its cells share steps, so they run one after the other
@@ -329,6 +330,7 @@ def main(argv=None):
     make_folder(opt.out, "--out")
     refuse_other_result(opt.out / f"{name}_manifest.json", opt)
     started = time.perf_counter()
+    say_where()
     seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
 
     rows = result_rows(steps)

@@ -98,7 +98,9 @@ def found_alike(path, opt, dataset):
     source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
     record = step_3_record(path, opt, dataset.record)
     if record and order.name not in record.get("outputs", {}):
-        print("Step 3 saw no backdoor with one target class in this network, so nothing is like one; D_p is by FCT alone")
+        print(
+            "Step 3 saw no backdoor with one target class in this network, so nothing is like one; D_p is by FCT alone"
+        )
         return None
     if not record or not as_written(record, order):
         raise UserError(
@@ -145,7 +147,10 @@ def main(argv=None):
     print(f"D_c {sizes[0]} ({clean_rule}), D_p {sizes[1]} ({poison_rule}), D_u {sizes[2]}")
     print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
-        print("Warning: D_c holds no sample of some class; ST and BR cannot teach it. Use a larger --clean_ratio")
+        print(
+            "Warning: D_c holds no sample of some class; ST and BR cannot teach it. Give --clean_per_class (not in the paper), or a "
+            "larger --clean_ratio"
+        )
 
     folder = separated_folder(opt)
     thresholds = {  # None where no threshold for all decided
@@ -154,7 +159,8 @@ def main(argv=None):
     }
     settings = thresholds | {"checkpoint_load": os.path.relpath(path, folder)}
     ignored = ["batch_size", "gamma_low", "gamma_high"]
-    claim(folder / "options.json", opt, ignored=ignored, settle=settle_fct_precision, **settings)
+    record = folder / "options.json"
+    claim(record, opt, ignored=ignored, settle=settle_fct_precision, data=dataset.record, **settings)
     writers = sample_writers(folder, poisoned, flags)
     if poisoned.is_clean is not None:
         quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)
@@ -165,7 +171,7 @@ def main(argv=None):
         inputs[opt.poison_order] = sha256(opt.poison_order)
     if alike is not None:
         inputs[fct_path(path, "order.npy")] = sha256(fct_path(path, "order.npy"))
-    write_options(folder / "options.json", opt, inputs=inputs, outputs=outputs, **settings)
+    write_options(record, opt, inputs=inputs, outputs=outputs, **settings)
     if poisoned.is_clean is not None:
         found = ", ".join(f"{k} {v:.6g}" for k, v in quality.items() if isinstance(v, float))
         print(f"By the ground truth (evaluation only): {found}")

@@ -283,6 +283,17 @@ def test_the_command_that_step_4_prints_is_of_the_checkpoint_it_was_given(option
     assert refused.code == 2 and len(refused.err.strip().splitlines()) == 1 and "invalid choice" in refused.err
 
 
+def test_the_audits_own_command_is_for_the_projects_folder(tmp_path, monkeypatch):
+    audit, elsewhere = load_script("audit_dataset.py"), tmp_path / "my work"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    opt = audit.get_parser().parse_args(["--data_root", "photos"])
+    opt.data_root = opt.data_root.absolute()
+    assert f"--out '{elsewhere / 'report'}'" in audit.again(opt)
+    monkeypatch.chdir(ROOT)
+    assert "--out" not in audit.again(opt)
+
+
 def test_the_command_that_step_4_prints_of_own_data_has_its_folder(cli, tmp_path):
     np.savetxt(tmp_path / "9_all.txt", np.arange(100.0))
     own = {"dataset": "folder", "data_root": str(tmp_path / "my photos"), "image_size": 64, **args.UNKNOWN}

@@ -94,6 +94,19 @@ def test_a_missing_input_names_the_command_that_makes_it_and_the_nearest_path(cl
     assert not snapshot(tmp_path)
 
 
+def test_of_a_cleaned_model_that_is_missing_this_step_is_named(cli, words, tmp_path):
+    said = cli("unlearn_relearn.py", *words(tmp_path), "--checkpoint_load", tmp_path / "1_unlearn_purify.tar")
+    refused(said, "no such file", "Make it with: python unlearn_relearn.py --dataset cifar10")
+
+
+def test_going_on_is_offered_where_it_is_possible(cli, words, pipeline):
+    step = ["train_attack_noTrans.py", *words(pipeline), "--batch_size", 64]
+    refused(cli(*step, "--epochs", 9), "--overwrite", "--checkpoint_load CHECKPOINT to go on with it")
+    other = cli(*step, "--epochs", 9, "--lr", 0.05)
+    refused(other, "--overwrite", "another --output_root")
+    assert "to go on with it" not in other.err
+
+
 def test_the_command_that_a_message_names_makes_what_was_missing(cli, words, tmp_path):
     own = [*words(tmp_path / "my results"), "--seed", 3, "--target_type", "all2all", "--poison_rate", 0.2]
     said = cli("finetune_attack_noTrans.py", *own, "--epochs", 1)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -293,14 +294,28 @@ def test_another_folder_does_not_replace_the_first_unasked(cli, folder, ran, tmp
     fill(tmp_path / "others/train", count=40)
     refused = cli("train_attack_noTrans.py", *words_of(tmp_path / "my data", ran), "--epochs", 1, "--batch_size", 64)
     assert refused.code == 2 and "--data_root" in refused.err and "--overwrite" in refused.err
+    assert "to go on with it" not in refused.err  # that would be refused too
     assert (
         cli("train_attack_noTrans.py", *words_of(tmp_path / "others", ran), "--epochs", 1, "--batch_size", 64).code == 0
     )
 
 
-def test_a_folder_that_has_changed_is_noticed(cli, fashion, ran, folder, tmp_path):
-    import shutil
+def test_a_folder_that_was_moved_is_the_same_data(cli, folder, ran, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "elsewhere/my data"
+    shutil.copytree(ran, out, copy_function=os.link)
+    shutil.copytree(folder, moved)
+    network = out / "saved/backdoored_model/poison_rate_unknown/withTrans/folder_my_data/resnet10/unknown"
+    words = [*words_of(moved, out), "--batch_size", 64]
+    more = ["--epochs", 2, "--schedule", 1, "--checkpoint_load", network / "0.tar"]
+    said = cli("train_attack_withTrans.py", *words, *more)
+    assert said.code == 0 and "Continuing after epoch 0" in said.out, said.err
+    place = network.parents[3] / "noTrans_ftsimi/folder_my_data/resnet10/unknown"
+    before = (place / "0_all.txt").read_bytes()
+    assert cli("calculate_consistency.py", *words_of(moved, out)).code == 0
+    assert (place / "0_all.txt").read_bytes() == before
 
+
+def test_a_folder_that_has_changed_is_noticed(cli, fashion, ran, folder, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(ran, out, copy_function=os.link)
     changed = folder / "train/class 3/000.png"

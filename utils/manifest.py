@@ -121,6 +121,12 @@ def of_other_data(record, data):
     return isinstance(held, dict) and held.get("train", data["train"]) != data["train"]
 
 
+def of_this_data(record, data):
+    """Whether a ``record`` (dict) says that it was made from the training set that ``data``, a `datasets.Dataset.record`, tells of."""
+    held = record.get("data")
+    return isinstance(held, dict) and held.get("train") == data["train"]
+
+
 def is_other(record, kind, path):
     """Whether the file ``path`` is another than the one that a record (dict) names among its ``kind``, inputs or outputs,
     of its own folder; False where the record does not name it."""

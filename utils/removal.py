@@ -14,6 +14,7 @@ from utils.paths import backdoored_folder, python, shown
 from utils.validation import best_epoch
 
 STEP = "unlearn_relearn"
+CLEANED = "_unlearn_purify"  # ends the name of what this step writes
 BEFORE = ("train_attack_withTrans", "train_attack_withTrans_imagenet")
 
 
@@ -32,6 +33,9 @@ def load_start(opt):
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
     if opt.model not in MODELS and not os.path.exists(path):
         raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
+    if opt.checkpoint_load and CLEANED in path.stem:  # of this step itself
+        ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
+        command = f"{python(f'{STEP}.py')} {args.attack_arguments(opt)} {ratios}"
     content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)
     if is_state_dict(content):
         opt.foreign = precision_of(content)
@@ -85,7 +89,7 @@ def places_of(opt, path, resumed, plain):
         one is a folder.
     """
     own = path.parent.parent / path.name if path.parent.name.endswith("_unfinished") else path
-    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}_unlearn_purify.tar"))
+    save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}{CLEANED}.tar"))
     result = save.with_suffix(".pth") if save.suffix == ".tar" else save
     save = save.with_suffix(".tar") if plain else save
     log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")

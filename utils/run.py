@@ -35,13 +35,22 @@ from utils.files import (
     write_json,
     write_together,
 )
-from utils.manifest import as_written, conflict, made_with, manifest, plain_options
+from utils.manifest import as_written, conflict, made_with, manifest, of_this_data, plain_options
 from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
 
 def claim(
-    record, opt, continues=False, names=IDENTITY, ignored=(), log=None, option="--output_root", settle=None, **more
+    record,
+    opt,
+    continues=False,
+    names=IDENTITY,
+    ignored=(),
+    log=None,
+    option="--output_root",
+    settle=None,
+    data=None,
+    **more,
 ):
     """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
     to replace the work of other settings unless ``--overwrite`` is given.
@@ -50,7 +59,8 @@ def claim(
         record: where the step keeps its options; opt: the options; continues: whether the run goes on from a checkpoint
         of the same step, so that only ``names`` must agree; ignored: options that change no result of this step;
         log: the step's CSV where it keeps one; option: the one that chooses the folder; settle: called with both settings (dicts), to
-        make equal what means the same; more: settings that the record keeps beside the options.
+        make equal what means the same; data: what `Dataset.record` gives, by which a data set that was moved is known again; more:
+        settings that the record keeps beside the options.
 
     Raises:
         UserError: for a folder that cannot be written, is being written by another run, or holds other work.
@@ -70,7 +80,7 @@ def claim(
     if not earlier or opt.overwrite:
         return
     wanted = plain_options(opt)
-    if DATASETS[opt.dataset].own:
+    if DATASETS[opt.dataset].own and not (data and of_this_data(earlier, data)):
         names = [*names, "data_root"]  # which then says whose data it is
     found = made_with(earlier, opt) | {name: earlier[name] for name in more if name in earlier}
     if settle:
@@ -81,7 +91,8 @@ def claim(
     differ = conflict(found, wanted, compared)
     if differ:
         held, asked = differ
-        go_on = "--checkpoint_load CHECKPOINT to go on with it, " if "epochs_done" in earlier else ""
+        longer = "epochs_done" in earlier and not continues and not conflict(found, wanted, {*compared} - {"epochs"})
+        go_on = "--checkpoint_load CHECKPOINT to go on with it, " if longer else ""
         raise UserError(
             f"{shown(record.parent)} holds the result of {held}, which {asked} would replace; give --overwrite to replace "
             f"it, {go_on}or another {option}"
@@ -160,7 +171,16 @@ class Run:
         with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
         if not leads():
             return first
-        claim(self.record, self.opt, path is not None, self.names, log=self.log, option=self.option, **self.more)
+        claim(
+            self.record,
+            self.opt,
+            path is not None,
+            self.names,
+            log=self.log,
+            option=self.option,
+            data=self.data,
+            **self.more,
+        )
         if path and not path.exists():  # what an interrupted run had left to do was to put it in its place
             path = self.record.parent / path.name
         staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}

@@ -169,6 +169,12 @@ def _as_script(script, words, log):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def say_where():
+    """Print where the steps run, if that is not the current folder."""
+    if Path.cwd() != ROOT:
+        print(f"The steps run in {ROOT}; so do the commands below, and what they name is there", flush=True)
+
+
 def run(steps, opt, ledger_path, log=None, stop=None):
     """Run the steps that are not done, an interrupted training from its last checkpoint; return the seconds that each took,
     when it last ran (of a training that was interrupted, those of its finished epochs too). ``log``: path of a file to which
