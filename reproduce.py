@@ -29,6 +29,7 @@ from itertools import product
 import pandas as pd
 
 from utils import args
+from utils.checkpoints import precision_of_run
 from utils.device import choose_runtime
 from utils.errors import UserError, refuse_several_processes, run_script
 from utils.files import bytes_writer, make_folder, read_json, read_record, write_rows, write_together
@@ -290,8 +291,12 @@ def _record_cell(path, cell, steps, resolved, made):
         after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
     options = trained.options()
-    used = made_with(read_record(trained.record), options)  # a step that was there already may have had another
-    precision = choose_runtime(options.device, used["precision"]).precision
+    record = read_record(
+        trained.record
+    )  # a step that was there already may have had another precision, on another machine
+    precision = (
+        precision_of_run(record) or choose_runtime(options.device, made_with(record, options)["precision"]).precision
+    )
     content = {
         "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
         "variant": cell.variant_name, "poison_rate": resolved.poison_rate,

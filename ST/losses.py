@@ -112,6 +112,7 @@ def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001, bound=math
     each = F.cross_entropy(logits, labels, reduction="none")
 
     def mean(values, members):
-        return (values * members).sum() / members.sum().clamp(min=1)
+        # Not a product: infinity times zero, of a sample of the other set, is no number.
+        return torch.where(members, values, 0).sum() / members.sum().clamp(min=1)
 
     return mean(each, trusted) - poison_weight * mean(each.clamp(max=bound), ~trusted)

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import SupConResNet
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, refuse_other_inputs
+from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
 from utils.files import make_folder
@@ -41,8 +41,11 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     more = args.secure_arguments(opt)
     commands = [f"{python('ST/train_extractor.py')} {more} --cosine", f"{python('ST/train_classifier.py')} {more}"]
-    extractor_path = opt.model_ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", commands[0])
-    classifier_path = opt.classifier_ckpt or latest_file(secure_folder(opt), "Linear_*/ckpt_epoch_*.pth", commands[1])
+    folder = secure_folder(opt)
+    extractor_path = opt.model_ckpt or latest_of_runs(folder, "SupCon_*/last.pth", commands[0], "--model_ckpt")
+    classifier_path = opt.classifier_ckpt or latest_of_runs(
+        folder, "Linear_*/ckpt_epoch_*.pth", commands[1], "--classifier_ckpt"
+    )
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
     again = f"{commands[1]} --ckpt {quoted(extractor_path)} --overwrite; or give its own extractor by --model_ckpt"

@@ -20,7 +20,7 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import classify
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_file, load_checkpoint, refuse_other_inputs
+from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
@@ -83,7 +83,7 @@ def run_name(opt):
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     command = f"{python(f'ST/{BEFORE}.py')} {args.secure_arguments(opt)} --cosine"
-    path = opt.ckpt or latest_file(secure_folder(opt), "SupCon_*/last.pth", command)
+    path = opt.ckpt or latest_of_runs(secure_folder(opt), "SupCon_*/last.pth", command, "--ckpt")
     of_extractor = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)
     own, load = f"{python(f'ST/{STEP}.py')} {args.secure_arguments(opt)}", opt.checkpoint_load
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None

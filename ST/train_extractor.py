@@ -116,8 +116,9 @@ def main(argv=None):
     )  # fmt: skip
     print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
     if opt.batch_size > 256 and opt.epochs <= WARM_EPOCHS:
-        print(f"Note: with a batch above 256 the learning rate grows for {WARM_EPOCHS} epochs, to where the schedule is by then; "
-              f"{opt.epochs} see little of {opt.learning_rate:g}. Take more --epochs, or a --batch_size up to 256")  # fmt: skip
+        print(f"Note: with a batch above 256 the learning rate goes from {WARM_FROM:g} to where the schedule is after "
+              f"{WARM_EPOCHS} epochs; {opt.epochs} see little of {opt.learning_rate:g}. Take more --epochs, or a --batch_size "
+              "up to 256")  # fmt: skip
 
     torch.manual_seed(opt.seed)
     model = runtime.place(SupConResNet(opt.model, size=dataset.spec.size))

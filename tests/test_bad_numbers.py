@@ -102,7 +102,7 @@ def test_l_intra_whose_features_run_away_stops(cli, words, pipeline, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = nn.Linear(2, 2)
     opt = SimpleNamespace(epochs=1, overwrite=False, dataset="d", model="m", trigger_type="t", target_type="a",
-                          target_label=0, poison_rate=0.1, seed=0)  # fmt: skip
+                          target_label=0, poison_rate=0.1, seed=0, ran_in={})  # fmt: skip
     run = Run(opt, "train_attack_noTrans", tmp_path / "options.json", None)
     run.start()
     model.weight.data[0, 0] = float("inf")

@@ -282,3 +282,11 @@ def test_an_epochs_loss_is_the_mean_over_samples():
     optimizer, runtime = torch.optim.SGD(model.parameters(), lr=0.0), choose_runtime("cpu", "float32")
     objective = lambda model, inputs, labels: (model(inputs).mean() * 0 + 5, {})  # noqa: E731
     assert train_epoch(model, SameBatches(4, 2), 0, objective, optimizer, runtime, "x")["loss"] == 5
+
+
+def test_a_sample_whose_cross_entropy_is_infinite_leaves_the_other_set_alone():
+    logits = torch.tensor([[3e38, -3e38], [0.0, 0.0]], requires_grad=True)
+    labels, trusted = torch.tensor([1, 0]), torch.tensor([False, True])
+    loss = mixed_cross_entropy(logits, labels, trusted, poison_weight=0.5, bound=10)
+    torch.testing.assert_close(loss, torch.tensor(math.log(2) - 5))
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0][1]).all()

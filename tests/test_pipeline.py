@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from conftest import ROOT, load_script, run_all, run_cli
 
 from utils import fct, figures, poisoning
-from utils.files import sha256
+from utils.device import choose_runtime
+from utils.files import read_json, sha256
 
 NO_TRANS = "saved/backdoored_model/poison_rate_0.1/noTrans/cifar10/resnet10/gridTrigger"
 TUNED = "saved/backdoored_model/poison_rate_0.1/noTrans_ftsimi/cifar10/resnet10/gridTrigger"
@@ -427,3 +429,58 @@ def test_step_2_of_another_epoch_of_step_1_is_not_replaced_unasked(copy, words, 
     said = cli("finetune_attack_noTrans.py", *own, "--checkpoint_load", copy / NO_TRANS / "0.tar")
     assert said.code == 2 and "0.tar" in said.err and "--overwrite" in said.err
     assert cli("finetune_attack_noTrans.py", *own).code == 0
+
+
+def rewritten(path, **changes):
+    """The JSON file with other values, as a file of its own: that of the copy is a link."""
+    content = {**read_json(path), **changes}
+    path.unlink()
+    path.write_text(json.dumps(content))
+
+
+def test_a_record_tells_in_which_precision_its_step_ran_and_going_on_in_another_is_said(cli, words, copy):
+    folder, ran_in = copy / NO_TRANS, choose_runtime().record
+    assert read_json(folder / "options.json")["ran_in"] == ran_in
+    step = ["train_attack_noTrans.py", *words(copy), "--batch_size", 64]
+    more = [*step, "--epochs", 3, "--checkpoint_load", folder / "1.tar", "--precision"]
+    (other,) = {"float32", "bfloat16"} - {ran_in["precision"]}
+    refused = cli(*more, other)
+    assert refused.code == 2 and f"not with --precision {other}" in refused.err
+    named = cli(*more, ran_in["precision"])  # what auto came to
+    assert named.code == 0 and "Note: the epochs before" not in named.out, named.err
+    checkpoint = torch.load(folder / "2.tar", weights_only=True)
+    (folder / "2.tar").unlink()
+    checkpoint["options"]["precision"] = "auto"
+    torch.save({**checkpoint, "ran_in": {"device": "cpu", "precision": other}}, folder / "2.tar")
+    elsewhere = cli(*step, "--epochs", 4, "--checkpoint_load", folder / "2.tar")
+    assert elsewhere.code == 0 and f"Note: the epochs before were trained in {other}" in elsewhere.out, elsewhere.err
+
+
+def test_st_takes_the_last_epoch_of_a_complete_run_whatever_the_times_of_its_files(cli, words, copy):
+    (classifier,) = copy.glob("ST/save/**/Linear_*/ckpt_epoch_0.pth")
+    later = time.time() + 1000
+    os.utime(classifier, (later, later))
+    said = cli("ST/test.py", *words(copy))
+    assert said.code == 0 and "ckpt_epoch_1.pth" in said.out and "ckpt_epoch_0.pth" not in said.out, said.err
+    (extractor,) = copy.glob("ST/save/**/SupCon_*/last.pth")
+    rewritten(extractor.with_name("options.json"), epochs_done=1)
+    for script, option in (("ST/train_classifier.py", "--ckpt"), ("ST/test.py", "--model_ckpt")):
+        refused = cli(script, *words(copy))
+        assert refused.code == 2 and "has 1 of 2 epochs" in refused.err and option in refused.err
+    named = cli("ST/test.py", *words(copy), "--model_ckpt", extractor)
+    assert named.code == 0, named.err
+
+
+@pytest.mark.parametrize("script", ["unlearn_relearn.py", "ST/train_extractor.py", "ST/train_classifier.py"])
+def test_samples_of_data_that_was_replaced_since_are_refused(cli, words, copy, script):
+    record = copy / SAMPLES / "options.json"
+    data = read_json(record)["data"]
+    rewritten(record, data={**data, "train": {**data["train"], "sha256": "0" * 64}})
+    refused = cli(script, *words(copy), "--overwrite")
+    assert refused.code == 2 and "has changed since" in refused.err and "run SD again" in refused.err
+
+
+def test_samples_of_other_ratios_are_refused(cli, words, copy):
+    samples = copy / SAMPLES
+    refused = cli("unlearn_relearn.py", *words(copy), "--samples", samples, "--poison_ratio", 0.1)
+    assert refused.code == 2 and "--poison_ratio 0.05" in refused.err and "0.1" in refused.err, refused.err

@@ -352,3 +352,19 @@ def test_a_gpu_finds_the_same_pixels(view):
         assert torch.equal(here, there)
     else:
         assert (here.double() - there.double()).abs().max() <= 1e-4  # float32's rounding
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_views_of_large_images_do_not_depend_on_their_company_or_the_threads(threads):
+    view, before = T.ContrastiveView(224), torch.get_num_threads()
+    drawn = view.draw(np.random.default_rng(0), 8)
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (8, 3, 224, 224), dtype=np.uint8))
+    together = view.apply(images, drawn)
+    torch.set_num_threads(threads)
+    try:
+        alone = [
+            view.apply(images[i : i + 1], {name: part[i : i + 1] for name, part in drawn.items()}) for i in range(8)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(alone), together)

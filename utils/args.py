@@ -31,9 +31,9 @@ TRIGGER_OPTIONS = {"benign_checkpoint": "fourCornerTrigger", "ssba_encoder": "SS
 
 class Options(argparse.Namespace):
     """Options, and beside them the ``defaults`` (dict) of their parser: what a record that lacks one, for it is older than
-    the option, was made with."""
+    the option, was made with; and ``ran_in`` (dict, see `device.Runtime.record`): what "auto" came to."""
 
-    __slots__ = ("defaults",)  # so that it is no option itself
+    __slots__ = ("defaults", "ran_in")  # so that they are no options themselves
 
 
 class Parser(argparse.ArgumentParser):
@@ -425,6 +425,7 @@ def start(parser, argv=None):
     """Parse and check the options of a script that computes; return them and its `Runtime`."""
     opt = parse(parser, argv)
     runtime = runtime_of(opt)
+    opt.ran_in = runtime.record
     several = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     print(f"Running on {runtime}{several}", flush=True)
     return opt, runtime

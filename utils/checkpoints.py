@@ -1,15 +1,12 @@
 """Checkpoints that say what they were made with: read, and refused where they do not fit."""
 
 import math
+from pathlib import Path
 
 import torch
 
 from utils.errors import UserError, require_file
-from utils.files import (
-    load_tensors,
-    read_record,
-    sha256,
-)
+from utils.files import load_tensors, read_record, sha256
 from utils.manifest import anew, conflict, made_with, plain_options
 from utils.paths import shown
 
@@ -56,11 +53,22 @@ def may_train_longer(opt):
     return not getattr(opt, "cosine", False)
 
 
+def precision_of_run(record):
+    """The precision in which the run of a record or checkpoint (dict) computed, or None where it does not say."""
+    ran_in = record.get("ran_in")
+    return ran_in.get("precision") if isinstance(ran_in, dict) else None
+
+
 def refuse_other_settings(checkpoint, opt, path):
     """Raise a `UserError` where a run that goes on after a checkpoint of its own was asked for other settings than it has:
     the optimizer and the schedule come from there, so that such a record would be false. Of how long it trains see
     `may_train_longer`."""
     wanted, found = plain_options(opt), made_with(checkpoint, opt)
+    if (
+        "auto" in (wanted.get("precision"), found.get("precision"))
+        and precision_of_run(checkpoint) == opt.ran_in["precision"]
+    ):
+        found["precision"] = wanted["precision"]  # one of them by name
     compared = wanted.keys() - NEUTRAL - {*FILES} - ({"epochs"} if may_train_longer(opt) else set())
     differ = conflict(found, wanted, sorted(compared))
     if differ:
@@ -193,9 +201,36 @@ def latest_checkpoint(folder, epochs, command):
     return path
 
 
-def latest_file(folder, pattern, command):
-    """The newest file of ``pattern`` below ``folder``; a `UserError` names the ``command`` that makes one."""
-    found = sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path))
-    path = found[-1] if found else require_file(folder / pattern, command)
+def epoch_of(path):
+    """The epoch that a checkpoint's name ends in, as of 11.tar and ckpt_epoch_11.pth, or None."""
+    last = Path(path).stem.split("_")[-1]
+    return int(last) if last.isdigit() else None
+
+
+def latest_of_runs(folder, pattern, command, option):
+    """The last epoch's checkpoint of the newest run of a step of ST.
+
+    Args:
+        folder: of the runs; pattern: of their checkpoints below it; command: makes one; option: names one by hand.
+
+    Raises:
+        UserError: where there is none, or that run has not come to its end.
+    """
+    found = list(folder.glob(pattern))
+    if not found:
+        require_file(folder / pattern, command)
+
+    def begun(path):  # by the record: copies of the checkpoints can have any time
+        record = path.with_name("options.json")
+        return (record if record.is_file() else path).stat().st_mtime_ns
+
+    path = max(found, key=lambda path: (begun(path), path.parent, epoch_of(path) or 0))
+    record = read_record(path.with_name("options.json")) or {}
+    done, epochs = record.get("epochs_done"), record.get("options", {}).get("epochs")
+    if isinstance(done, int) and isinstance(epochs, int) and done < epochs:
+        raise UserError(
+            f"{shown(path.parent)} has {done} of {epochs} epochs; train it to its end, with the same options and --checkpoint_load "
+            f"{shown(path)}, or name that file by {option}"
+        )
     print(f"Using {shown(path)}")
     return path

@@ -45,6 +45,11 @@ class Runtime:
         """The dtype as ``--precision`` names it."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def record(self):
+        """What a record says of it: dict of the kind of device and the precision."""
+        return {"device": self.device.type, "precision": self.precision}
+
     def __str__(self):
         return f"{self.device}, {self.precision}"
 

@@ -191,6 +191,7 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":  # as `settle_fct_precision` says
         runtime = replace(runtime, dtype=torch.float32)
+        opt.ran_in = runtime.record
     return checkpoint, runtime.place(model), runtime
 
 

@@ -82,6 +82,9 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         "command": command,
         "folder": typed(Path.cwd()),  # in which the command was given
         "options": plain_options(opt),
+        **(
+            {"ran_in": opt.ran_in} if hasattr(opt, "ran_in") else {}
+        ),  # what "auto" came to; a step that computes nothing has none
         "versions": versions,
         "commit": _commit(),
         **more,

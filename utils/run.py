@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_map_only
 from utils.checkpoints import (
     IDENTITY,
     NEUTRAL,
+    epoch_of,
     load_optimizer,
     load_schedule,
     may_train_longer,
+    precision_of_run,
     refuse_other_data,
     refuse_other_inputs,
     refuse_other_settings,
@@ -102,12 +104,6 @@ def claim(
 def unfinished_folder(record):
     """Folder in which a run keeps its files while an earlier result is still in their place."""
     return record.with_name("unfinished" if record.name == "options.json" else f"{record.stem}_unfinished")
-
-
-def _epoch_of(path):
-    """The epoch that a checkpoint's name ends in, as of 11.tar and ckpt_epoch_11.pth, or None."""
-    last = Path(path).stem.split("_")[-1]
-    return int(last) if last.isdigit() else None
 
 
 def _complete(record):
@@ -201,7 +197,7 @@ class Run:
             self.outputs = {
                 self.record.parent / name: digest
                 for name, digest in earlier.get("outputs", {}).items()
-                if _epoch_of(name) is None or _epoch_of(name) < first
+                if epoch_of(name) is None or epoch_of(name) < first
             }
             own = path.resolve().parent == self.at(self.record).parent.resolve()
             if own and earlier.get("epochs_done", 0) < first:
@@ -246,6 +242,11 @@ class Run:
         self._refuse_nothing_to_do(checkpoint["epoch"] + 1, path)
         self.history = list(checkpoint["history"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
+        before, now = precision_of_run(checkpoint), self.opt.ran_in["precision"]
+        if before not in (None, now):
+            print(
+                f"Note: the epochs before were trained in {before}, these are in {now}; --precision {before} goes on as it was"
+            )
         if checkpoint["epoch"] + 1 >= self.opt.epochs:
             more = "; a larger --epochs continues" if may_train_longer(self.opt) else ""
             print(f"All {self.opt.epochs} epochs are done{more}")
@@ -305,6 +306,7 @@ class Run:
             "optimizer": optimizer.state_dict(),
             "schedule": scheduler.state_dict() if scheduler is not None else {},
             "options": plain_options(self.opt),
+            "ran_in": self.opt.ran_in,
             "poisoned_digest": self.digest,
             "inputs": list(self.inputs.values()),
             "history": self.history,

@@ -7,7 +7,7 @@ import numpy as np
 
 from models import MODELS
 from utils import args
-from utils.checkpoints import IDENTITY, refuse_other
+from utils.checkpoints import SECURE_IDENTITY, refuse_other
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
@@ -55,7 +55,9 @@ def load_samples(opt, spec, flags):
     Raises:
         UserError: for a file that is missing, damaged or not of this kind, or samples of another attack or seed.
     """
-    names = [name for name in IDENTITY if name != "model"] if getattr(opt, "samples", None) else IDENTITY
+    names = (
+        SECURE_IDENTITY if not getattr(opt, "samples", None) else [name for name in SECURE_IDENTITY if name != "model"]
+    )
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     # A network from elsewhere is cleaned with samples that one of ours has found.
@@ -138,14 +140,13 @@ def images_of(samples, dataset, opt):
     Raises:
         UserError: where the training set is not the one that was separated.
     """
-    if not dataset.spec.streamed:
-        return samples["image"]
-    poisoned, record = poison_training_set(dataset, opt), samples_folder(opt) / "options.json"
-    if read_record(record).get("poisoned_digest") != poisoned.digest:
+    path, streamed = samples_folder(opt) / "options.json", dataset.spec.streamed
+    record, poisoned = read_record(path), poison_training_set(dataset, opt) if streamed else None
+    if of_other_data(record, dataset.record) or (streamed and record.get("poisoned_digest") != poisoned.digest):
         raise UserError(
-            f"the data under {shown(opt.data_root)} has changed since {shown(record)} was written; run SD again"
+            f"the data under {shown(opt.data_root)} has changed since {shown(path)} was written; run SD again"
         )
-    return poisoned.images.subset(samples["index"])
+    return poisoned.images.subset(samples["index"]) if streamed else samples["image"]
 
 
 def sample_files(opt, flags):

@@ -141,7 +141,9 @@ def adjust_brightness(images, factor):
 
 def adjust_contrast(images, factor):
     """Blend each float image with the mean of its grey version by ``factor`` (B,)."""
-    return _blend(images, rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), factor)
+    # In float64: in float32 the sum of a large image depends on the number of threads, and so on --workers.
+    mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    return _blend(images, mean.to(images.dtype), factor)
 
 
 def adjust_saturation(images, factor):
