@@ -1,8 +1,8 @@
 """ST step 1: train a secure feature extractor by semi-supervised contrastive learning (paper section 4.2).
 
 Samples of D_c attract the D_c samples of their class; those of D_p and D_u only their own other view. --positives unsuspected
-takes D_u for D_c here; with authors D_c attracts all samples of its class. Writes last.pth every epoch, ckpt_epoch_<n>.pth
-every --save_freq epochs, log.csv and options.json to
+takes D_u for D_c here; with authors D_c attracts all samples of its class. --drop_poison leaves D_p out. Writes last.pth every
+epoch, ckpt_epoch_<n>.pth every --save_freq epochs, log.csv and options.json to
 ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/SupCon_.../.
 """
 
@@ -70,6 +70,10 @@ def get_parser():
         "authors' code has it: many more labels, of which some are poisoned; unsuspected (not in the paper): D_u is taken for D_c, "
         "so that all labels but those of D_p count",
     )  # fmt: skip
+    parser.add_argument(
+        "--drop_poison", action="store_true",
+        help="not in the paper: leave D_p out, whose samples else attract their own other view and repel all others",
+    )  # fmt: skip
     args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
     args.add_resume_option(parser)
@@ -108,6 +112,8 @@ def main(argv=None):
     sets = [CLEAN, UNCERTAIN, POISON]
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, sets)
+    if opt.drop_poison:
+        samples = samples[samples["flag"] != POISON]
     folder = secure_folder(opt) / run_name(opt)
     mask, trusted = POSITIVES[opt.positives]
     batches = Batches(

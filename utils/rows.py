@@ -145,6 +145,10 @@ VARIANTS = {
         "unsuspected": {"train_extractor": "--positives unsuspected"},
         "authors_bounded": {"train_extractor": "--positives authors", "train_classifier": "--ascent_bound 10"},
         "unsuspected_bounded": {"train_extractor": "--positives unsuspected", "train_classifier": "--ascent_bound 10"},
+        "without_poison": {
+            "train_extractor": "--positives unsuspected --drop_poison",
+            "train_classifier": "--ascent_bound 10",
+        },
         "random": {"samples": "random"},
         "oracle": {"samples": "oracle"},
         "likeness": {"samples": "likeness"},
