@@ -291,12 +291,10 @@ def _record_cell(path, cell, steps, resolved, made):
         after = read_figures(last, last.output, MEASURES)
     data = read_json(trained.record)["data"]
     options = trained.options()
-    record = read_record(
-        trained.record
-    )  # a step that was there already may have had another precision, on another machine
-    precision = (
-        precision_of_run(record) or choose_runtime(options.device, made_with(record, options)["precision"]).precision
-    )
+    record = read_record(trained.record)
+    # A step that was there already may have run on another machine; an older record names the option alone.
+    precision = precision_of_run(record)
+    precision = precision or choose_runtime(options.device, made_with(record, options)["precision"]).precision
     content = {
         "table": resolved.dataset, "row": cell.row, "defence": defence, "scale": cell.preset, "seed": cell.seed,
         "variant": cell.variant_name, "poison_rate": resolved.poison_rate,

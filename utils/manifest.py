@@ -74,6 +74,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    ran_in = {"ran_in": opt.ran_in} if hasattr(opt, "ran_in") else {}  # a step that computes nothing has none
     named = []
     for files in (inputs, outputs):
         files = files if isinstance(files, dict) else {path: sha256(path) for path in files or ()}
@@ -82,9 +83,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
         "command": command,
         "folder": typed(Path.cwd()),  # in which the command was given
         "options": plain_options(opt),
-        **(
-            {"ran_in": opt.ran_in} if hasattr(opt, "ran_in") else {}
-        ),  # what "auto" came to; a step that computes nothing has none
+        **ran_in,
         "versions": versions,
         "commit": _commit(),
         **more,

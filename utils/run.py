@@ -43,17 +43,8 @@ from utils.weights import load_weights, not_finite
 
 
 def claim(
-    record,
-    opt,
-    continues=False,
-    names=IDENTITY,
-    ignored=(),
-    log=None,
-    option="--output_root",
-    settle=None,
-    data=None,
-    **more,
-):
+    record, opt, continues=False, names=IDENTITY, ignored=(), log=None, option="--output_root", settle=None, data=None, **more
+):  # fmt: skip
     """Make the folder of a step's ``record`` (path of a JSON file) this run's own: create it, lock the record, and refuse
     to replace the work of other settings unless ``--overwrite`` is given.
 
@@ -167,16 +158,8 @@ class Run:
         with. ``path``: the checkpoint that holds the epochs before it. Nothing is written before this."""
         if not leads():
             return first
-        claim(
-            self.record,
-            self.opt,
-            path is not None,
-            self.names,
-            log=self.log,
-            option=self.option,
-            data=self.data,
-            **self.more,
-        )
+        more = {"log": self.log, "option": self.option, "data": self.data, **self.more}
+        claim(self.record, self.opt, path is not None, self.names, **more)
         if path and not path.exists():  # what an interrupted run had left to do was to put it in its place
             path = self.record.parent / path.name
         staging, earlier = unfinished_folder(self.record), read_record(self.record) or {}

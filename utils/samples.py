@@ -55,9 +55,7 @@ def load_samples(opt, spec, flags):
     Raises:
         UserError: for a file that is missing, damaged or not of this kind, or samples of another attack or seed.
     """
-    names = (
-        SECURE_IDENTITY if not getattr(opt, "samples", None) else [name for name in SECURE_IDENTITY if name != "model"]
-    )
+    names = [name for name in SECURE_IDENTITY if name != "model" or not getattr(opt, "samples", None)]
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     # A network from elsewhere is cleaned with samples that one of ours has found.

@@ -141,8 +141,9 @@ def adjust_brightness(images, factor):
 
 def adjust_contrast(images, factor):
     """Blend each float image with the mean of its grey version by ``factor`` (B,)."""
-    # In float64: in float32 the sum of a large image depends on the number of threads, and so on --workers.
-    mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    # In float64, which mps has not: in float32 the sum of a large image depends on the number of threads, and so on --workers.
+    exact = torch.float32 if images.device.type == "mps" else torch.float64
+    mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True, dtype=exact)
     return _blend(images, mean.to(images.dtype), factor)
 
 
