@@ -279,8 +279,8 @@ def refuse_report_of_other_data(path, dataset, opt):
     """Refuse to replace the verdict in ``path`` where it is on other data, unless --overwrite is given."""
     record = read_record(path) or {}
     source = record["data"].get("source") if isinstance(record.get("data"), dict) else None
-    moved = source is not None and of_this_data(record, dataset.record)
-    if source not in (None, dataset.source) and not moved and not opt.overwrite:
+    other = source not in (None, dataset.source) and not of_this_data(record, dataset.record)  # it may have been moved
+    if other and not opt.overwrite:
         raise UserError(f"{shown(path)} is on {source}; give another --out, or --overwrite to replace that report")
 
 

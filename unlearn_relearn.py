@@ -112,7 +112,7 @@ def main(argv=None):
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
 
-    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path, dataset.record)
+    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
 
     def batches_of(flag, size):
         name, samples = f"{STEP} {flag}", load_samples(opt, spec, [flag])

@@ -455,7 +455,7 @@ def attack_arguments(opt):
 
 
 def secure_arguments(opt):
-    """As `attack_arguments`, for the steps of ST: with the ratios that name the folder of the separated samples."""
+    """As `attack_arguments`, for the steps of ST and BR: with the ratios that name the folder of the separated samples."""
     return " ".join([attack_arguments(opt), arguments(opt, [], RATIOS)]).strip()
 
 

@@ -34,8 +34,7 @@ def load_start(opt):
     if opt.model not in MODELS and not os.path.exists(path):
         raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
     if opt.checkpoint_load and CLEANED in path.stem:  # of this step itself
-        ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
-        command = f"{python(f'{STEP}.py')} {args.attack_arguments(opt)} {ratios}"
+        command = f"{python(f'{STEP}.py')} {args.secure_arguments(opt)}"
     content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)
     if is_state_dict(content):
         opt.foreign = precision_of(content)

@@ -92,17 +92,11 @@ def load_samples(opt, spec, flags):
     return np.concatenate(parts)
 
 
-def refuse_samples_of_other_data(opt, digest, path, data):
+def refuse_samples_of_other_data(opt, digest, path):
     """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
-    set has the ``digest``; None: of a network from elsewhere nobody knows, and they are held against the ``data`` at hand (a
-    `datasets.Dataset.record`)."""
+    set has the ``digest``; None: of a network from elsewhere nobody knows. Of the data at hand see `images_of`."""
     folder = samples_folder(opt)
-    record = read_record(folder / "options.json") or {}
-    if digest is None and of_other_data(record, data):
-        raise UserError(
-            f"the samples in {shown(folder)} are of other data than lies under {shown(opt.data_root)}; run SD on it"
-        )
-    found = record.get("poisoned_digest", digest)
+    found = (read_record(folder / "options.json") or {}).get("poisoned_digest", digest)
     if digest is not None and found != digest:
         raise UserError(
             f"the samples in {shown(folder)} are of another training set than {shown(path)}, although the options agree; run SD, "
