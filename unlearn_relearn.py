@@ -25,9 +25,16 @@ from utils.files import tensor_writer
 from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import shown
+from utils.poisoning import refuse_other_trigger
 from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise
 from utils.run import Run
-from utils.samples import images_of, load_samples, refuse_samples_of_other_data, sample_files
+from utils.samples import (
+    images_of,
+    load_samples,
+    record_of_samples,
+    refuse_samples_of_other_data,
+    sample_files,
+)
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip
@@ -108,11 +115,12 @@ def main(argv=None):
 
     dataset = args.load_data(opt)
     spec = replace(dataset.spec, mean=tuple(opt.mean or dataset.spec.mean), std=tuple(opt.std or dataset.spec.std))
+    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
+    samples_record, made = record_of_samples(opt)
+    refuse_other_trigger(dataset, opt, made, shown(samples_record))
     tests = make_test_sets(dataset, opt, runtime)
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
-
-    refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
 
     def batches_of(flag, size):
         name, samples = f"{STEP} {flag}", load_samples(opt, spec, [flag])

@@ -19,6 +19,7 @@ from utils.files import make_folder
 from utils.manifest import write_options
 from utils.metrics import evaluate
 from utils.paths import python, quoted, secure_folder, shown
+from utils.poisoning import refuse_other_trigger
 from utils.weights import load_weights
 
 
@@ -52,6 +53,7 @@ def main(argv=None):
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)
+    refuse_other_trigger(dataset, opt, classifier_state, shown(classifier_path))
     tests = make_test_sets(dataset, opt, runtime)
     if tests is None:
         raise UserError(

@@ -27,8 +27,9 @@ from utils.engine import train_epoch
 from utils.errors import run_script
 from utils.metrics import evaluate, say_selection
 from utils.paths import python, secure_folder, shown
+from utils.poisoning import refuse_other_trigger
 from utils.run import Run
-from utils.samples import images_of, load_samples, sample_files
+from utils.samples import images_of, load_samples, record_of_samples, sample_files
 from utils.separation import CLEAN, POISON
 from utils.transforms import ContrastiveView
 from utils.validation import HeldOut, best_epoch
@@ -91,6 +92,8 @@ def main(argv=None):
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
     again = f"{command} --overwrite; or give its own samples by --samples"
     refuse_other_inputs(of_extractor, path, sample_files(opt, [CLEAN, POISON]), again)
+    samples_record, made = record_of_samples(opt)
+    refuse_other_trigger(dataset, opt, made, shown(samples_record))
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
     images = images_of(samples, dataset, opt)
@@ -119,8 +122,9 @@ def main(argv=None):
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
     run = Run(
-        opt, STEP, folder / "options.json", None, inputs=inputs, data=dataset.record, ckpt=os.path.relpath(path, folder)
-    )
+        opt, STEP, folder / "options.json", made.get("poisoned_digest"), inputs=inputs, data=dataset.record,
+        ckpt=os.path.relpath(path, folder),
+    )  # fmt: skip
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()
 

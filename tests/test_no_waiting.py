@@ -119,6 +119,12 @@ def test_fct_and_evaluation_work_on_the_device(name, meta):
     assert meta.uploads.sizes == meta.sent and max(meta.sent) <= (24 * 15 if name == "blur" else 48)
 
 
+@pytest.mark.parametrize(("side", "at_once"), [(32, 64), (28, 64), (64, 16), (224, 1)])
+def test_fewer_large_images_are_augmented_at_once_on_a_gpu(side, at_once, meta):
+    images, labels = np.zeros((4, side, side, 3), np.uint8), np.zeros(4, np.int64)
+    assert dataloader_bd.Batches(images, labels, DATASETS["cifar10"], META, 64, 0, "x").at_once == at_once
+
+
 @pytest.mark.parametrize(
     ("side", "on_cpu", "on_gpu"), [(32, 250, 2000), (64, 62, 500), (28, 250, 2000), (1000, 32, 32)]
 )

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, run_all
+from PIL import Image
+from test_bad_input import refused, snapshot
 from test_poisoning import make_dataset, options
 
 from utils import dataloader_bd as bd
-from utils import poisoning
+from utils import poisoning, triggers
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.poisoning import paint
@@ -157,6 +159,29 @@ def test_images_of_another_shape_or_kind_are_refused(tmp_path, array, message):
     np.save(tmp_path / "train.npy", make_dataset().train_images)
     with pytest.raises(UserError, match="no second file"):
         bd.make_test_sets(make_dataset(), opt, CPU)
+
+
+def test_steps_on_separated_samples_refuse_another_trigger_than_theirs(cli, words, tmp_path):
+    content = torch.load(ENCODER, weights_only=True)
+    torch.save({**content, "secret": 1 - content["secret"]}, tmp_path / "mine.pt")
+    common = [*words(tmp_path / "out"), "--trigger_type", "SSBA"]
+    assert run_all([*common, "--ssba_encoder", tmp_path / "mine.pt"], epochs=1) == [0] * 11
+    before = snapshot(tmp_path / "out")
+    for script in ("unlearn_relearn.py", "ST/train_classifier.py", "ST/test.py"):
+        again = [] if script == "ST/test.py" else ["--overwrite"]
+        refused(cli(script, *common, *again), "carry another trigger", "an encoder")  # which was forgotten
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_picture_behind_the_trigger_that_was_replaced_is_noticed(tmp_path, monkeypatch):
+    dataset, opt = make_dataset(), options(trigger_type="kittyTrigger")
+    made = {"poisoned_digest": poisoning.poison_training_set(dataset, opt).digest}
+    poisoning.refuse_other_trigger(dataset, opt, made, "0.tar")
+    Image.fromarray(255 - np.asarray(Image.open(triggers.KITTY).convert("RGB"))).save(tmp_path / "other.png")
+    monkeypatch.setattr(triggers, "KITTY", tmp_path / "other.png")
+    poisoning.refuse_other_trigger(dataset, opt, {"poisoned_digest": None}, "0.tar")  # an older one does not say
+    with pytest.raises(UserError, match="carry another trigger"):
+        poisoning.refuse_other_trigger(dataset, opt, made, "0.tar")
 
 
 @pytest.mark.slow

@@ -38,12 +38,14 @@ def refuse_other(found, opt, what, names=IDENTITY):
         )
 
 
-def refuse_other_data(checkpoint, digest, path):
-    """Raise a `UserError` where a checkpoint was made with other samples poisoned than the data at hand has."""
-    if checkpoint["poisoned_digest"] != digest:
+def refuse_other_data(made, digest, path):
+    """Raise a `UserError` where ``path``, a checkpoint or a record that holds ``made`` (dict), is of another poisoned set than
+    that of the ``digest``; an older one may not say of which."""
+    if made.get("poisoned_digest") not in (None, digest):
         raise UserError(
-            f"{path} was made on data in which other samples are poisoned, although the options agree: "
-            f"its training set is not the one under --data_root. Run the steps from the first on this data"
+            f"{path} was made on data in which other samples are poisoned or carry another trigger, although the options agree: "
+            f"its training set is not the one under --data_root, or a file behind the trigger (a picture, an encoder, a benign "
+            f"model) is another. Name that file, or run the steps from the first on this data"
         )
 
 

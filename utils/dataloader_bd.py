@@ -235,8 +235,11 @@ class Batches:
 
     @property
     def at_once(self):
-        """How many batches are made together; what is in them does not depend on it."""
-        return max(1, TOGETHER // self.batch_size) if on_gpu(self.images) else 1
+        """How many batches are made together, of a side above 32 pixels as many as take no more memory; what is in them does not
+        depend on it."""
+        if not on_gpu(self.images):
+            return 1
+        return max(1, min(TOGETHER, TOGETHER * 32**2 // self.images.shape[2] ** 2) // self.batch_size)
 
     def _splits(self, number):
         """The rows of each batch of epoch ``number``, a list of int64 tensors on the CPU."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.adversarial import EPSILON, STEP_SIZE, STEPS, load_benign_model, perturb
-from utils.checkpoints import latest_checkpoint
+from utils.checkpoints import latest_checkpoint, refuse_other_data
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.images import StreamedImages
@@ -24,6 +24,8 @@ from utils.SSBA.encode_image import encode_images
 from utils.triggers import apply_trigger
 
 TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
+
+FROM_A_FILE = ("SSBA", "kittyTrigger")  # triggers that test images get from a file
 
 WORTH_KEEPING = 64  # fewer images are made anew each time
 
@@ -135,6 +137,13 @@ def poison_training_set(dataset, opt):
     # The first images tell other data, another picture or another network behind a trigger apart.
     digest = hashlib.sha256(chosen.astype("<i8").tobytes() + images[chosen[:64]].tobytes()).hexdigest()
     return PoisonedSet(images, new_labels, labels, is_clean, np.arange(len(labels)), digest)
+
+
+def refuse_other_trigger(dataset, opt, made, path):
+    """Raise a `UserError` where test images would get another trigger than the training set of ``path`` has, a checkpoint or a
+    record that holds ``made`` (dict). For steps on separated samples, which need the poisoned set for nothing else."""
+    if opt.trigger_type in FROM_A_FILE and not dataset.spec.own:
+        refuse_other_data(made, poison_training_set(dataset, opt).digest, path)
 
 
 def painter(opt, train):

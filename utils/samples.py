@@ -7,7 +7,7 @@ import numpy as np
 
 from models import MODELS
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, refuse_other
+from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
@@ -92,11 +92,17 @@ def load_samples(opt, spec, flags):
     return np.concatenate(parts)
 
 
+def record_of_samples(opt):
+    """Path of the record of the samples of these options, and what it holds (dict); nothing where it is missing."""
+    path = samples_folder(opt) / "options.json"
+    return path, read_record(path) or {}
+
+
 def refuse_samples_of_other_data(opt, digest, path):
     """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
     set has the ``digest``; None: of a network from elsewhere nobody knows. Of the data at hand see `images_of`."""
     folder = samples_folder(opt)
-    found = (read_record(folder / "options.json") or {}).get("poisoned_digest", digest)
+    found = record_of_samples(opt)[1].get("poisoned_digest", digest)
     if digest is not None and found != digest:
         raise UserError(
             f"the samples in {shown(folder)} are of another training set than {shown(path)}, although the options agree; run SD, "
@@ -132,13 +138,16 @@ def images_of(samples, dataset, opt):
     Raises:
         UserError: where the training set is not the one that was separated.
     """
-    path, streamed = samples_folder(opt) / "options.json", dataset.spec.streamed
-    record, poisoned = read_record(path), poison_training_set(dataset, opt) if streamed else None
-    if of_other_data(record, dataset.record) or (streamed and record.get("poisoned_digest") != poisoned.digest):
+    path, record = record_of_samples(opt)
+    if of_other_data(record, dataset.record):
         raise UserError(
             f"the data under {shown(opt.data_root)} has changed since {shown(path)} was written; run SD again"
         )
-    return poisoned.images.subset(samples["index"]) if streamed else samples["image"]
+    if not dataset.spec.streamed:
+        return samples["image"]
+    poisoned = poison_training_set(dataset, opt)
+    refuse_other_data(record, poisoned.digest, shown(path))
+    return poisoned.images.subset(samples["index"])
 
 
 def sample_files(opt, flags):
