@@ -226,9 +226,16 @@ def write_clean(opt, dataset, flags):
     """Write a copy of the folder without D_p to --write_clean, whole or not at all; the original is only read."""
     target, source = opt.write_clean.absolute(), opt.data_root.absolute()
     left_out = set(dataset.train_images.files[flags == POISON].tolist())
+    emptied = np.setdiff1d(dataset.train_labels, dataset.train_labels[flags != POISON])
+    of_emptied = np.isin(dataset.test_labels, emptied)
+    for label in emptied:
+        print(
+            f"Warning: D_p holds all images of class {dataset.classes[label]!r}, so the copy has no such class, nor its test images"
+        )
     kept = 0
     with new_folder(target, "--write_clean") as staging:
-        for name in (*dataset.train_images.files, *dataset.test_images.files):  # no others: nobody looked at them
+        # No others: nobody looked at them.
+        for name in (*dataset.train_images.files, *dataset.test_images.files[~of_emptied]):
             if name in left_out:
                 continue
             file = Path(name)
@@ -259,6 +266,9 @@ def check_clean(opt):
         )
     if target.exists() or target.is_symlink():
         raise UserError(f"{shown(target)} is there already; give --write_clean a new name")
+    for name in ("out", "output_root"):
+        if real(getattr(opt, name)).is_relative_to(real(target)):
+            raise UserError(f"--{name} would lie in the copy that is --write_clean {shown(target)}; give another place")
     if real(target).is_relative_to(real(opt.data_root)):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")

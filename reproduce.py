@@ -116,11 +116,25 @@ def get_parser():
     return parser
 
 
+def settled(options):
+    """Options (dict) of a row with the defaults in the place of those that were not named, which mean the same."""
+    dataset, model = preset_data(options.get("preset"))
+    usual = {
+        "dataset": dataset,
+        "model": model,
+        "seed": 0,
+        "poison_rate": args.ATTACK_DEFAULTS["poison_rate"],
+        "precision": "auto",
+    }
+    return {**options, **{name: value for name, value in usual.items() if options.get(name) is None}}
+
+
 def refuse_other_result(path, opt):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, unless
     --overwrite is given."""
-    wanted = plain_options(opt)
-    held = made_with(read_record(path) or {"options": wanted}, opt)
+    record = read_record(path)
+    wanted = settled(plain_options(opt))
+    held = settled(made_with(record, opt)) if record else wanted
     differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate", "precision"))
     lost = [name for name in held.get("defences") or DEFENCES if name not in (opt.defences or DEFENCES)]
     if lost and not opt.overwrite:
@@ -313,6 +327,10 @@ def main(argv=None):
     opt = get_parser().parse_args(argv)
     refuse_several_processes()
     if opt.verify:
+        given = [name for name, value in vars(opt).items() if value != get_parser().get_default(name)]
+        if given != ["verify"]:
+            useless = next(name for name in given if name != "verify")
+            raise UserError(f"--verify runs nothing and has no use for --{useless}; leave one out")
         found = verify(opt.verify)
         for path in found["absent"]:
             print(f"not here, so not checked: {shown(path)}")
@@ -357,7 +375,8 @@ def main(argv=None):
         f"\n{opt.row} on {resolved.dataset}, {resolved.model}, {attack_and_ratios(resolved)} (last epochs; per cent, AUROC in 0-1)"
     )
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep=""))
-    print(f"AUROC of FCT: {rows[-1].get('AUROC', float('nan')):.4f}")
+    auroc = rows[-1].get("AUROC")
+    print(f"AUROC of FCT: {'none, for no sample is clean' if auroc is None else f'{auroc:.4f}'}")
     print(
         f"Steps took {sum(seconds.values()) / 60:.1f} min in all, {(time.perf_counter() - started) / 60:.1f} min of it now"
     )

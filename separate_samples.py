@@ -145,9 +145,9 @@ def main(argv=None):
     print(f"D_c {sizes[0]} ({clean_rule}), D_p {sizes[1]} ({poison_rule}), D_u {sizes[2]}")
     print(f"D_c per class: {' '.join(map(str, per_class))}")
     if not per_class.all():
+        per_label = "" if opt.clean_per_class else "--clean_per_class (not in the paper), or "
         print(
-            "Warning: D_c holds no sample of some class; ST and BR cannot teach it. Give --clean_per_class (not in the paper), or a "
-            "larger --clean_ratio"
+            f"Warning: D_c holds no sample of some class; ST and BR cannot teach it. Give {per_label}a larger --clean_ratio"
         )
 
     folder = separated_folder(opt)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, load_script, run_cli
+from conftest import ROOT, load_script, run_cli, write_folder
 from PIL import Image
 from test_bad_input import refused
 
@@ -22,8 +22,9 @@ from utils import args, audit, report
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.files import read_json, sha256
+from utils.loading import load_dataset
 from utils.manifest import plain_options
-from utils.separation import confine, gammas_of_distribution, of_classes, separate
+from utils.separation import CLEAN, POISON, confine, gammas_of_distribution, of_classes, separate
 from utils.triggers import apply_trigger
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -706,6 +707,7 @@ def test_too_few_images_cannot_tell_and_recommend_nothing(cli, fashion, in_proce
     [
         (["--write_clean", "{root}/x"], "place outside"),
         (["--write_clean", "{root}"], "there already"),
+        (["--write_clean", "{tmp}/r"], "--out would lie in the copy"),
         (["--copy"], "without --write_clean"),
         (["--data_root", "missing"], "no folder"),
         (["--data_root", "missing", "--dataset", "npz"], "no file"),
@@ -713,10 +715,22 @@ def test_too_few_images_cannot_tell_and_recommend_nothing(cli, fashion, in_proce
     ],
 )
 def test_bad_options_are_refused_in_one_line(cli, made, tmp_path, more, message):
-    more = [str(word).format(root=made[0]) for word in more]
+    more = [str(word).format(root=made[0], tmp=tmp_path) for word in more]
     result = cli("audit_dataset.py", "--data_root", made[0], "--out", tmp_path / "r", "--output_root", tmp_path, *more)
     assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1, result.err
     assert not list(tmp_path.rglob("*.tar")) and not (Path(made[0]) / "x").exists()
+
+
+def test_a_copy_without_a_whole_class_is_data_that_the_steps_take(cli, fashion, tmp_path, capsys):
+    write_folder(tmp_path / "data", fashion, train=6, test=2)
+    dataset = load_dataset("folder", tmp_path / "data", image_size=32, cache=tmp_path / "cache")
+    flags = np.where(dataset.train_labels == 3, POISON, CLEAN)
+    opt = SimpleNamespace(write_clean=tmp_path / "clean", data_root=tmp_path / "data", copy=False)
+    load_script("audit_dataset.py").write_clean(opt, dataset, flags)
+    assert "no such class" in capsys.readouterr().out
+    copy = load_dataset("folder", tmp_path / "clean", image_size=32, cache=tmp_path / "other")
+    assert copy.classes == [name for name in dataset.classes if name != "class 3"]
+    assert len(copy.train_labels) == 54 and len(copy.test_labels) == 18
 
 
 def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):

@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_cli, write_folder
+from conftest import ROOT, run_cli, write_folder
 from PIL import Image
 from steps import Step, moments
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
@@ -323,6 +324,34 @@ def test_a_polite_end_keeps_the_last_epoch_and_says_one_line(name, number, state
     record = json.loads((root / STEPS[name][1] / "options.json").read_text())
     assert record["epochs_done"] >= 2 and len(open_whole(root / STEPS[name][1] / "log.csv")) == record["epochs_done"]
     assert not [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock"))]
+
+
+def test_a_polite_end_of_the_workers_too_says_one_line(fashion, tmp_path):
+    """As `timeout` ends a command: the processes that decode images get the signal as well."""
+    write_folder(tmp_path / "data", fashion, train=12, test=2)
+    own = [
+        "--dataset",
+        "folder",
+        "--data_root",
+        tmp_path / "data",
+        "--image_size",
+        72,
+        "--model",
+        "resnet10",
+        "--workers",
+        2,
+    ]
+    words = [*own, "--output_root", tmp_path / "out", "--epochs", 500, "--batch_size", 8, "--eval_freq", 0]
+    command = [sys.executable, ROOT / "train_attack_noTrans.py", *map(str, words)]
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **said) as step:
+        for line in step.stdout:
+            if line.startswith("epoch 1/500"):
+                break
+        os.killpg(step.pid, signal.SIGTERM)
+        _, errors = step.communicate(timeout=120)
+    assert step.returncode == 130 and [line for line in errors.splitlines() if line] == [errors.strip()], errors
+    assert "interrupted" in errors
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_a_dead_ones_lock_is_not(states, small_data, tmp_path):

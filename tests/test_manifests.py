@@ -57,6 +57,12 @@ def test_verify_passes_whole_results_and_names_what_was_changed_or_lost(cli, cop
         refused(cli("reproduce.py", "--verify", copy), name, "is not what")
         path.write_bytes(content)
     assert cli("reproduce.py", "--verify", copy).code == 0
+    refused(cli("reproduce.py", "--verify", copy, "--table", "cifar10"), "has no use for --table")
+    record = copy / NO_TRANS / "options.json"
+    half = record.read_bytes()[:500]
+    record.unlink()
+    record.write_bytes(half)  # what it tells of is not known any more
+    refused(cli("reproduce.py", "--verify", copy), "options.json")
 
 
 def test_verify_follows_the_chain_and_says_what_is_not_here(cli, copy, tmp_path):

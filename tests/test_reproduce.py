@@ -21,6 +21,7 @@ from test_bad_input import refused
 from test_pipeline import NO_TRANS, TUNED, same_weights
 
 from utils.errors import UserError
+from utils.manifest import write_options
 from utils.records import DETECTION, MEASURES
 from utils.rows import PRESET_DATA, PRESETS, plan
 from utils.run import Run
@@ -437,3 +438,51 @@ def test_the_rows_of_a_result_are_the_last_epochs(tmp_path):
     without = {**dict.fromkeys(DETECTION, 0.5), "AUROC": None}  # every sample is poisoned
     (tmp_path / "b/detection.json").write_text(json.dumps(without))
     assert [row.get("AUROC", 0) for row in load_script("reproduce.py").result_rows(steps)] == [0, None]
+
+
+def test_options_that_name_the_defaults_are_no_other_settings(tmp_path):
+    module = load_script("reproduce.py")
+    opt = module.get_parser().parse_args(["--preset", "quickstart", "--row", "BadNets-all2one"])
+    write_options(tmp_path / "m.json", opt)
+    named = [
+        "--seed",
+        "0",
+        "--dataset",
+        "fashion",
+        "--model",
+        "resnet10",
+        "--poison_rate",
+        "0.1",
+        "--precision",
+        "auto",
+    ]
+    module.refuse_other_result(
+        tmp_path / "m.json",
+        module.get_parser().parse_args([*named, "--preset", "quickstart", "--row", "BadNets-all2one"]),
+    )
+    opt.seed = 1
+    with pytest.raises(UserError, match="--seed 1"):
+        module.refuse_other_result(tmp_path / "m.json", opt)
+
+
+def test_a_row_of_poisoned_samples_alone_ends_in_its_table(cli, tmp_path, monkeypatch):
+    """It has no AUROC."""
+    rows = [dict.fromkeys(["model", "ACC"], 1.0), {"model": "D-BR", "ACC": 2.0, "AUROC": None}]
+    module = load_script("reproduce.py")
+    monkeypatch.setattr(module, "result_rows", lambda steps: rows)
+    monkeypatch.setattr(module, "run", lambda *_: {})
+    monkeypatch.setattr(module, "write_options", lambda *_, **__: None)  # no step has run
+    words = [
+        "--row",
+        "BadNets-all2all",
+        "--poison_rate",
+        "1",
+        "--preset",
+        "quick",
+        "--out",
+        tmp_path,
+        "--output_root",
+        tmp_path,
+    ]
+    module.main(list(map(str, words)))
+    assert (tmp_path / "BadNets-all2all_cifar10.csv").is_file()

@@ -351,7 +351,7 @@ def test_variants_come_beside_the_defence_as_it_is(results, cli):
         one = {**cell("SIG", "D-BR", seed, scale=scale, ASR=asr), "variant": variant}
         if variant == "random":
             one["before"] = one["before"] | {"ACC": 82.5}
-        (folder / f"SIG_{scale}_{seed}_{variant}.json").write_text(json.dumps(one))
+        (folder / f"SIG_D-BR_{scale}_seed{seed}_{variant}.json").write_text(json.dumps(one))
     assert cli("tools/make_tables.py", "--results", results).code == 0
     text = (results / "tables.md").read_text().split("**CIFAR-10, variants**")[1]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| SIG")]
@@ -455,7 +455,7 @@ def test_without_a_file_of_its_own_a_folder_stands_beside_the_bundled_papers_fig
 @pytest.mark.parametrize(
     "change",
     [{"versions": []}, {"versions": {}}, {"before": []}, {"detection": None}, {"seconds": {"a": "b"}}, {"paper_selection": "x"},
-     {"commands": [1]}, {"commands": None}, {"after": {"ACC": "x"}}, None],
+     {"commands": [1]}, {"commands": None}, {"after": {"ACC": "x"}}, {"seed": True}, None],
     ids=str,
 )  # fmt: skip
 def test_a_strange_record_is_named(results, cli, change):
@@ -463,6 +463,19 @@ def test_a_strange_record_is_named(results, cli, change):
     (results / "cifar10/strange.json").write_text(json.dumps(strange))
     refused = cli("tools/make_tables.py", "--results", results)
     assert refused.code == 2 and "strange.json" in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [{}, {"table": "cifar100"}, {"seed": 1}, {"variant": "rate_0.01"}], ids=str)
+def test_a_record_in_the_place_of_another_is_named(results, cli, change):
+    """A copy, for one, would count as one more seed."""
+    record = results / "cifar10/CL_D-BR_cpu_seed0.json"
+    if change:
+        record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    else:
+        record = record.with_stem("copy of CL")
+        record.write_bytes((results / "cifar10/CL_D-BR_cpu_seed0.json").read_bytes())
+    refused = cli("tools/make_tables.py", "--results", results)
+    assert refused.code == 2 and record.name in refused.err and "holds the cell" in refused.err
 
 
 def test_the_papers_figures_are_complete():
@@ -629,10 +642,12 @@ def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):
 
 def test_a_record_without_an_auroc_is_one(tmp_path):
     """Where every sample is poisoned there is none."""
-    record = json.loads(next((ROOT / "results/cifar10").glob("*.json")).read_text())
+    path = next((ROOT / "results/cifar10").glob("*.json"))
+    record = json.loads(path.read_text())
     record["detection"]["AUROC"] = float("nan")
-    (tmp_path / "one.json").write_text(json.dumps(record))
-    (found,) = read_cells(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / path.name).write_text(json.dumps(record))
+    (found,) = read_cells(tmp_path / "cifar10")
     assert np.isnan(cell_line(found)["AUROC"])
 
 

@@ -47,6 +47,19 @@ def _print_no_more():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _interrupt(number, frame):
+    # Objects that end with this process, such as loaders whose workers got the signal too, have nothing to say.
+    sys.unraisablehook = lambda unraisable: None
+    raise KeyboardInterrupt
+
+
+def _was_interrupted(error):
+    """Whether an exception came up while an interruption was dealt with."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def run_script(main):
     """Run a script's ``main()``; exit 2 on a `UserError` or for lack of memory, 130 on Ctrl-C and SIGTERM. Of several
     processes that torchrun started, the first alone prints."""
@@ -60,13 +73,18 @@ def run_script(main):
         at_exit.enter_context(redirect_stdout(silence))
         at_exit.enter_context(redirect_stderr(silence))
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite end is that of Ctrl-C
+        signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite end is that of Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     keep_socket_names_short()
     try:
-        main()
+        try:
+            main()
+        except Exception as error:
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from None
+            raise
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:

@@ -150,7 +150,8 @@ def verify(folder):
         dict: ``whole`` and ``absent``, sorted lists of paths: as written, and named as an input but not here.
 
     Raises:
-        UserError: where there is no manifest, or a file is not what was written, or an output is missing.
+        UserError: where there is no manifest, or a JSON file that cannot be read, which may have been one, or a file is not what
+        was written, or an output is missing.
     """
     pending = [path for path in sorted(Path(folder).rglob("*.json")) if _is_manifest(path)]
     if not pending:
@@ -181,8 +182,5 @@ def verify(folder):
 
 
 def _is_manifest(path):
-    try:
-        content = read_json(path) or {}
-        return all(isinstance(content.get(kind), dict) for kind in ("inputs", "outputs"))
-    except UserError:
-        return False
+    content = read_json(path)
+    return isinstance(content, dict) and all(isinstance(content.get(kind), dict) for kind in ("inputs", "outputs"))

@@ -95,7 +95,8 @@ def read_cells(folder):
     """All records in ``folder``, sorted by file name.
 
     Raises:
-        UserError: for a file that is no record of a cell.
+        UserError: for a file that is no record of a cell, or of another than its name says, such as a copy, which would count as one
+        more seed.
     """
     cells = []
     for path in sorted(Path(folder).glob("*.json")):
@@ -104,6 +105,9 @@ def read_cells(folder):
             raise UserError(
                 f"{path} is no record of a cell; remove it, or make it with: python reproduce.py --table ..."
             )
+        name = cell_name(*(cell[key] for key in KEYS[1:]), cell.get("variant"))
+        if path.stem != name or path.parent.name not in (cell["table"], f"{cell['table']}_ablations"):
+            raise UserError(f"{path} holds the cell {cell['table']}/{name}; give it that name, or remove it")
         cells.append(cell)
     return cells
 
@@ -120,7 +124,7 @@ def _is_cell(cell):
         or "torch" not in parts["versions"]
         or not all(isinstance(word, str) for word in words)
         or cell["defence"] not in DEFENCES
-        or not isinstance(cell["seed"], int)
+        or type(cell["seed"]) is not int
         or not isinstance(commands, list)
     ):
         return False
