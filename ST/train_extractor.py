@@ -72,7 +72,8 @@ def get_parser():
     )  # fmt: skip
     parser.add_argument(
         "--drop_poison", action="store_true",
-        help="not in the paper: leave D_p out, whose samples else attract their own other view and repel all others",
+        help="not in the paper: leave D_p out, whose samples else attract their own other view and repel all others; only for a D_p that "
+        "has all poisoned samples, for that is also what keeps out those that it lacks",
     )  # fmt: skip
     args.add_samples_option(parser)
     parser.add_argument("--trial", type=args.natural, default=0, help="names the folder of repeated runs")
@@ -114,6 +115,9 @@ def main(argv=None):
     samples = load_samples(opt, dataset.spec, sets)
     if opt.drop_poison:
         samples = samples[samples["flag"] != POISON]
+        print(
+            "Note: poisoned samples that D_p lacks can plant the backdoor in this extractor, as they hardly do where D_p trains it too"
+        )
     folder = secure_folder(opt) / run_name(opt)
     mask, trusted = POSITIVES[opt.positives]
     batches = Batches(

@@ -120,7 +120,9 @@ def test_unsuspected_takes_d_u_for_d_c_and_d_p_for_neither(copy, words, tmp_path
     assert same_weights(*extractors[:2]) and not same_weights(extractors[0], extractors[2])
 
 
-def test_without_d_p_the_extractor_trains_on_the_other_two_sets_and_the_classifier_takes_it(copy, words, tmp_path):
+def test_without_d_p_the_extractor_trains_on_the_other_two_sets_and_the_classifier_takes_it(
+    copy, words, tmp_path, capsys
+):
     fewer = copy / "fewer"
     fewer.mkdir()
     sets, record = sets_of(copy / SAMPLES), json.loads((copy / SAMPLES / "options.json").read_text())
@@ -131,6 +133,7 @@ def test_without_d_p_the_extractor_trains_on_the_other_two_sets_and_the_classifi
     for name, samples, more in (("own", SAMPLES, ["--drop_poison"]), ("fewer", "fewer", []), ("all", SAMPLES, [])):
         do(("ST/train_extractor.py", *words(tmp_path / name), "--epochs", 1, "--batch_size", 128, "--samples",
             copy / samples, *more))  # fmt: skip
+        assert ("that D_p lacks can plant the backdoor" in capsys.readouterr().out) == ("--drop_poison" in more)
         extractors.append(next((tmp_path / name).rglob("last.pth")))
     assert same_weights(*extractors[:2]) and not same_weights(extractors[0], extractors[2])
     do(("ST/train_classifier.py", *words(tmp_path / "own"), "--epochs", 1, "--learning_rate", 0.5, "--samples",
