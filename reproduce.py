@@ -324,13 +324,13 @@ def _record_cell(path, cell, steps, resolved, made):
 
 
 def main(argv=None):
-    opt = get_parser().parse_args(argv)
+    parser = get_parser()
+    opt = parser.parse_args(argv)
     refuse_several_processes()
     if opt.verify:
-        given = [name for name, value in vars(opt).items() if value != get_parser().get_default(name)]
-        if given != ["verify"]:
-            useless = next(name for name in given if name != "verify")
-            raise UserError(f"--verify runs nothing and has no use for --{useless}; leave one out")
+        for name, value in vars(opt).items():
+            if name != "verify" and value != parser.get_default(name):
+                raise UserError(f"--verify runs nothing and has no use for --{name}; leave one out")
         found = verify(opt.verify)
         for path in found["absent"]:
             print(f"not here, so not checked: {shown(path)}")

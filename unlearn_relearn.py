@@ -28,13 +28,7 @@ from utils.paths import shown
 from utils.poisoning import refuse_other_trigger
 from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise
 from utils.run import Run
-from utils.samples import (
-    images_of,
-    load_samples,
-    record_of_samples,
-    refuse_samples_of_other_data,
-    sample_files,
-)
+from utils.samples import images_of, load_samples, record_of_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip

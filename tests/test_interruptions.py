@@ -329,18 +329,8 @@ def test_a_polite_end_keeps_the_last_epoch_and_says_one_line(name, number, state
 def test_a_polite_end_of_the_workers_too_says_one_line(fashion, tmp_path):
     """As `timeout` ends a command: the processes that decode images get the signal as well."""
     write_folder(tmp_path / "data", fashion, train=12, test=2)
-    own = [
-        "--dataset",
-        "folder",
-        "--data_root",
-        tmp_path / "data",
-        "--image_size",
-        72,
-        "--model",
-        "resnet10",
-        "--workers",
-        2,
-    ]
+    own = ["--dataset", "folder", "--data_root", tmp_path / "data", "--image_size", 72, "--workers", 2]
+    own += ["--model", "resnet10"]
     words = [*own, "--output_root", tmp_path / "out", "--epochs", 500, "--batch_size", 8, "--eval_freq", 0]
     command = [sys.executable, ROOT / "train_attack_noTrans.py", *map(str, words)]
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}

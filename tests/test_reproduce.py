@@ -444,22 +444,16 @@ def test_options_that_name_the_defaults_are_no_other_settings(tmp_path):
     module = load_script("reproduce.py")
     opt = module.get_parser().parse_args(["--preset", "quickstart", "--row", "BadNets-all2one"])
     write_options(tmp_path / "m.json", opt)
-    named = [
-        "--seed",
-        "0",
-        "--dataset",
-        "fashion",
-        "--model",
-        "resnet10",
-        "--poison_rate",
-        "0.1",
-        "--precision",
-        "auto",
-    ]
-    module.refuse_other_result(
-        tmp_path / "m.json",
-        module.get_parser().parse_args([*named, "--preset", "quickstart", "--row", "BadNets-all2one"]),
-    )
+    named = {
+        "row": "BadNets-all2one",
+        "preset": "quickstart",
+        "seed": 0,
+        "dataset": "fashion",
+        "model": "resnet10",
+        "precision": "auto",
+    }
+    named = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    module.refuse_other_result(tmp_path / "m.json", module.get_parser().parse_args(named))
     opt.seed = 1
     with pytest.raises(UserError, match="--seed 1"):
         module.refuse_other_result(tmp_path / "m.json", opt)
@@ -472,17 +466,6 @@ def test_a_row_of_poisoned_samples_alone_ends_in_its_table(cli, tmp_path, monkey
     monkeypatch.setattr(module, "result_rows", lambda steps: rows)
     monkeypatch.setattr(module, "run", lambda *_: {})
     monkeypatch.setattr(module, "write_options", lambda *_, **__: None)  # no step has run
-    words = [
-        "--row",
-        "BadNets-all2all",
-        "--poison_rate",
-        "1",
-        "--preset",
-        "quick",
-        "--out",
-        tmp_path,
-        "--output_root",
-        tmp_path,
-    ]
-    module.main(list(map(str, words)))
+    words = ["--row", "BadNets-all2all", "--poison_rate", "1", "--preset", "quick"]
+    module.main([*words, "--out", str(tmp_path), "--output_root", str(tmp_path)])
     assert (tmp_path / "BadNets-all2all_cifar10.csv").is_file()
