@@ -186,9 +186,9 @@ def test_a_table_of_another_seed_is_not_replaced_unasked(cli, tmp_path):
         "--output_root",
         tmp_path / "runs",
     ]
-    refused(cli(*row, "--seed", 1), "no --seed", "--seed 1", "--overwrite")
+    refused(cli(*row, "--seed", 1), "--seed 0", "--seed 1", "--overwrite")
     refused(cli(*row[:2], "cpu", *row[3:]), "--preset quick", "--preset cpu")
-    refused(cli(*row, "--poison_rate", 0.2), "no --poison_rate", "--poison_rate 0.2")
+    refused(cli(*row, "--poison_rate", 0.2), "--poison_rate 0.1", "--poison_rate 0.2")
     assert snapshot(tmp_path) == before
 
 
