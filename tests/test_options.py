@@ -143,7 +143,7 @@ CHANGES = {
     "poison_order": "nowhere.npy", "poison_alike": None, "unlearn_batch_size": 8, "bound_growth": 2, "drop_doubtful": None,
     "stay_dropped": None,
     "mean": 0.5, "std": 0.5, "passes": "relearn", "ascent_bound": 0.5, "val_ratio": 0.3,
-    "positives": "authors",
+    "positives": "authors", "drop_poison": None,
     "lr_decay_rate": 0.5, "save_freq": 2, "trial": 1, "poison_weight": 0.5, "pretrained": "nowhere.pth",
 }  # fmt: skip
 TRAINED = f"{{root}}/{EXTRACTOR}/last.pth"
