@@ -136,7 +136,12 @@ def evaluation_splits(held):
     """Rows of the batches in which all of ``held`` (see `hold`) is only looked at: 250 images, on a GPU 2000, of a side above
     32 pixels as many as take no more memory, but at least 32. A list of int64 tensors; of several processes each has its part."""
     most = 2000 if on_gpu(held) else 250
-    return list(part(torch.arange(len(held))).split(max(32, min(most, most * 32**2 // held.shape[2] ** 2))))
+    return list(part(torch.arange(len(held))).split(max(32, as_many(most, held))))
+
+
+def as_many(most, held):
+    """How many images of ``held`` (see `hold`) take no more memory than ``most`` of a side of 32 pixels; never more than these."""
+    return min(most, most * 32**2 // held.shape[2] ** 2)
 
 
 def on_gpu(held):
@@ -239,7 +244,7 @@ class Batches:
         depend on it."""
         if not on_gpu(self.images):
             return 1
-        return max(1, min(TOGETHER, TOGETHER * 32**2 // self.images.shape[2] ** 2) // self.batch_size)
+        return max(1, as_many(TOGETHER, self.images) // self.batch_size)
 
     def _splits(self, number):
         """The rows of each batch of epoch ``number``, a list of int64 tensors on the CPU."""
