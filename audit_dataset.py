@@ -36,7 +36,7 @@ from utils.audit import (
     suspicion,
     targets_of,
 )
-from utils.audit_report import SETS, write_report
+from utils.audit_report import REPORT, SETS, write_report
 from utils.errors import UserError, refuse_several_processes, run_script
 from utils.fct import fct_path, load_fct, sd_network
 from utils.files import (
@@ -285,6 +285,16 @@ def refuse_places_in_the_data(opt):
                 )
 
 
+def refuse_what_no_audit_wrote(out, opt):
+    """Refuse to replace files of the folder ``out`` that are named as the report's and are of no report, unless --overwrite is
+    given."""
+    held = next((name for name in REPORT if os.path.lexists(out / name)), None)
+    if held and "verdict" not in (read_record(out / "verdict.json") or {}) and not opt.overwrite:
+        raise UserError(
+            f"{shown(out / held)} is of no report of this script; give another --out, or --overwrite to replace it"
+        )
+
+
 def refuse_report_of_other_data(path, dataset, opt):
     """Refuse to replace the verdict in ``path`` where it is on other data, unless --overwrite is given."""
     record = read_record(path) or {}
@@ -326,6 +336,7 @@ def main(argv=None):
         )
     out = make_folder(opt.out.absolute(), "--out")
     hold_lock(out / "verdict.json", "--out")
+    refuse_what_no_audit_wrote(out, opt)
     refuse_report_of_other_data(out / "verdict.json", dataset, opt)
 
     steps = plan(opt, resolved, words, where, poisoned)

@@ -721,6 +721,14 @@ def test_bad_options_are_refused_in_one_line(cli, made, tmp_path, more, message)
     assert not list(tmp_path.rglob("*.tar")) and not (Path(made[0]) / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["suspects.csv", "likeness.png", "verdict.json"])
+def test_files_of_the_users_own_are_no_report_to_replace(cli, made, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    words = ["--data_root", made[0], "--out", tmp_path, "--output_root", tmp_path / "o"]
+    refused(cli("audit_dataset.py", *words), f"{name} is of no report of this script", "--overwrite")
+    assert (tmp_path / name).read_text() == "{}" and not list(tmp_path.rglob("*.tar"))
+
+
 def test_a_copy_without_a_whole_class_is_data_that_the_steps_take(cli, fashion, tmp_path, capsys):
     write_folder(tmp_path / "data", fashion, train=6, test=2)
     dataset = load_dataset("folder", tmp_path / "data", image_size=32, cache=tmp_path / "cache")

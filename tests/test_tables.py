@@ -17,8 +17,9 @@ from PIL import Image
 from test_bad_input import snapshot
 
 from utils.errors import UserError
+from utils.paths import secure_folder
 from utils.records import cell_line, read_cells
-from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan
+from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan, separating_step
 from utils.steps import Step, run
 
 TINY = {
@@ -633,6 +634,35 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
     with pytest.raises(UserError, match="no checkpoint of epoch 1 was kept"):
         curve.main(list(map(str, words)))
     assert snapshot(tmp_path / "results") == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS["D-ST"])
+def test_a_variants_curve_has_the_steps_of_the_variant_and_finds_what_they_write(tmp_path, variant):
+    """Beside reproduce.py's own steps of it, and where each step says itself that it writes."""
+    curve = load_script("tools/secure_curve.py")
+    words = ["--scale", "cpu", "--row", "Trojan", "--variant", variant, "--epochs", "4", "--every", "2"]
+    opt = curve.get_parser().parse_args([*words, "--output_root", str(tmp_path)])
+    steps, results = curve.steps_of(opt, tmp_path)
+    cell = one_cell("cifar10", "Trojan", "cpu", 0, "D-ST", tmp_path)
+    cell.variant = variant
+    usual = plan(cell)[0]
+    extractor, samples = steps["train_extractor"].options(), separating_step(steps).output.parent
+    assert extractor.epochs == 4 and (extractor.samples or samples) == samples
+    assert {name: vars(extractor)[name] for name in ("positives", "drop_poison")} == {
+        name: vars(usual["train_extractor"].options())[name] for name in ("positives", "drop_poison")
+    }
+    for epoch in (2, 4):
+        trained, tested = steps[f"classifier of epoch {epoch}"], steps[f"test of epoch {epoch}"]
+        options, own = trained.options(), usual["train_classifier"].options()
+        apart = {"output_root", "ckpt", "samples", "defaults"}
+        assert {k: v for k, v in vars(options).items() if k not in apart} == {
+            k: v for k, v in vars(own).items() if k not in apart
+        }
+        assert options.samples == samples
+        assert options.ckpt == steps["train_extractor"].output.with_name(f"ckpt_epoch_{epoch - 1}.pth")
+        folder = secure_folder(options) / trained.module().run_name(options)
+        assert trained.output.parent == trained.record.parent == folder
+        assert tested.options().classifier_ckpt == trained.output and results[epoch].parent == folder
 
 
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):

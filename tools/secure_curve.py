@@ -3,7 +3,7 @@
 Trains one extractor of a row, keeps a checkpoint every so many epochs, and trains and tests a classifier on each of these, as
 commands that are printed, below <output_root>/<scale>_seed<seed>_curve/; what is there already is not run again. All points
 but the last are taken before the learning rate has come down, which a training of so few epochs would have done by then. Writes
-secure_curve_<row>_<scale>.png and .csv, a line a checkpoint, to --out.
+secure_curve_<row>_<scale>.png and .csv (with --variant, its name behind), a line a checkpoint, to --out.
 """
 
 import shlex
@@ -21,7 +21,7 @@ from utils.figures import save_figure
 from utils.files import make_folder, read_table, write_rows
 from utils.paths import separated_folder, shown, typed
 from utils.records import MEASURES, log_of, read_figures
-from utils.rows import PRESETS, ROWS, SCALES, changed, one_cell, plan
+from utils.rows import PRESETS, ROWS, SCALES, VARIANTS, changed, one_cell, plan
 from utils.steps import Step, list_commands, run
 
 
@@ -32,6 +32,9 @@ def get_parser():
         "--row", choices=tuple(ROWS), default="BadNets-all2one", help="attack, by its name in the paper"
     )
     parser.add_argument("--scale", choices=SCALES, default="paper", help="all but the epochs is of this preset")
+    parser.add_argument(
+        "--variant", choices=tuple(VARIANTS["D-ST"]), help="a variant of D-ST, as reproduce.py --ablations has them"
+    )
     parser.add_argument("--epochs", type=args.positive_int, default=200, help="of the extractor")
     parser.add_argument("--every", type=args.positive_int, default=20, help="epochs between two points of the curve")
     args.add_runner_options(parser)
@@ -41,18 +44,21 @@ def get_parser():
 def steps_of(opt, root):
     """The steps below ``root`` by name, and of every epoch on the curve (counted from 1) the JSON that its test writes."""
     cell = one_cell(opt.table, opt.row, opt.scale, opt.seed, "D-ST", root, opt.data_root)
+    cell.variant = opt.variant
     epochs = f"--epochs {opt.epochs} --save_freq {opt.every}"
     preset = shlex.split(PRESETS[opt.scale]["train_extractor"])
     planned, resolved = plan(cell, train_extractor=shlex.join(changed(preset, epochs)))
     apart = ("train_attack_withTrans", "train_classifier", "test")
     steps = {name: step for name, step in planned.items() if name not in apart}
     extractor, results = steps["train_extractor"], {}
+    trained_below = planned["train_classifier"].options().output_root
+    samples = extractor.options().samples or separated_folder(resolved)
     for epoch in range(opt.every, opt.epochs + 1, opt.every):
         own = root / f"classifier_{epoch}"  # a classifier's own folder does not name its extractor's epoch
         checkpoint = typed(extractor.output.with_name(f"ckpt_epoch_{epoch - 1}.pth"))
-        paths = ["--output_root", typed(own), "--ckpt", checkpoint, "--samples", typed(separated_folder(resolved))]
+        paths = ["--output_root", typed(own), "--ckpt", checkpoint, "--samples", typed(samples)]
         classifier = planned["train_classifier"]
-        output, record = (own / path.relative_to(root) for path in (classifier.output, classifier.record))
+        output, record = (own / path.relative_to(trained_below) for path in (classifier.output, classifier.record))
         words = changed(classifier.words, shlex.join(paths))
         steps[f"classifier of epoch {epoch}"] = trained = Step(classifier.script, words, output, record, [extractor])
         result = output.with_name(f"{output.stem}_test.json")
@@ -90,7 +96,8 @@ def main(argv=None):
     if opt.dry_run:
         list_commands(steps, {})
         return
-    name = "_".join(["secure_curve", opt.row, opt.scale, *args.table_and_seed(opt)])
+    of_what = [opt.row, opt.scale, *([opt.variant] if opt.variant else [])]
+    name = "_".join(["secure_curve", *of_what, *args.table_and_seed(opt)])
     refuse_what_cannot_be_shown(steps["train_extractor"], results, opt.out / f"{name}.csv", opt.overwrite)
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
@@ -114,7 +121,10 @@ def main(argv=None):
         for epoch, value in zip(table["epoch"], table[measure], strict=True):
             axis.annotate(f"{value:.1f}", (epoch, value), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     axis.set(
-        xlabel="epochs of the extractor", ylabel="%", ylim=(-3, 105), title=f"D-ST on {opt.row}, scale {opt.scale}"
+        xlabel="epochs of the extractor",
+        ylabel="%",
+        ylim=(-3, 105),
+        title=", ".join([f"D-ST on {of_what[0]}", f"scale {of_what[1]}", *of_what[2:]]),
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
