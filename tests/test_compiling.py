@@ -155,8 +155,10 @@ def graphs(monkeypatch):
         "stream": lambda one: nullcontext(),
         "CUDAGraph": _Graph,
         "graph": recording,
+        "mem_get_info": lambda device: (1 << 40, 1 << 40),
+        "get_per_process_memory_fraction": lambda device: 1.0,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
     return recorded
 
 
@@ -202,6 +204,22 @@ def test_a_recorded_step_trains_as_the_step_itself_does(fashion, graphs, monkeyp
         torch.testing.assert_close(weights_found[name], value, rtol=1e-4, atol=1e-6)  # the rate is in float32
     assert [graph.replays for graph in graphs] == [2 + 5 + 5]  # three batches before; the sixth is a smaller one
     assert len(network.graphs) == 1
+
+
+@pytest.mark.parametrize(("kept", "replays"), [(99, [2 + 5 + 5]), (100, [2, 5, 5])])
+def test_a_recorded_step_makes_room_for_the_smaller_last_batch_where_it_has_to(
+    fashion, graphs, monkeypatch, kept, replays
+):
+    """Beside a graph that keeps ``kept`` of 175 bytes the 11 images of a last batch, of 16 in a whole one, want 1.1 * 11 / 16 of that."""
+    there = []  # how many graphs were recorded before the one that holds memory
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: there.append(len(graphs)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept * (len(graphs) > there[-1]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (175 - kept, 175))
+    expected, _, _ = trained(fashion, CPU, "off")
+    monkeypatch.setattr("utils.engine.step_of", _graphed(step_of))
+    found, _, _ = trained(fashion, CPU, "off")
+    same(found, expected)
+    assert [graph.replays for graph in graphs] == replays
 
 
 def test_a_changed_objective_is_recorded_anew(fashion, graphs, monkeypatch):

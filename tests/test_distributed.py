@@ -183,6 +183,21 @@ def test_shared_normalisation_of_one_process_is_torchs(monkeypatch):
     torch.testing.assert_close(own.eval()(x), theirs.eval()(x))
 
 
+def test_a_process_without_images_sends_its_statistics_on_a_gpu_as_the_others_do(monkeypatch):
+    """torch's normalisation takes the dtype of what it sends from its input where that is empty, else it is float32."""
+    seen = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: seen.append(x.dtype) or 2 * x)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    names = list(network.state_dict())
+    network[1].__class__ = distributed.SHARED[type(network[1])]
+    for count, dtype in ((0, torch.float32), (2, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(torch.ones(count, 3, 8, 8))
+        assert found.dtype == torch.bfloat16 and seen.pop() == dtype
+    found.sum().backward()
+    assert network[0].weight.grad is not None and list(network.state_dict()) == names
+
+
 def test_without_torchrun_nothing_is_shared():
     rows = torch.arange(7)
     assert distributed.world() == 1 and distributed.leads()
@@ -227,10 +242,17 @@ def test_a_state_dict_cleaned_by_two_processes_has_its_own_names(copy, words, tm
     network.load_state_dict(cleaned)
 
 
-def test_a_mistake_that_another_process_than_the_first_meets_is_told(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("UserError('its own')", "its own"),
+        ("torch.OutOfMemoryError('CUDA')", "out of memory; what was saved is whole. Use a smaller --batch_size"),
+    ],
+)
+def test_a_mistake_that_another_process_than_the_first_meets_is_told(tmp_path, error, said):
     (tmp_path / "x.py").write_text(
-        "from utils.errors import UserError, run_script\n\ndef main():\n    raise UserError('its own')\n\nrun_script(main)\n"
+        f"import torch\nfrom utils.errors import UserError, run_script\n\ndef main():\n    raise {error}\n\nrun_script(main)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "1"}
     done = subprocess.run([sys.executable, tmp_path / "x.py"], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "x.py: error: process 1: its own\n")
+    assert (done.returncode, done.stderr) == (2, f"x.py: error: process 1: {said}\n")

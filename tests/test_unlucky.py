@@ -23,6 +23,7 @@ from test_pipeline import NO_TRANS, SAMPLES, WITH_TRANS
 
 from utils import files, own_data, triggers
 from utils.datasets import DATASETS
+from utils.device import choose_runtime
 from utils.errors import UserError, run_script
 from utils.figures import sample_sheet
 from utils.files import atomic_write
@@ -142,10 +143,42 @@ def test_a_folder_that_cannot_be_made_for_the_log_names_its_option(cli, words, p
     assert snapshot(pipeline) == before
 
 
-def test_too_little_memory_of_the_cpu_is_one_line(capsys):
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: torch.empty(1 << 46),  # 256 TiB
+        lambda: raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        lambda: raising(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")),
+    ],
+)
+def test_too_little_memory_of_the_cpu_or_a_gpu_is_one_line(capsys, work):
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: torch.empty(1 << 46))  # 256 TiB
+        run_script(work)
     refused(SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err), "out of memory", "--batch_size")
+
+
+def test_another_error_of_torch_is_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_script(lambda: raising(RuntimeError("size mismatch")))
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "advice"),
+    [
+        ("auto", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), "wait until it is free"),
+        ("auto", RuntimeError("no kernel image is available for execution on the device"), "--device cpu"),
+        ("cuda:1", RuntimeError("invalid device ordinal"), "--device auto"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_gets_advice_that_helps(monkeypatch, device, error, advice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: raising(error))
+    with pytest.raises(UserError, match=f"--device cuda.* cannot be used here .*; .*{advice}"):
+        choose_runtime(device)
 
 
 def test_a_class_named_like_a_formula_is_drawn(fashion, tmp_path):

@@ -102,6 +102,9 @@ class GraphedStep:
     in the place of some five hundred. Batches of another size go through the step itself, and so do all where it cannot be
     recorded, which is said in one line.
 
+    The graph keeps a whole batch's memory for itself. Where the device has no room for the smaller last batch beside it, that
+    memory is given back first, and the next whole batch is recorded anew.
+
     Args:
         step: a `PlainStep`; size: samples of a whole batch.
     """
@@ -110,7 +113,7 @@ class GraphedStep:
 
     def __init__(self, step, size):
         self.step, self.size, self.warm = step, size, 0
-        self.graph = None
+        self.graph, self.kept = None, 0  # the recorded step, and how many bytes of the device it keeps
         self.stream = torch.cuda.Stream(step.runtime.device)
 
     @property
@@ -131,6 +134,8 @@ class GraphedStep:
         if whole and self.graph:
             self._replay(batch)
         else:
+            if self.graph and self._lacks_room(len(batch[1])):
+                self.graph = None
             self._apart(self.step, *batch)
             self.warm += whole
 
@@ -150,20 +155,33 @@ class GraphedStep:
         self.held = [tensor.clone() for tensor in batch]
         self.rates = [torch.tensor(float(rate), device=self.stream.device) for rate in rates]
         self.set_rates = rates
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self.stream.device
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
         try:
             for group, rate in zip(groups, self.rates, strict=True):
                 group["lr"] = rate
             # Another thread may write a checkpoint or pin memory meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.step(*self.held)
-            self.graph = graph
+            self.graph, self.kept = graph, torch.cuda.memory_reserved(device) - before
         except Exception as error:  # whatever a network or a driver does not take part in
             self.graph = False
             print(f"--compile: no CUDA graph here ({first_line(error)[:150]}); going on without", flush=True)
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
+
+    def _lacks_room(self, samples):
+        """Whether ``samples`` need more memory than the device has beside what the recorded step keeps."""
+        device = self.stream.device
+        free, whole = torch.cuda.mem_get_info(device)
+        # What a process may take is told by newer versions of torch alone.
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        reserved = torch.cuda.memory_reserved(device)
+        unused = max(0, reserved - torch.cuda.memory_allocated(device) - self.kept)
+        room = min(free, share * whole - reserved) + unused
+        return 1.1 * self.kept * samples / self.size > room
 
     def _replay(self, batch):
         for held, new in zip(self.held, batch, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.errors import UserError, at_exit, first_line
+from utils.errors import UserError, at_exit, first_line, is_lack_of_memory
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -70,12 +70,20 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place)
+        found = torch.zeros(1, device=place).device
+        if found.type == "cuda":  # what names no device, such as recording a graph, would use the first GPU beside it
+            torch.cuda.set_device(found)
         if not torch.amp.is_autocast_available(place.type):
             raise RuntimeError("it has no autocast")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         first = first_line(error).partition(". ")[0]  # torch goes on with all the devices it knows
-        raise UserError(f"--device {device} cannot be used here ({first}); --device auto takes what there is") from None
+        if is_lack_of_memory(error):
+            then = "wait until it is free, or give another --device, such as cpu"
+        elif device in ("cuda", "mps"):  # auto may take the same
+            then = "--device cpu computes on the processor"
+        else:
+            then = "--device auto takes what there is"
+        raise UserError(f"--device {device} cannot be used here ({first}); {then}") from None
     torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device
     if deterministic:
         _be_deterministic(place)

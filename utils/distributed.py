@@ -55,7 +55,9 @@ def join(device):
     try:
         # The others wait while the first decodes a large folder; of one that is gone they hear at once.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-        dist.barrier()  # one that ends at once, by a mistake, must not end while another is still on its way here
+        # One that ends at once, by a mistake, must not end while another is still on its way here. NCCL is told the GPU: it would
+        # guess it from the rank, and another than this process has where machines have more GPUs than processes.
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"the processes cannot meet ({reason}); start them with torchrun --nproc_per_node=K") from None
@@ -136,6 +138,14 @@ class SharedBatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's, for a process that has no image of a batch too: under autocast torch sends its statistics in bfloat16, where the
+    other processes send theirs in float32."""
+
+    def forward(self, x):
+        return super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype)
+
+
 class _Entry(nn.Module):
     """One forward for the two that the objectives call, so that gradients are shared whichever it is."""
 
@@ -147,6 +157,9 @@ class _Entry(nn.Module):
         return self.network.features(inputs) if features else self.network(inputs)
 
 
+SHARED = {nn.BatchNorm2d: SharedBatchNorm, nn.SyncBatchNorm: SyncBatchNorm}
+
+
 class Parallel:
     """A network that several processes train. Within `batch` it is called with this process's part and gives the result of
     the whole batch; otherwise, and for everything else, it is the network itself."""
@@ -155,8 +168,8 @@ class Parallel:
         if device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         for module in network.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SharedBatchNorm  # the weights and their names stay
+            if type(module) in SHARED:
+                module.__class__ = SHARED[type(module)]  # the weights and their names stay
         self.network, self._total, self._views = network, None, 1
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name

@@ -20,6 +20,10 @@ GRACE = 3
 # What torch says, by Gloo and by NCCL, of a process that waits for one which is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket")
 
+# What torch says where a device has no memory left, in exceptions that are of no class for that: the processor's, CUDA's, cuBLAS'
+# and cuDNN's.
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "_ALLOC_FAILED")
+
 # Of a disk that is full, over its quota or broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -78,6 +82,17 @@ def run_script(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     keep_socket_names_short()
+
+    def say(text):
+        """Print a mistake; of another process than the first only where that does not meet it too, with its number."""
+        print(f"{name}: error: {text}", file=sys.stderr)
+        if follows:
+            # Where the first has met the same mistake, it ends and torchrun stops the others, which have nothing to say. Else
+            # the mistake is this process's own.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2 * GRACE)  # one for what the first says, one for its end
+            print(f"{name}: error: process {os.environ['RANK']}: {text}", file=aloud)
+
     try:
         try:
             main()
@@ -88,20 +103,11 @@ def run_script(main):
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if follows:
-            # Where the first has met the same mistake, it ends and torchrun stops the others, which have nothing to say. Else
-            # the mistake is this process's own.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2 * GRACE)  # one for what the first says, one for its end
-            print(f"{name}: error: process {os.environ['RANK']}: {' '.join(str(error).split())}", file=aloud)
+        say(" ".join(str(error).split()))
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
-        _say_out_of_memory(name)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for the memory of the CPU
-            _say_out_of_memory(name)
+    except (MemoryError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            say("out of memory; what was saved is whole. Use a smaller --batch_size")
             sys.exit(2)
         if not (several and any(word in str(error) for word in LOST)):
             raise
@@ -130,8 +136,10 @@ def run_script(main):
         at_exit.close()
 
 
-def _say_out_of_memory(name):
-    print(f"{name}: error: out of memory; what was saved is whole. Use a smaller --batch_size", file=sys.stderr)
+def is_lack_of_memory(error):
+    """Whether an exception says that this machine or its GPU has no memory left."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def first_line(error):
