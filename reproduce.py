@@ -19,6 +19,7 @@ if __name__ == "__main__":
     forked.begin(sys.argv)  # what the steps need is imported there while this script imports its own
 
 
+import os
 import re
 import threading
 import time
@@ -32,7 +33,7 @@ from utils import args
 from utils.checkpoints import precision_of_run
 from utils.device import choose_runtime
 from utils.errors import UserError, refuse_several_processes, run_script
-from utils.files import bytes_writer, make_folder, read_json, read_record, write_rows, write_together
+from utils.files import bytes_writer, csv_writer, make_folder, read_json, read_record, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, python, quoted, shown
 from utils.records import (
@@ -40,6 +41,7 @@ from utils.records import (
     LAST,
     MEASURES,
     cell_name,
+    check_place,
     collect,
     epochs_of,
     hardware,
@@ -129,10 +131,15 @@ def settled(options):
     return {**options, **{name: value for name, value in usual.items() if options.get(name) is None}}
 
 
-def refuse_other_result(path, opt):
-    """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, unless
-    --overwrite is given."""
+def refuse_other_result(path, opt, files):
+    """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, or
+    where there is none and one of the ``files`` (paths) is the user's own, unless --overwrite is given."""
     record = read_record(path)
+    held = next((file for file in files if os.path.lexists(file)), None)
+    if held and not record and not opt.overwrite:
+        raise UserError(
+            f"{shown(held)} is of no result of this script; give another --name or --out, or --overwrite to replace it"
+        )
     wanted = settled(plain_options(opt))
     held = settled(made_with(record, opt)) if record else wanted
     differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate", "precision"))
@@ -196,8 +203,9 @@ def cells_of(opt):
             if variant is None or variant in VARIANTS[defence]:
                 name = "_".join([*setting, *([variant] if variant else [])])
                 cells.append(Namespace(**{**vars(opt), **one, "variant": variant, "variant_name": name}))
-    if not cells:
-        raise UserError(f"{' '.join(opt.ablations)} is no variant of {' or '.join(defences)}")
+    strange = [name for name in opt.ablations or [] if not any(name in VARIANTS[defence] for defence in defences)]
+    if strange:
+        raise UserError(f"{' '.join(strange)} is no variant of {' or '.join(defences)}")
     return cells
 
 
@@ -218,6 +226,7 @@ def run_table(opt):
         return
 
     make_folder(table.with_suffix(""), "--out")
+    check_place(table)
     say_where()
     stop = threading.Event()
 
@@ -349,24 +358,23 @@ def main(argv=None):
         list_commands(steps, {})
         return
     make_folder(opt.out, "--out")
-    refuse_other_result(opt.out / f"{name}_manifest.json", opt)
+    pictures = {
+        opt.out / f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),
+        opt.out / f"{name}_fct.jpg": steps["visualize_consistency"].output,
+    }
+    refuse_other_result(opt.out / f"{name}_manifest.json", opt, [opt.out / f"{name}.csv", *pictures])
     started = time.perf_counter()
     say_where()
     seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
 
     rows = result_rows(steps)
-    write_rows(opt.out / f"{name}.csv", rows)
-    pictures = {
-        f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),
-        f"{name}_fct.jpg": steps["visualize_consistency"].output,
-    }
-    for target, source in list(pictures.items()):
+    writers = {opt.out / f"{name}.csv": csv_writer(rows)}
+    for target, source in pictures.items():
         if source.is_file():
-            write_together({opt.out / target: bytes_writer(source.read_bytes())})
+            writers[target] = bytes_writer(source.read_bytes())
         else:  # it was removed since its step was done
-            del pictures[target]
-            print(f"{shown(source)} is not there any more, so {target} is not written")
-    outputs = [opt.out / target for target in (f"{name}.csv", *pictures)]
+            print(f"{shown(source)} is not there any more, so {target.name} is not written")
+    outputs = {opt.out / file: digest for file, digest in write_together(writers).items()}
     commands = {"seconds": seconds, "commands": [step.command for step in steps.values()]}
     inputs = [step.record for step in steps.values()]
     write_options(opt.out / f"{name}_manifest.json", opt, inputs=inputs, outputs=outputs, **commands)
@@ -377,13 +385,12 @@ def main(argv=None):
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep=""))
     auroc = rows[-1].get("AUROC")
     print(f"AUROC of FCT: {'none, for no sample is clean' if auroc is None else f'{auroc:.4f}'}")
+    known = "" if len(seconds) == len(steps) else f" ({len(seconds)} of {len(steps)}, the others were there already)"
     print(
-        f"Steps took {sum(seconds.values()) / 60:.1f} min in all, {(time.perf_counter() - started) / 60:.1f} min of it now"
+        f"Steps took {sum(seconds.values()) / 60:.1f} min in all{known}, {(time.perf_counter() - started) / 60:.1f} min of it now"
     )
-    print(
-        f"Table {shown(opt.out / f'{name}.csv')}, pictures "
-        + " and ".join(shown(opt.out / target) for target in pictures)
-    )
+    table, *drawn = outputs
+    print(f"Table {shown(table)}, pictures " + " and ".join(map(shown, drawn)))
 
 
 if __name__ == "__main__":

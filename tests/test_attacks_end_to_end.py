@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from conftest import ROOT, load_script
 from PIL import Image
+from test_bad_input import refused
 
 from utils import fct
+from utils.files import sha256
 from utils.triggers import TRIGGERS
 
 TYPE = {"squareTrigger": "all2all", "sigTrigger": "cleanLabel"}
@@ -135,7 +137,7 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline, mon
     whole = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--out", tmp_path / "taus")
     assert whole.code == 0, whole.err
     of_all = [values for values, _ in found_fct]
-    (path,) = (tmp_path / "taus").iterdir()
+    (path,) = (tmp_path / "taus").glob("*.csv")
     assert path.name == "cifar10_resnet10_gridTrigger_all2one_0.1_train_attack_noTrans_1.csv"
     table = pd.read_csv(path)
     assert table.tau.tolist() == [
@@ -168,7 +170,7 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline, mon
                  "--poison_ratios", 0.02, 0.1, "--out", tmp_path / "taus")  # fmt: skip
     assert ratios.code == 0, ratios.err
     names = ["", "_every_2", "_poison_ratios_0.02_0.1_auto"]  # none has replaced another
-    assert {file.name for file in path.parent.iterdir()} == {f"{path.stem}{more}.csv" for more in names}
+    assert {file.name for file in path.parent.glob("*.csv")} == {f"{path.stem}{more}.csv" for more in names}
     table = pd.read_csv(path.with_stem(path.stem + names[-1])).set_index(["tau", "ratios"])
     assert len(table) == 3 * 9
     of_flip = table.loc["flip"]
@@ -178,6 +180,15 @@ def test_taus_are_compared_on_one_checkpoint(cli, words, tmp_path, pipeline, mon
     assert said.code == 0, said.err
     expected = pd.read_json(next((tmp_path / "tenth").rglob("detection.json")), typ="series")
     assert abs(of_flip.loc["0.2 0.1", "Dp_recall"] - expected.Dp_recall) < 1e-3
+
+    before = path.read_bytes()
+    both = ["--poison_ratio", 0.1, "--poison_ratios", 0.02]
+    refused(cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, *both), "give one of them")
+    record = path.with_suffix(".json")
+    record.write_text(record.read_text().replace(sha256(checkpoint), "0" * 64))  # as of another network's table
+    again = ["--checkpoint_load", checkpoint, "--out", tmp_path / "taus"]
+    refused(cli("tools/compare_taus.py", *words(tmp_path), *again), "is of another checkpoint", "--overwrite")
+    assert path.read_bytes() == before
 
     by_label = cli("tools/compare_taus.py", *words(tmp_path), "--checkpoint_load", checkpoint, "--per_class",
                    "--out", tmp_path / "by_label")  # fmt: skip

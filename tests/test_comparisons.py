@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import load_script, run_cli
+from test_bad_input import refused
 from test_pipeline import CLASSIFIER, EXTRACTOR, SAMPLES, WITH_TRANS, same_weights, weights
 
 from models import build_model
@@ -16,6 +17,7 @@ from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.files import sha256
 from utils.loading import load_dataset
+from utils.paths import python
 from utils.poisoning import poison_training_set
 from utils.removal import summarise
 from utils.validation import HeldOut, best_epoch, is_best
@@ -57,6 +59,19 @@ def test_drawn_samples_have_the_sizes_of_the_ratios_and_are_what_their_name_says
         assert (sets_of(copy / "again")[name] == found[name]).all()
     other = cli("tools/ablation_samples.py", *words(copy), "--kind", "random", "--seed", "1", "--out", copy / kind)
     assert other.code == 2 and other.err.strip().endswith("or another --out")
+
+
+def test_an_oracles_set_that_would_be_empty_is_refused(cli, words, tmp_path):
+    rate = ["--poison_rate", 1, "--target_type", "all2all"]
+    said = cli("tools/ablation_samples.py", *words(tmp_path), *rate, "--kind", "oracle", "--out", tmp_path / "none")
+    refused(said, "D_c would have no sample")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_makes_the_samples_that_are_missing_is_a_whole_command(cli, words, tmp_path):
+    own = [*words(tmp_path), "--clean_ratio", 0.4, "--kind", "likeness", "--out", tmp_path / "like"]
+    said = cli("tools/ablation_samples.py", *own)
+    refused(said, f"{python('separate_samples.py')} --dataset cifar10", "--clean_ratio 0.4")
 
 
 def test_d_p_by_what_step_3_proposes_is_taken_out_of_d_c(copy, words, cli):

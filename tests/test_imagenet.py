@@ -226,7 +226,7 @@ def test_workers_and_strict_are_refused_for_images_in_memory(cli, tmp_path):
 
 def test_without_the_folder_the_builder_is_named(cli, tmp_path):
     result = cli("train_attack_withTrans_imagenet.py", "--data_root", tmp_path, "--output_root", tmp_path)
-    assert result.code == 2 and "build_imagenet_subset.py" in result.err
+    assert result.code == 2 and f"build_imagenet_subset.py --imagenet DIR --out {tmp_path}/sub" in result.err
 
 
 # Weights

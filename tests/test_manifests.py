@@ -56,6 +56,7 @@ def test_verify_passes_whole_results_and_names_what_was_changed_or_lost(cli, cop
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         refused(cli("reproduce.py", "--verify", copy), name, "is not what")
         path.write_bytes(content)
+    (copy / "classes.json").write_text("[1, 2, 3]")  # the user's own
     assert cli("reproduce.py", "--verify", copy).code == 0
     refused(cli("reproduce.py", "--verify", copy, "--table", "cifar10"), "has no use for --table")
     record = copy / NO_TRANS / "options.json"

@@ -252,6 +252,10 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     other = weights(made["straight"])
     assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
 
+    # What a training took is in its own log too, where no ledger has it.
+    log, found = step.output.with_name("log.csv"), again(step, "none.json")[0]
+    assert found == ({name: pytest.approx(pd.read_csv(log)["seconds"].sum(), abs=0.06)} if log.is_file() else {})
+
     # The same where an earlier result is still in its place, since what the step builds on was made anew.
     source = tmp_path / "source"
     source.write_text("newer")

@@ -18,7 +18,7 @@ from test_bad_input import snapshot
 
 from utils.errors import UserError
 from utils.paths import secure_folder
-from utils.records import cell_line, read_cells
+from utils.records import MEASURES, cell_line, read_cells
 from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan, separating_step
 from utils.steps import Step, run
 
@@ -206,6 +206,10 @@ def test_bad_tables_end_with_code_2(cli, tmp_path):
         (["--rows", "SIG"], "give --table"),
         (["--jobs", "2"], "give --table"),
         (["--table", "cifar10", "--ablations", "authors_mask", "--defences", "D-BR"], "no variant of D-BR"),
+        (
+            ["--table", "cifar10", "--ablations", "finetune", "bounded", "--defences", "D-BR"],
+            "bounded is no variant of D-BR",
+        ),
         (["--table", "cifar11"], "invalid choice"),
     ):
         result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
@@ -456,7 +460,8 @@ def test_without_a_file_of_its_own_a_folder_stands_beside_the_bundled_papers_fig
 @pytest.mark.parametrize(
     "change",
     [{"versions": []}, {"versions": {}}, {"before": []}, {"detection": None}, {"seconds": {"a": "b"}}, {"paper_selection": "x"},
-     {"commands": [1]}, {"commands": None}, {"after": {"ACC": "x"}}, {"seed": True}, None],
+     {"commands": [1]}, {"commands": None}, {"after": {"ACC": "x"}}, {"seed": True}, {"before": dict.fromkeys(MEASURES, -5.0)},
+     {"after": dict.fromkeys(MEASURES, True)}, {"after": dict.fromkeys(MEASURES, 101.0)}, None],
     ids=str,
 )  # fmt: skip
 def test_a_strange_record_is_named(results, cli, change):
@@ -464,6 +469,35 @@ def test_a_strange_record_is_named(results, cli, change):
     (results / "cifar10/strange.json").write_text(json.dumps(strange))
     refused = cli("tools/make_tables.py", "--results", results)
     assert refused.code == 2 and "strange.json" in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["tables.md", "tables.tex", "cifar10.csv", "cifar10.png"])
+def test_files_of_the_users_own_are_no_tables_to_replace(results, cli, name):
+    (results / name).write_text("my notes\n")
+    before = snapshot(results)
+    refused = cli("tools/make_tables.py", "--results", results)
+    assert refused.code == 2 and f"{name} is no " in refused.err and refused.err.count("\n") == 1
+    assert snapshot(results) == before
+
+
+@pytest.mark.parametrize(("name", "content"), [("cifar10/notes.json", '{"a": 1}'), ("cifar10.csv", "a,b\n1,2\n")])
+def test_a_strange_file_among_the_records_is_named_before_any_step(cli, tmp_path, name, content, monkeypatch):
+    monkeypatch.setattr("utils.steps.run_apart", lambda *_, **__: pytest.fail("a step is run"))
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / name).write_text(content)
+    words = ["--table", "cifar10", "--scale", "quick", "--rows", "SIG", "--output_root", tmp_path / "runs"]
+    said = cli("reproduce.py", *words, "--out", tmp_path)
+    assert said.code == 2 and name in said.err and (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("name", ["paper.csv", "mine_fct.jpg"])
+def test_a_row_replaces_no_file_of_the_users_own(cli, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("utils.steps.run_apart", lambda *_, **__: pytest.fail("a step is run"))
+    (tmp_path / name).write_text("theirs")
+    words = ["--row", "SIG", "--preset", "quick", "--output_root", tmp_path / "runs", "--out", tmp_path]
+    said = cli("reproduce.py", *words, "--name", name.split("_")[0].removesuffix(".csv"))
+    assert said.code == 2 and f"{name} is of no result of this script" in said.err
+    assert (tmp_path / name).read_text() == "theirs"
 
 
 @pytest.mark.parametrize("change", [{}, {"table": "cifar100"}, {"seed": 1}, {"variant": "rate_0.01"}], ids=str)
@@ -658,11 +692,20 @@ def test_a_variants_curve_has_the_steps_of_the_variant_and_finds_what_they_write
         assert {k: v for k, v in vars(options).items() if k not in apart} == {
             k: v for k, v in vars(own).items() if k not in apart
         }
-        assert options.samples == samples
+        assert options.samples == samples and variant in options.output_root.name
         assert options.ckpt == steps["train_extractor"].output.with_name(f"ckpt_epoch_{epoch - 1}.pth")
         folder = secure_folder(options) / trained.module().run_name(options)
         assert trained.output.parent == trained.record.parent == folder
         assert tested.options().classifier_ckpt == trained.output and results[epoch].parent == folder
+
+
+def test_epochs_that_were_measured_before_stay_in_the_table_of_figure_3():
+    join = load_script("tools/figure3.py").with_earlier_epochs
+    earlier = [{"row": "SIG", "epoch": str(epoch), "FCT_clean": f"0.{epoch}12345"} for epoch in range(3)]
+    now = [{"row": "SIG", "epoch": epoch, "FCT_clean": float(f"0.{epoch}12345")} for epoch in (0, 2)]
+    assert join(now, earlier) == [now[0], earlier[1], now[1]] and join(now, []) == now
+    now[1]["FCT_clean"] *= 1.01  # trained anew
+    assert join(now, earlier) == now
 
 
 def test_a_curve_whose_end_would_not_be_shown_is_refused(cli, tmp_path):

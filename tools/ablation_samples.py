@@ -20,14 +20,14 @@ from utils.fct import fct_path
 from utils.files import json_writer, read_record, write_together
 from utils.manifest import write_options
 from utils.metrics import detection_quality
-from utils.paths import separated_folder, shown
+from utils.paths import python, separated_folder, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.samples import load_order, load_samples, sample_files, sample_writers
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON, UNCERTAIN, set_sizes
 
-BY_STEP_3 = "python calculate_consistency.py, which writes it where it sees a backdoor"
+BY_STEP_3 = f"{python('calculate_consistency.py')}, which writes it where it sees a backdoor"
 KINDS = ("random", "random_clean", "oracle", "likeness")
 
 
@@ -67,7 +67,7 @@ def draw_flags(kind, is_clean, kept, sizes, seed):
 def order_path(opt):
     """What step 3 wrote beside the checkpoint by which the samples of these options were separated."""
     folder = separated_folder(opt)
-    command = f"python separate_samples.py {args.attack_arguments(opt)}"
+    command = f"{python('separate_samples.py')} {args.secure_arguments(opt)}"
     record = read_record(require_file(folder / "options.json", command))
     return fct_path((folder / str(record.get("checkpoint_load"))).resolve(), "order.npy")
 
@@ -91,6 +91,9 @@ def main(argv=None):
     else:
         sizes = set_sizes(count, opt.clean_ratio, opt.poison_ratio)
         flags = draw_flags(opt.kind, poisoned.is_clean, kept, sizes, opt.seed)
+    for flag, name in ((CLEAN, "D_c"), (POISON, "D_p")):
+        if not (flags == flag).any():
+            raise UserError(f"{name} would have no sample; choose another --kind, or other ratios or --poison_rate")
 
     folder = opt.out.absolute()
     claim(folder / "options.json", opt, option="--out")

@@ -2,8 +2,9 @@
 
 Writes, a row a tau and pair of ratios, AUROC, the share of poisoned samples in the highest poison_ratio (Dp_precision) and what part of all
 of them that is (Dp_recall), and the share of poisoned samples in the lowest clean_ratio (Dc_contamination) to
-<out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv. With --within_labels every tau has a second row:
-log FCT measured from the median of the sample's label. For evaluation only: no defence step reads this.
+<out>/<dataset>_<model>_<trigger>_<target_type>_<poison_rate>_<step>_<epoch>.csv, and what it was made from to a JSON beside it. With
+--within_labels every tau has a second row: log FCT measured from the median of the sample's label. For evaluation only: no defence step
+reads this.
 """
 
 import sys
@@ -17,8 +18,9 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.fct import AUTO, combine, compute_fct, sd_checkpoint, sd_network
-from utils.files import make_folder, write_rows
+from utils.files import make_folder, read_record, sha256, write_rows
 from utils.images import rows_of
+from utils.manifest import write_options
 from utils.metrics import detection_quality
 from utils.paths import ROOT, data_name, shown
 from utils.poisoning import poison_training_set
@@ -57,7 +59,18 @@ def get_parser():
     parser.add_argument("--batch_size", type=args.positive_int, default=256, help="images a forward pass")
     parser.add_argument("--checkpoint_load", type=args.file, help="checkpoint of step 1 or 2; default: step 2's last")
     parser.add_argument("--out", type=args.path, default=ROOT / "results/taus", help="folder of the table")
+    args.add_overwrite_option(parser)
     return parser
+
+
+def refuse_other_table(table, checkpoint, opt):
+    """Refuse to replace the ``table`` (path) where it is of another checkpoint than the file ``checkpoint``, or does not say of
+    which, unless --overwrite is given."""
+    held = read_record(table.with_suffix(".json")) or {}
+    if table.exists() and not opt.overwrite and sha256(checkpoint) not in held.get("inputs", {}).values():
+        raise UserError(
+            f"{shown(table)} is of another checkpoint, or does not say of which; give another --out, or --overwrite to replace it"
+        )
 
 
 def within_labels(fct, labels):
@@ -98,12 +111,19 @@ def how(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    if opt.poison_ratios and opt.poison_ratio != opt.defaults["poison_ratio"]:
+        raise UserError("--poison_ratios stands in the place of --poison_ratio; give one of them")
     path, command = sd_checkpoint(opt)
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
     if poisoned.is_clean is None:
         raise UserError("this compares tau by the ground truth, which nobody has of your own data")
     checkpoint, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+    attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
+    seed = f"_seed{opt.seed}" if opt.seed else ""
+    name = f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}{how(opt)}.csv"
+    out = make_folder(opt.out.absolute(), "--out") / name
+    refuse_other_table(out, path, opt)
     rows = np.arange(0, len(poisoned.labels), opt.every)
     images = rows_of(poisoned.images, rows)
     labels, is_clean = poisoned.labels[rows], poisoned.is_clean[rows]
@@ -125,11 +145,8 @@ def main(argv=None):
                 quality = detection_quality(fct, flags, is_clean, labels, dataset.spec.num_classes)
                 line |= {name: round(quality[name], 4) for name in DETECTION}
             table.append(line)
-    attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
-    seed = f"_seed{opt.seed}" if opt.seed else ""
-    name = f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}{how(opt)}.csv"
-    out = make_folder(opt.out.absolute(), "--out") / name
     write_rows(out, table)
+    write_options(out.with_suffix(".json"), opt, inputs=[path], outputs=[out])
     print(f"{len(rows)} samples, {(~is_clean).sum()} of them poisoned")
     print(pd.DataFrame(table).to_string(index=False))
     print(f"The table is {shown(out)}")

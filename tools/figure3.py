@@ -3,8 +3,9 @@
 Runs steps 1 to 3 of SD with the paper's tau and ratios, and with --every_epoch step 3 after each epoch of step 2, as commands that are
 printed, below <output_root>/<scale>_seed<seed>_figure3/; what is there already is not run again. Writes figure3_<scale>.png
 and figure3_<scale>.csv (named too by --model, and by another table or seed than the default), a line a row and epoch, to --out.
-Rows that the table has from an earlier run stay in it, and in the figure as long as their files are there. The lines' measures are by
-the ground truth, for evaluation only.
+Rows that the table has from an earlier run stay in it, and in the figure as long as their files are there; so do the epochs of a row
+that --every_epoch had measured, where the row was not trained anew since. The lines' measures are by the ground truth, for evaluation
+only.
 """
 
 import sys
@@ -115,6 +116,20 @@ def earlier_lines(table):
     return {row: part.to_dict("records") for row, part in found.groupby("row")}
 
 
+def with_earlier_epochs(lines, earlier):
+    """The ``lines`` of a row and, of those that an ``earlier`` run left (dicts of text), the other epochs', in the order of epochs;
+    none of them where the two do not agree on an epoch, for the row was trained anew."""
+    own = {line["epoch"]: line for line in lines}
+    others = {int(line["epoch"]): line for line in earlier}
+    both = [
+        (f"{own[epoch]['FCT_clean']:.5g}", f"{float(others[epoch]['FCT_clean']):.5g}")
+        for epoch in own.keys() & others.keys()
+    ]
+    if any(one != other for one, other in both):
+        others = {}
+    return [line for _, line in sorted((others | own).items())]
+
+
 def draw(path, drawn, ratios):
     """Save the figure: a line a row of ``drawn``, row -> (FCT by epoch, is_clean, measures by epoch); ratios: clean, poison."""
     figure, axes = plt.subplots(len(drawn), 2, figsize=(11, 2.3 * len(drawn)), layout="constrained", squeeze=False)
@@ -161,7 +176,11 @@ def main(argv=None):
             continue
         values, is_clean, of_row = measures(resolved, places, norms)
         drawn[row] = values, is_clean, {line["epoch"]: line for line in of_row}
-        lines += [{"row": row, **line} for line in of_row] if chosen else earlier[row]
+        lines += (
+            with_earlier_epochs([{"row": row, **line} for line in of_row], earlier.get(row, []))
+            if chosen
+            else earlier[row]
+        )
     if opt.dry_run:
         return
 

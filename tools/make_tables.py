@@ -24,7 +24,7 @@ from utils.errors import UserError, run_script
 from utils.figures import save_figure
 from utils.files import read_table, read_text, text_writer, write_together
 from utils.paths import ROOT, python, quoted, shown
-from utils.records import LAST, MEASURES, cell_line, collect, read_cells
+from utils.records import KEYS, LAST, MEASURES, cell_line, collect, read_cells, refuse_other_file
 from utils.rows import ROWS, VARIANTS
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet subset"}
@@ -266,9 +266,16 @@ def tables(results, paper):
         yield table, lines, body(table, paper, lines)
 
 
+def made_by(document):
+    """What a message says makes a document (path)."""
+    inside = document.absolute().is_relative_to(ROOT)
+    return f"git checkout {quoted(document)}" if inside else "your editor, with the markers of the README's tables"
+
+
 def papers_figures(path):
     """The paper's figures in the CSV ``path``, a DataFrame with the columns `PAPER`. Raises `UserError` where it is no such table."""
-    command = "git checkout results/paper.csv"
+    bundled = path == ROOT / "results/paper.csv"
+    command = "git checkout results/paper.csv" if bundled else f"rm {quoted(path)}, without which ours is taken"
     paper = read_table(path, PAPER, command, dtype=PAPER, keep_default_na=False)
     odd = ~(paper["table"].isin(TITLES) & paper["row"].isin(ROWS) & paper["model"].isin(("backdoored", *VARIANTS)))
     odd |= paper.duplicated(["table", "row", "model"])
@@ -276,15 +283,27 @@ def papers_figures(path):
         what = "it has no line"
         if odd.any():
             what = f"its line {odd.idxmax() + 2} is of no table, row and model, or there twice"
-        raise UserError(f"{shown(path)} does not hold the paper's figures: {what}. Ours: {command}")
+        raise UserError(f"{shown(path)} does not hold the paper's figures: {what}. Mend it, or: {command}")
     return paper
+
+
+def refuse_what_is_not_ours(results, names):
+    """Raise a `UserError` where the folder ``results`` holds a file of the user's own that has the name of one of ours; ``names``: of
+    the CSVs, without suffix."""
+    refuse_other_file(results / "tables.md", "**")
+    refuse_other_file(results / "tables.tex", "% ")
+    for name in names:
+        table, drawn = (results / f"{name}{suffix}" for suffix in (".csv", ".png"))
+        refuse_other_file(table, ",".join(KEYS))
+        if drawn.exists() and not table.exists():  # ours lies beside its table
+            raise UserError(f"{shown(drawn)} is no picture of this project; move it away, or choose another folder")
 
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
     own, bundled = (folder / "paper.csv" for folder in (opt.results, ROOT / "results"))
     paper = papers_figures(own if own.exists() else bundled)
-    documents = {path: read_text(path, f"git checkout {quoted(path)}") for path in opt.readme or []}
+    documents = {path: read_text(path, made_by(path)) for path in opt.readme or []}
     texts, tex = {}, []
     shown_tables, shown_ablations = list(tables(opt.results, paper)), list(ablations(opt.results))
     if not any(len(lines) for _, lines, _ in shown_tables) and not shown_ablations:
@@ -300,6 +319,8 @@ def main(argv=None):
     for table, content in texts.items() if documents else ():
         replace_between(documents, f"table {table}", content)
 
+    written = [table for table, lines, _ in shown_tables if len(lines)]
+    refuse_what_is_not_ours(opt.results, [*written, *(f"{table}_ablations" for table, _ in shown_ablations)])
     for table, lines, _ in shown_tables:
         if len(lines):
             collect(opt.results / table, opt.results / f"{table}.csv")
@@ -313,7 +334,9 @@ def main(argv=None):
     }
     writers |= {path: text_writer(text) for path, text in documents.items()}
     write_together(writers)
-    print(f"Written: {', '.join(shown(path) for path in writers)}")
+    drawn = [opt.results / f"{table}{suffix}" for table in written for suffix in (".csv", ".png")]
+    drawn += [opt.results / f"{table}_ablations.csv" for table, _ in shown_ablations]
+    print(f"Written: {', '.join(shown(path) for path in (*drawn, *writers))}")
 
 
 if __name__ == "__main__":

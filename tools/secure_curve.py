@@ -54,7 +54,8 @@ def steps_of(opt, root):
     trained_below = planned["train_classifier"].options().output_root
     samples = extractor.options().samples or separated_folder(resolved)
     for epoch in range(opt.every, opt.epochs + 1, opt.every):
-        own = root / f"classifier_{epoch}"  # a classifier's own folder does not name its extractor's epoch
+        # A classifier's own folder names neither its extractor's epoch nor, where its words are those of the scale, the variant.
+        own = root / "_".join(["classifier", *([opt.variant] if opt.variant else []), str(epoch)])
         checkpoint = typed(extractor.output.with_name(f"ckpt_epoch_{epoch - 1}.pth"))
         paths = ["--output_root", typed(own), "--ckpt", checkpoint, "--samples", typed(samples)]
         classifier = planned["train_classifier"]

@@ -325,11 +325,14 @@ def read_table(path, columns, command, **options):
     return table
 
 
-def read_json(path):
-    """The dict in ``path``, or None where there is no such file. Raises `UserError` for a file that is not JSON."""
+def read_json(path, of_others=False):
+    """The dict in ``path``, or None where there is no such file, or with ``of_others`` JSON that is no dict, as we write none. Raises
+    `UserError` for another file."""
     try:
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
+            if of_others:
+                return None
             raise ValueError("not an object")
         return content
     except (FileNotFoundError, NotADirectoryError):

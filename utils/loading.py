@@ -23,7 +23,7 @@ from utils.images import (
     tell_broken,
     whole_rows,
 )
-from utils.paths import ROOT
+from utils.paths import ROOT, python, quoted
 
 
 def load_dataset(name, data_root, strict=False, image_size=None, cache=None):
@@ -184,9 +184,10 @@ def _list_split(folder, classes):
 
 def _load_streamed(name, folder, spec, strict):
     if not (folder / "train").is_dir():
+        builder = f"{python('tools/build_imagenet_subset.py')} --imagenet DIR --out {quoted(folder)}"
         raise UserError(
-            f"no folder {folder / 'train'}; make it from your copy of ImageNet with: "
-            f"python tools/build_imagenet_subset.py --imagenet DIR. Nearest existing path: {nearest_existing(folder)}"
+            f"no folder {folder / 'train'}; make it from your copy of ImageNet with: {builder}. "
+            f"Nearest existing path: {nearest_existing(folder)}"
         )
     parts, classes = [], None
     for split, place in (("train", folder / "train"), ("test", _test_folder(folder, spec))):

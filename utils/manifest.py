@@ -182,5 +182,5 @@ def verify(folder):
 
 
 def _is_manifest(path):
-    content = read_json(path)
-    return isinstance(content, dict) and all(isinstance(content.get(kind), dict) for kind in ("inputs", "outputs"))
+    content = read_json(path, of_others=True) or {}
+    return all(isinstance(content.get(kind), dict) for kind in ("inputs", "outputs"))

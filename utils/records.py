@@ -11,7 +11,7 @@ import torch
 
 from utils.device import cores
 from utils.errors import UserError
-from utils.files import make_folder, read_json, read_record, read_table, write_json, write_rows
+from utils.files import make_folder, read_json, read_record, read_table, read_text, write_json, write_rows
 from utils.manifest import manifest
 from utils.metrics import MEASURES
 from utils.paths import quoted, shown
@@ -112,6 +112,23 @@ def read_cells(folder):
     return cells
 
 
+def check_place(table):
+    """Refuse to write records beside the CSV ``table``, and it, where one of the records there is none, or the CSV is another table.
+
+    Raises:
+        UserError: see `read_cells`.
+    """
+    read_cells(table.with_suffix(""))
+    refuse_other_file(table, ",".join(KEYS))
+
+
+def refuse_other_file(path, start):
+    """Raise a `UserError` where the file ``path`` is there and begins with other words than ``start``, so that it is not ours to
+    replace."""
+    if path.exists() and not read_text(path, "this command, with another folder").startswith(start):
+        raise UserError(f"{shown(path)} is no table of this project; move it away, or choose another folder")
+
+
 def _is_cell(cell):
     """Whether what a JSON file holds has what `cell_line` and the tables read of a record."""
     parts = {name: cell.get(name) for name in ("before", "after", "detection", "versions")}
@@ -128,13 +145,14 @@ def _is_cell(cell):
         or not isinstance(commands, list)
     ):
         return False
-    numbers = [parts[name].get(measure) for name in ("before", "after") for measure in MEASURES]
-    numbers += parts["seconds"].values()
-    selected = [parts["paper_selection"].get(name) for name in ("epoch", *MEASURES)]
-    numbers += [number for number in selected if number is not None]
+    shares = [parts[name].get(measure) for name in ("before", "after") for measure in MEASURES]
+    selected = {name: parts["paper_selection"].get(name) for name in ("epoch", *MEASURES)}
+    shares += [selected[name] for name in MEASURES if selected[name] is not None]
+    numbers = [*parts["seconds"].values(), *([] if selected["epoch"] is None else [selected["epoch"]])]
     detected = [parts["detection"].get(name) for name in DETECTION]  # AUROC is NaN where every sample is poisoned
     return (
-        all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)  # NaN compares false
+        all(type(share) in (int, float) and 0 <= share <= 100 for share in shares)  # NaN compares false
+        and all(type(number) in (int, float) and 0 <= number < 1e300 for number in numbers)
         and all(isinstance(number, (int, float, type(None))) for number in detected)
         and all(isinstance(command, str) for command in commands)
     )
@@ -149,8 +167,11 @@ def cell_line(cell):
     line |= {f"best_{name}": (cell.get("paper_selection") or {}).get(name) for name in ("epoch", *MEASURES)}
     line |= {name: cell["detection"].get(name) for name in DETECTION}
     line |= {"model": cell.get("model"), "training_images": cell.get("training_images")}
-    line |= {"seconds": round(sum((cell.get("seconds") or {}).values())), "hardware": cell.get("hardware")}
+    seconds = cell.get("seconds") or {}
+    line |= {"seconds": round(sum(seconds.values())), "hardware": cell.get("hardware")}
     line |= {"precision": cell.get("precision")}
+    # Steps that were there already when the cell was run, of which the record tells no time.
+    line |= {"steps_not_timed": max(0, len(cell.get("commands") or []) - len(seconds))}
     return line | {"torch": cell["versions"]["torch"], "commit": cell.get("commit")}
 
 

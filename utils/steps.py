@@ -11,13 +11,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from utils import args, forked
 from utils.checkpoints import NEUTRAL
 from utils.errors import GRACE, UserError
 from utils.fct import settle_fct_precision
-from utils.files import load_tensors, read_json, read_record, write_json
+from utils.files import load_tensors, read_json, read_record, read_table, write_json
 from utils.manifest import made_with, plain_options
-from utils.paths import ROOT, shown, typed
+from utils.paths import ROOT, quoted, shown, typed
 from utils.run import unfinished_folder
 
 
@@ -101,7 +103,7 @@ class Step:
 
 def list_commands(steps, numbers):
     """Print the commands of steps as lines for a shell or a scheduler: each ends in a comment with its number and the numbers
-    of those it must wait for, or says that it is done.
+    of those it must wait for, or says that it is done, and begins with the way to the repository where that is another folder.
 
     Args:
         steps: dict of `Step` in their order; numbers: dict command -> number of those printed before, which are left out; it
@@ -113,7 +115,8 @@ def list_commands(steps, numbers):
         numbers[step.command] = len(numbers) + 1
         after = " ".join(str(numbers[need.command]) for need in step.needs)
         note = "already there" if step.is_done() else f"after {after}" if after else "first"
-        print(f"{step.command}  # {numbers[step.command]}: {note}", flush=True)
+        there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
+        print(f"{there}{step.command}  # {numbers[step.command]}: {note}", flush=True)
 
 
 _running = set()  # the processes of steps
@@ -177,8 +180,9 @@ def say_where():
 
 def run(steps, opt, ledger_path, log=None, stop=None):
     """Run the steps that are not done, an interrupted training from its last checkpoint; return the seconds that each took,
-    when it last ran (of a training that was interrupted, those of its finished epochs too). ``log``: path of a file to which
-    they print, if not here; ``stop``: a `threading.Event` after which no step begins."""
+    when it last ran (of a training that was interrupted, those of its finished epochs too), but for steps of which neither
+    ``ledger_path`` nor their own log tells. ``log``: path of a file to which they print, if not here; ``stop``: a
+    `threading.Event` after which no step begins."""
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
@@ -201,4 +205,14 @@ def run(steps, opt, ledger_path, log=None, stop=None):
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)
-    return {name: ledger[name] for name in steps if isinstance(ledger.get(name), (int, float))}
+    known = {name: ledger.get(name, _logged_seconds(step)) for name, step in steps.items()}
+    return {name: seconds for name, seconds in known.items() if isinstance(seconds, (int, float))}
+
+
+def _logged_seconds(step):
+    """What the epochs of a training took by its log, or None where it keeps none beside its output."""
+    path = step.output.with_name("log.csv")
+    if not path.is_file():
+        return None
+    log = read_table(path, ["epoch", "seconds"], f"rm {quoted(step.output)}, and this command again")
+    return round(float(pd.to_numeric(log["seconds"], errors="coerce").sum()), 1)
