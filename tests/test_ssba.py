@@ -199,8 +199,23 @@ def test_the_trainer_learns_bits_and_writes_what_the_trigger_reads(cli, tmp_path
 
 def test_an_encoder_is_not_replaced_unasked(cli, tmp_path):
     (tmp_path / "encoder.pt").write_bytes(b"mine")
-    said = cli("tools/train_ssba.py", "--out", tmp_path / "encoder.pt")
-    assert said.code == 2 and "--overwrite" in said.err and (tmp_path / "encoder.pt").read_bytes() == b"mine"
+    (tmp_path / "other.json").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    before = snapshot(tmp_path)
+    for name, needle in (("encoder.pt", "encoder.pt is there already"), ("other.pt", "other.json is there already")):
+        refused(cli("tools/train_ssba.py", "--out", tmp_path / name), needle, "--overwrite")
+    refused(cli("tools/train_ssba.py", "--overwrite", "--out", tmp_path / "folder"), "name a file")
+    refused(cli("tools/train_ssba.py", "--out", tmp_path / ("x" * 253)), "too long")
+    assert snapshot(tmp_path) == before
+
+
+def test_an_encoder_whose_training_diverged_replaces_none(cli, tmp_path):
+    (tmp_path / "encoder.pt").write_bytes(b"mine")
+    (tmp_path / "encoder.json").write_bytes(b"mine")
+    before = snapshot(tmp_path)
+    words = ["--steps", 20, "--lr", 1e8, "--batch_size", 2, "--out", tmp_path / "encoder.pt", "--overwrite"]
+    refused(cli("tools/train_ssba.py", *words, "--device", "cpu"), "not finite after step 20", "--lr")
+    assert snapshot(tmp_path) == before
 
 
 def test_the_record_beside_the_bundled_encoder_says_how_it_was_made():

@@ -8,6 +8,7 @@ The default 800 steps suffice at 32x32 on a CPU (about 5 minutes on 2 cores); on
 """
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from utils.dataloader_bd import to_device
 from utils.datasets import DATASETS
 from utils.device import choose_runtime, send
 from utils.errors import UserError, run_script
-from utils.files import atomic_write, make_folder, write_json
+from utils.files import check_outputs, json_writer, make_folder, tensor_writer, write_together
 from utils.loading import load_dataset
 from utils.paths import ROOT, shown
 from utils.seeding import generator
@@ -48,10 +49,8 @@ def get_parser():
     parser.add_argument(
         "--out", type=args.file_beside(".json"), default=ENCODER, help="file of encoder, decoder and secret"
     )
-    args.add_device_options(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an encoder that is there, such as the bundled one"
-    )
+    args.add_device_options(parser, decodes=False)
+    args.add_overwrite_option(parser, "an encoder that is there, such as the bundled one, and its record beside it")
     return parser
 
 
@@ -74,9 +73,9 @@ def measure(images, path):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
-    if opt.out.exists() and not opt.overwrite:
-        raise UserError(f"{shown(opt.out)} is there already; give --overwrite to replace it, or another --out")
-    runtime = choose_runtime(opt.device, opt.precision)
+    record = opt.out.with_suffix(".json")
+    check_outputs([opt.out, record], opt.overwrite)
+    runtime = choose_runtime(opt.device, opt.precision, deterministic=opt.deterministic)
     print(f"Running on {runtime}", flush=True)
     data = [load_dataset(name, opt.data_root) for name in opt.dataset]
     least = min(len(dataset.train_images) for dataset in data)  # as many of each data set
@@ -123,19 +122,22 @@ def main(argv=None):
 
     state = {name: {key: value.cpu() for key, value in network.state_dict().items()}
              for name, network in (("encoder", encoder), ("decoder", decoder))}  # fmt: skip
-    with atomic_write(opt.out) as file:
-        torch.save({**state, "secret": secret}, file)
-    results = {}
-    for dataset in data:
-        accuracy, psnr, spread = measure(dataset.test_images[:2000], opt.out)
+    if not all(value.isfinite().all() for network in state.values() for value in network.values()):
+        raise UserError(f"the weights are not finite after step {opt.steps}; nothing is written. Use a smaller --lr")
+    save, results = tensor_writer({**state, "secret": secret}), {}
+    with tempfile.TemporaryDirectory() as folder:  # the encoder that is there stays until this one is measured
+        made = Path(folder) / "encoder.pt"
+        write_together({made: save})
+        measured = [measure(dataset.test_images[:2000], made) for dataset in data]
+    for dataset, (accuracy, psnr, spread) in zip(data, measured, strict=True):
         results[dataset.name] = {"bit_accuracy": accuracy, "psnr_db": psnr, "residual_spread": spread}
         print(f"{dataset.name}, {min(2000, len(dataset.test_images))} test images: bit accuracy {100 * accuracy:.2f} %, "
               f"PSNR {psnr:.2f} dB, the residual varies by {spread:.2f} grey levels between images")  # fmt: skip
-    record = {
+    options = {
         name: getattr(opt, name) for name in ("dataset", "steps", "batch_size", "lr", "image_weight", "ramp", "seed")
     }
     minutes = round((time.perf_counter() - started) / 60, 1)
-    write_json(opt.out.with_suffix(".json"), {"options": record, "held_out": results, "minutes": minutes})
+    write_together({opt.out: save, record: json_writer({"options": options, "held_out": results, "minutes": minutes})})
     print(f"The encoder is {shown(opt.out)}")
 
 

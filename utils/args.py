@@ -232,8 +232,8 @@ def add_samples_option(parser):
     )
 
 
-def add_device_options(parser):
-    """Where and how precisely to compute."""
+def add_device_options(parser, decodes=True):
+    """Where and how precisely to compute; ``decodes``: whether images may be decoded by worker processes."""
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the hardware has it"
@@ -243,6 +243,9 @@ def add_device_options(parser):
         action="store_true",
         help="the same bits in every run: torch's deterministic algorithms (on CUDA as far as there are such)",
     )
+    if not decodes:
+        parser.set_defaults(workers=None)
+        return
     parser.add_argument(
         "--workers",
         type=number(int, 0, 256),
@@ -289,8 +292,8 @@ def add_validation_option(parser, of):
     )
 
 
-def add_overwrite_option(parser):
-    parser.add_argument("--overwrite", action="store_true", help="replace results of other settings in the same folder")
+def add_overwrite_option(parser, what="results of other settings in the same folder"):
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_runner_options(parser):

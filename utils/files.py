@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import socket
+import stat
 import tempfile
 import tokenize
 import warnings
@@ -24,6 +25,7 @@ import torch
 
 from utils.distributed import leads
 from utils.errors import UserError, at_exit, require_file
+from utils.paths import shown
 
 try:
     import fcntl
@@ -50,6 +52,28 @@ def make_folder(folder, option="--output_root"):
         reason = "a file, or a link to nothing, has this name" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"cannot write to the folder {folder}: {reason}; choose another with {option}") from None
     return folder
+
+
+def check_outputs(paths, overwrite):
+    """Look at the places of files that a tool is to write, before it works for them.
+
+    Args:
+        paths: which --out chooses; overwrite: whether files that are there may be replaced.
+
+    Raises:
+        UserError: where one is there and may not, or no file can be.
+    """
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # a name that is too long, a link to itself
+            raise UserError(f"cannot write {shown(path):.200}: {error.strerror}; give another --out") from None
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{shown(path)} is a folder or a device; name a file with --out")
+        if not overwrite:
+            raise UserError(f"{shown(path)} is there already; give --overwrite to replace it, or another --out")
 
 
 @contextmanager
