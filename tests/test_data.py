@@ -1,5 +1,6 @@
 """Data sets: the bundled one, image folders and their cache, torchvision's files; files written whole or not at all."""
 
+import gzip
 import io
 import json
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, write_folder
 from PIL import Image
+from test_bad_input import refused, snapshot
 
 from utils.datasets import DATASETS, fewer_images
 from utils.device import choose_runtime
@@ -34,6 +36,43 @@ def test_the_bundled_set_is_balanced_padded_and_has_the_stated_statistics(fashio
     assert scaled.mean() == pytest.approx(DATASETS["fashion"].mean[0], abs=1e-4)
     assert scaled.std() == pytest.approx(DATASETS["fashion"].std[0], abs=1e-4)
     assert (ROOT / "dataset/fashion/LICENSE.txt").is_file()
+
+
+def write_idx(folder, images, labels):
+    """The four files of Fashion-MNIST, with these arrays in both splits."""
+    for stem in ("train", "t10k"):
+        for name, array in ((f"{stem}-images-idx3", images), (f"{stem}-labels-idx1", labels)):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
+
+
+def test_the_bundled_sets_builder_replaces_no_file_unasked(cli, tmp_path):
+    (tmp_path / "source").mkdir()
+    write_idx(tmp_path / "source", np.arange(40 * 784).reshape(40, 28, 28) % 251, np.arange(40) % 10)
+    words = ["tools/build_fashion.py", "--source", tmp_path / "source", "--out", tmp_path / "data/fashion/fashion.npz"]
+    said = cli(*words)
+    assert said.code == 0, said.err
+    assert load_dataset("fashion", tmp_path / "data").train_images.shape == (40, 32, 32, 3)
+    before = snapshot(tmp_path)
+    refused(cli(*words), "fashion.npz is there already", "--overwrite")
+    refused(cli(*words[:3]), "dataset/fashion/fashion.npz is there already", "--overwrite")
+    refused(cli(*words, "--over"), "--over")  # no abbreviations
+    refused(cli(*words[:4], tmp_path / ("x" * 300)), "more than 255 bytes")
+    refused(cli(*words[:4], tmp_path), "name a file")
+    assert snapshot(tmp_path) == before
+    assert cli(*words, "--overwrite").code == 0 and snapshot(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [((40, 28, 28), (30,)), ((40, 28, 28), (40, 2)), ((40,), (40,)), ((40, 28, 27), (40,)), ((0, 28, 28), (0,))],
+    ids=str,
+)
+def test_images_and_labels_that_are_not_of_each_other_make_no_set(images, labels, cli, tmp_path):
+    write_idx(tmp_path, np.zeros(images), np.zeros(labels))
+    before = snapshot(tmp_path)
+    refused(cli("tools/build_fashion.py", "--source", tmp_path, "--out", tmp_path / "new/x.npz"), images, labels)
+    assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
 
 
 def test_an_image_folder_is_read_in_the_order_of_its_names_and_from_its_cache(fashion, tmp_path):

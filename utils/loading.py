@@ -87,7 +87,8 @@ def _load_fashion(folder, spec):
                 raise ValueError(f"its {split} labels are not 0 to {spec.num_classes - 1}")
     except BROKEN as error:
         raise UserError(
-            f"cannot read the bundled data {path} ({error}); make it with: python tools/build_fashion.py"
+            f"cannot read the bundled data {path} ({error}); make it with: "
+            f"{python('tools/build_fashion.py')} --overwrite --out {quoted(path)}"
         ) from None
     for split in ("train", "test"):
         grey = np.pad(arrays[f"{split}_images"], ((0, 0), (2, 2), (2, 2)))
