@@ -6,6 +6,7 @@ import torch
 import torchvision.transforms.functional as TF
 from conftest import load_script
 from PIL import Image
+from test_bad_input import refused, snapshot
 from test_poisoning import options
 
 from utils import dataloader_bd as bd
@@ -289,6 +290,58 @@ def test_the_builder_makes_the_subset_and_can_run_again(cli, tmp_path, copy):
     found = next((tmp_path / "data").rglob("000.JPEG"))
     assert found.is_symlink() != copy and found.stat().st_size > 0
     assert load_dataset("imagenet", tmp_path / "data").classes == ["n00000000", "n00000002"]
+
+
+@pytest.fixture
+def subset(cli, tmp_path):
+    """``subset(classes, *more)`` -> what the builder said of a copy of ImageNet with three classes and three images each."""
+    write_images(tmp_path / "ImageNet", classes=3, train=2, val=1)
+
+    def build(classes, *more):
+        (tmp_path / "list.txt").write_text("".join(f"n{label:08d}\n" for label in classes))
+        words = ["--imagenet", tmp_path / "ImageNet", "--out", tmp_path / "out", "--classes", tmp_path / "list.txt"]
+        return cli("tools/build_imagenet_subset.py", *words, *more)
+
+    return build
+
+
+def test_the_builder_adds_no_classes_to_those_of_another_list(subset, tmp_path):
+    assert subset([0, 1]).code == 0
+    before = snapshot(tmp_path / "out")
+    refused(subset([0, 2]), "out/train holds class folders that are not in --classes: n00000001;", "another --out")
+    refused(subset([0], "--out", tmp_path / "ImageNet"), "n00000001, n00000002")
+    refused(subset([0, 1, 2], "--out", tmp_path / "ImageNet"), "is a folder of --imagenet itself")
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_the_builder_counts_what_is_there_and_removes_lost_links(subset, tmp_path):
+    assert subset([0, 1]).code == 0
+    (tmp_path / "ImageNet/train/n00000000/000.JPEG").unlink()
+    said = subset([0, 1])
+    assert said.code == 0 and "holds 5 images of 2 classes, 0 of them new; 1 links" in said.out
+    assert not (tmp_path / "out/train/n00000000/000.JPEG").is_symlink()
+    (tmp_path / "ImageNet").rename(tmp_path / "moved")
+    said = subset([0, 1], "--imagenet", tmp_path / "moved")
+    assert "holds 5 images of 2 classes, 5 of them new; 5 links" in said.out
+
+
+def test_the_builder_copies_what_it_had_linked(subset, tmp_path):
+    assert subset([0, 1]).code == 0
+    source = snapshot(tmp_path / "ImageNet")
+    said = subset([0, 1], "--copy")
+    assert said.code == 0 and "holds 6 images of 2 classes, 6 of them new" in said.out
+    files = [file for file in (tmp_path / "out").rglob("*.*") if file.suffix in (".JPEG", ".png")]
+    assert len(files) == 6 and not any(file.is_symlink() for file in files)
+    assert files[0].read_bytes() == (tmp_path / "ImageNet" / files[0].relative_to(tmp_path / "out")).read_bytes()
+    assert "6 images of 2 classes, 0 of them new" in subset([0, 1], "--copy").out
+    assert snapshot(tmp_path / "ImageNet") == source
+
+
+@pytest.mark.parametrize("more", [[], ["--copy"]], ids=str)
+def test_a_folder_with_the_name_of_an_image_is_one_line(subset, tmp_path, more):
+    (tmp_path / "out/train/n00000000/001.JPEG").mkdir(parents=True)
+    refused(subset([0, 1], *more), "out/train/n00000000/001.JPEG", "is no file")
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_the_builder_names_a_class_folder_that_is_missing(cli, tmp_path):
