@@ -21,7 +21,7 @@ import audit_dataset
 from utils import args
 from utils.audit_report import SETS
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_json, read_table, write_rows
+from utils.files import BROKEN, atomic_write, check_outputs, load_npz, make_folder, read_json, read_table, write_rows
 from utils.loading import load_dataset
 from utils.metrics import detection_quality
 from utils.paths import ROOT, shown
@@ -61,6 +61,9 @@ SEEN = {  # when the rules and thresholds were chosen
     "clean": (0, 1, 2, 3, 9, 10, 12, 13, 14, 15, 17, 18, 21),
     "poisoned": (*range(14), 16, 17, 18, 19, 21, 22, 26),
 }
+# What `markdown` reads of every run, and of those that were poisoned.
+COLUMNS = ("run", "seen", "data", "attack", "rate", "true_target", "poisoned", "verdict", "score", "target_label")
+OF_POISONED = ("Dp_size", "Dp_precision", "Dp_recall", "Dc_contamination")
 
 
 def get_parser():
@@ -68,7 +71,7 @@ def get_parser():
     parser.add_argument(
         "--data_root", type=args.path, default=ROOT / "dataset", help="folder of cifar10 and fashionmnist"
     )
-    parser.add_argument("--out", type=args.path, default=ROOT / "results/audit_calibration.csv", help="the table")
+    parser.add_argument("--out", type=args.file, default=ROOT / "results/audit_calibration.csv", help="the table")
     parser.add_argument(
         "--keep", type=args.path, help="folder in which data and networks stay, so that a later audit need not train"
     )
@@ -109,13 +112,28 @@ def poison(images, labels, attack, rate, target, seed):
     return images, labels, is_clean
 
 
+def keep_data(path, images, labels):
+    """Write the arrays to ``path``. Raises `UserError` where there is such a file with others, on which a kept network was trained."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            np.savez(file, x_train=images, y_train=labels)
+        return
+    try:
+        kept = load_npz(path, ("x_train", "y_train"), 1 << 30)
+    except BROKEN as error:
+        raise UserError(f"{shown(path)} is damaged ({error}); remove it and run this again") from None
+    if not all(np.array_equal(one, other) for one, other in zip(kept, (images, labels), strict=True)):
+        raise UserError(
+            f"{shown(path)} is of other data than --data_root; remove the folder {shown(path.parent)}, or give another --keep"
+        )
+
+
 def audit(images, labels, is_clean, seed, keep=None):
     """The row of one run: what the audit says of these arrays, and by the ground truth how good its D_p and D_c are. With a
     folder ``keep`` the data and the network stay there."""
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         folder = make_folder(Path(folder).absolute())
-        if not (folder / "data.npz").exists():
-            np.savez(folder / "data.npz", x_train=images, y_train=labels)
+        keep_data(folder / "data.npz", images, labels)
         words = [
             "--data_root",
             folder / "data.npz",
@@ -136,9 +154,19 @@ def audit(images, labels, is_clean, seed, keep=None):
     if not is_clean.all():
         flags = table["set"].map({name: flag for flag, name in SETS.items()}).to_numpy()
         quality = detection_quality(table["FCT"].to_numpy(), flags, is_clean, labels, labels.max() + 1)
-        kept = {name: quality[name] for name in ("Dp_size", "Dp_precision", "Dp_recall", "Dc_contamination")}
-        row |= {name: round(value, 3) for name, value in kept.items()}
+        row |= {name: round(quality[name], 3) for name in OF_POISONED}
     return row
+
+
+def read_rows(path):
+    """The rows (list of dict) of an earlier --out, none where there is no such file. Raises `UserError` for another table."""
+    if not path.is_file():
+        return []
+    command = "python tools/calibrate_audit.py --out ANOTHER_FILE"
+    rows = read_table(path, COLUMNS, command)
+    if rows["attack"].notna().any():
+        read_table(path, OF_POISONED, command)  # a table of clean runs alone has no such columns
+    return rows.to_dict("records")
 
 
 def markdown(rows):
@@ -193,8 +221,8 @@ def main(argv=None):
                 f"--runs {name}: the runs are clean00 to clean{len(CLEAN_RUNS) - 1} and poisoned00 to poisoned{len(POISONED_RUNS) - 1}"
             )
     make_folder(opt.out.absolute().parent, "--out")
-    command = "python tools/calibrate_audit.py --out ANOTHER_FILE"
-    done = read_table(opt.out, ["run", "verdict"], command).to_dict("records") if opt.out.is_file() else []
+    check_outputs([opt.out], overwrite=True)
+    done = read_rows(opt.out)
     loaded = {}
     for name in opt.runs or runs:
         data, number, classes, attack, rate, target, seed = runs[name]
