@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_cli, write_folder
 from PIL import Image
-from test_bad_input import refused
+from test_bad_input import refused, snapshot
 
 from utils import args, audit, report
 from utils.device import Runtime
@@ -760,6 +760,20 @@ def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
     assert (tmp_path / "out_poisoned.csv").read_bytes() == before
 
 
+def test_a_folder_is_poisoned_or_clean_and_its_images_are_counted_once(cli, tmp_path):
+    words = ["tools/poison_folder.py", "--out", tmp_path / "out"]
+    for more in (
+        ["--trigger_type", "SSBA"],
+        ["--target_type", "all2all"],
+        ["--poison_rate", 0.2],
+        ["--target_label", 3],
+        ["--ssba_encoder", "mine.pt"],
+    ):
+        refused(cli(*words, "--clean", *more), f"{more[0]} has no use with --clean")
+    refused(cli(*words, "--images", 300, "--train_images", 200), "--images and --train_images", "leave one out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_lossy_copy_costs_can_be_measured_on_one_that_is_lossy_already(cli, tmp_path):
     words = ["tools/poison_folder.py", "--images", 60, "--clean", "--output_root", tmp_path]
     read = {}
@@ -768,6 +782,7 @@ def test_what_a_lossy_copy_costs_can_be_measured_on_one_that_is_lossy_already(cl
         assert said.code == 0, said.err
         files = sorted((tmp_path / name / "train").glob("*/*.png"))
         read[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+        assert (tmp_path / f"{name}_poisoned.csv").read_text() == "file\n"
     through_jpeg = load_script("tools/poison_folder.py").through_jpeg
 
     def change(images, again):
@@ -790,6 +805,58 @@ def test_the_documents_show_the_calibration():
     tables = load_script("tools/calibrate_audit.py").markdown(pd.read_csv(ROOT / "results/audit_calibration.csv"))
     page = (ROOT / "results/audit.md").read_text()
     assert all(f"<!-- calibration -->\n{table}\n<!-- /calibration -->" in page for table in tables)
+
+
+@pytest.fixture
+def calibrate(cli, monkeypatch):
+    """``calibrate(*words)`` -> what the calibration said, with audits that say the same of all data."""
+
+    def instead(words):
+        opt = dict(zip(words[::2], words[1::2], strict=True))
+        report = Path(opt["--out"])
+        report.mkdir(exist_ok=True)
+        verdict = {"verdict": "no evidence", "statistic": 0.1, "target_label": 0, "classes": [{"order": "flip"}]}
+        (report / "verdict.json").write_text(json.dumps(verdict | {"settings": {"train_acc": 90}}))
+        count = len(np.load(opt["--data_root"], allow_pickle=False)["y_train"])
+        rows = [{"file": f"data.npz[{row}]", "FCT": row, "set": "unclear"} for row in range(count)]
+        pd.DataFrame(rows).to_csv(report / "suspects.csv")
+
+    monkeypatch.setattr("audit_dataset.main", instead)
+    return lambda *words: cli("tools/calibrate_audit.py", "--runs", "clean00", *words)
+
+
+def test_a_calibration_takes_no_data_that_was_kept_of_others(calibrate, data_root, fashion, tmp_path):
+    write_folder(tmp_path / "other/cifar10", fashion, train=5, test=1)
+    words = ["--data_root", data_root, "--keep", tmp_path / "keep", "--out"]
+    said = calibrate(*words, tmp_path / "a.csv")
+    assert said.code == 0, said.err
+    before = snapshot(tmp_path / "keep")
+    assert calibrate(*words, tmp_path / "b.csv").code == 0
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
+    data = tmp_path / "keep/clean00/data.npz"
+    assert snapshot(tmp_path / "keep")[data] == before[data]
+    refused(
+        calibrate("--data_root", tmp_path / "other", *words[2:], tmp_path / "c.csv"), data, "of other data", "--keep"
+    )
+    data.write_bytes(data.read_bytes()[:1000])
+    refused(calibrate(*words, tmp_path / "c.csv"), data, "is damaged", "remove it")
+    assert not (tmp_path / "c.csv").exists()
+
+
+def test_a_calibration_goes_on_with_a_table_of_its_own_alone(calibrate, data_root, tmp_path):
+    rows = pd.read_csv(ROOT / "results/audit_calibration.csv")
+    for name, table, needle in (
+        ("two.csv", rows[["run", "verdict"]], "no column seen, data"),
+        ("no_Dp.csv", rows.drop(columns="Dp_size"), "no column Dp_size"),
+    ):
+        table.to_csv(tmp_path / name, index=False)
+        refused(calibrate("--data_root", data_root, "--out", tmp_path / name), name, needle, "--out")
+    refused(calibrate("--data_root", data_root, "--out", tmp_path), "name a file")
+    clean = rows[rows["attack"].isna()].iloc[1:].drop(columns=[name for name in rows if name.startswith("D")])
+    for name, table in (("whole.csv", rows), ("clean.csv", clean)):
+        table.to_csv(tmp_path / name, index=False)
+        said = calibrate("--data_root", data_root, "--out", tmp_path / name)
+        assert said.code == 0 and "| clean, afterwards | 11 |" in said.out, said.err
 
 
 def test_the_calibrations_sets_are_disjoint_and_poisoned_as_said(fashion):

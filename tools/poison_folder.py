@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.files import csv_writer, new_folder, write_together
+from utils.files import csv_writer, new_folder, text_writer, write_together
 from utils.paths import shown
 from utils.poisoning import poison_training_set
 from utils.seeding import generator
@@ -33,7 +33,7 @@ def get_parser():
     args.add_attack_options(parser)
     parser.set_defaults(dataset="fashion", target_label=8)
     parser.add_argument("--images", type=args.positive_int, help="training images, drawn by the seed; default: all")
-    parser.add_argument("--clean", action="store_true", help="poison none")
+    parser.add_argument("--clean", action="store_true", help="poison none; no option of the attack goes with it")
     parser.add_argument(
         "--jpeg",
         type=args.number(int, 1, 95),
@@ -64,7 +64,14 @@ def write_split(folder, images, labels, classes, title, quality=None):
 
 
 def main(argv=None):
-    opt = args.parse(get_parser(), argv)
+    opt = get_parser().parse_args(argv)
+    attack = (*args.ATTACK_DEFAULTS, *args.TRIGGER_OPTIONS)
+    given = [name for name in attack if getattr(opt, name) != opt.defaults[name]]
+    if opt.clean and given:
+        raise UserError(f"--{given[0]} has no use with --clean, which poisons none; leave one out")
+    if opt.images and opt.train_images:
+        raise UserError("--images and --train_images both say how many training images; leave one out")
+    args.check(opt)
     spec = DATASETS[opt.dataset]
     if spec.streamed or spec.own:
         raise UserError(
@@ -89,7 +96,7 @@ def main(argv=None):
         names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
         write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
         rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
-        write_together({listed: csv_writer(rows or [{"file": ""}])})
+        write_together({listed: csv_writer(rows) if rows else text_writer("file\n")})
     print(
         f"{shown(out)} holds {len(labels)} training images, {(~is_clean).sum()} of them poisoned, and {len(dataset.test_labels)} for tests"
     )
