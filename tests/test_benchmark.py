@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_script
+from test_bad_input import refused, snapshot
 from torchvision import transforms
 
 from utils.dataloader_bd import Batches, Normalize
@@ -57,6 +58,29 @@ def test_the_benchmark_writes_a_line_a_stage_and_a_picture(cli, tmp_path, benchm
     ].isna().all()  # NaN where the system does not tell
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert table.set_index("stage").loc["separation", "ratio"] > 5  # it computes nothing again
+    assert benchmark.is_benchmark(out)  # and is replaced by the next
+
+
+@pytest.mark.parametrize(
+    ("more", "needles"),
+    [
+        (["--out", "mine.csv"], ["mine.csv is there already", "--overwrite"]),
+        (["--out", "new.csv"], ["new.png is there already", "--overwrite"]),
+        (["--out", "folder"], ["folder is a folder", "--out"]),
+        (["--out", "x" * 253], ["too long", "--out"]),
+        (["--out", "other.csv", "--images", 10_001], ["--images 10001", "has 10000"]),
+        (["--out", "other.csv", "--workers", 3], ["--workers"]),
+    ],
+)
+def test_what_the_benchmark_cannot_do_is_refused_before_it_measures(more, needles, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("stage,seconds\na,1\n")
+    (tmp_path / "new.png").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    before = snapshot(tmp_path)
+    said = cli("tools/benchmark.py", *more, "--device", "cpu", "--stages", "poisoning")
+    refused(said, *needles)
+    assert snapshot(tmp_path) == before and not said.out
 
 
 @pytest.mark.parametrize(

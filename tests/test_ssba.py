@@ -206,6 +206,7 @@ def test_an_encoder_is_not_replaced_unasked(cli, tmp_path):
         refused(cli("tools/train_ssba.py", "--out", tmp_path / name), needle, "--overwrite")
     refused(cli("tools/train_ssba.py", "--overwrite", "--out", tmp_path / "folder"), "name a file")
     refused(cli("tools/train_ssba.py", "--out", tmp_path / ("x" * 253)), "too long")
+    refused(cli("tools/train_ssba.py", "--out", tmp_path / "new.pt", "--workers", 2), "--workers")
     assert snapshot(tmp_path) == before
 
 

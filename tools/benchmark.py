@@ -36,10 +36,10 @@ from utils import args
 from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.device import cores
 from utils.engine import prepare, train_epoch
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.fct import compute_fct
 from utils.figures import save_figure
-from utils.files import make_folder, write_rows
+from utils.files import check_outputs, make_folder, read_table, write_rows
 from utils.loading import load_dataset
 from utils.losses import cross_entropy, intra_class, intra_class_loss, negative_cross_entropy
 from utils.metrics import evaluate
@@ -50,6 +50,7 @@ from utils.transforms import ContrastiveView, CropFlip
 from utils.triggers import GRID, apply_trigger
 
 WORKERS = 2
+COLUMNS = ("stage", "ours_s", "plain_s", "ratio", "images_per_s")  # some, by which a table is known as the benchmark's
 
 
 def get_parser():
@@ -64,7 +65,8 @@ def get_parser():
         "--out", type=args.file_beside(".png"), default=ROOT / "results/benchmark.csv", help="the table"
     )
     args.add_compile_option(parser)
-    args.add_device_options(parser)
+    args.add_device_options(parser, decodes=False)
+    args.add_overwrite_option(parser, "a file that is no benchmark's; a benchmark's is replaced without")
     return parser
 
 
@@ -74,6 +76,8 @@ class Work:
     def __init__(self, opt, runtime):
         data = load_dataset("fashion", ROOT / "dataset")
         count = opt.images or (64 if opt.quick else 384)
+        if count > len(data.train_images):
+            raise UserError(f"--images {count}: the bundled data has {len(data.train_images)} training images")
         self.runtime, self.batch_size, self.spec = runtime, opt.batch_size, data.spec
         self.images, self.labels = data.train_images[:count], data.train_labels[:count]
         self.pil = [Image.fromarray(image) for image in self.images]
@@ -466,8 +470,20 @@ def bars(table, title):
     return figure
 
 
+def is_benchmark(path):
+    """Whether a file is a table of this script."""
+    try:
+        read_table(path, COLUMNS, "")
+    except UserError:
+        return False
+    return True
+
+
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    picture = opt.out.with_suffix(".png")
+    check_outputs([opt.out, picture], opt.overwrite or is_benchmark(opt.out))
+    make_folder(opt.out.absolute().parent, "--out")
     runtime = args.runtime_of(opt)
     work = Work(opt, runtime)
     rounds = opt.rounds or (1 if opt.quick else 3)
@@ -475,13 +491,11 @@ def main(argv=None):
     for name in opt.stages or STAGES:
         lines.append(compare(name, work, rounds))
         print("{stage}: ours {ours_s:.3g} s, plain {plain_s:.3g} s, {ratio:.2f} times".format(**lines[-1]), flush=True)
-    make_folder(opt.out.parent, "--out")
     rounded = [{name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in line.items()} for line in lines]
     write_rows(opt.out, rounded)
 
     table = pd.DataFrame(lines)
     title = f"{opt.model}, {runtime}, {hardware(opt.device)}, {cores()} cores seen"
-    picture = opt.out.with_suffix(".png")
     save_figure(bars(table, title), picture)
     print(f"{len(work.labels)} images, batches of {opt.batch_size}, {rounds} rounds, {runtime}, {hardware(opt.device)}")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
