@@ -92,6 +92,24 @@ def test_the_gallery_shows_every_trigger(cli, tmp_path):
         assert picture.width > 100 * len(TRIGGERS)
 
 
+@pytest.mark.parametrize(
+    ("more", "needle"),
+    [
+        (["--index", 123456789], "training images 0 to 9999"),
+        (["--data_root", "/nope"], "leave out --data_root"),
+        (["--out", "mine.png"], "mine.png is there already; give --overwrite"),
+        (["--out", "."], "name a file"),
+    ],
+)
+def test_the_gallery_is_of_the_image_that_was_named_and_replaces_none(more, needle, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    refused(cli("tools/visualize_triggers.py", "--out", "new/gallery.png", *more), needle)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"] and (
+        tmp_path / "mine.png"
+    ).read_bytes() == b"mine"
+
+
 def test_a_pipe_that_closes_early_leaves_no_traceback(tmp_path):
     command = shlex.join([sys.executable, "reproduce.py", "--dry_run", "--output_root", str(tmp_path)]) + " | head -1"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)

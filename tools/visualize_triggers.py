@@ -14,11 +14,11 @@ import numpy as np
 
 from utils import args
 from utils.datasets import DATASETS
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import make_folder
+from utils.files import check_outputs, make_folder
 from utils.loading import load_dataset
-from utils.paths import ROOT, shown
+from utils.paths import ROOT, real, shown
 from utils.triggers import TRIGGERS, apply_trigger
 
 
@@ -33,15 +33,25 @@ def get_parser():
     parser.add_argument("--data_root", type=args.path, default=ROOT / "dataset", help="folder that holds the data sets")
     parser.add_argument("--seed", type=args.natural, default=0, help="of the triggers that draw something at random")
     parser.add_argument("--index", type=args.natural, default=0, help="which training image")
-    parser.add_argument("--out", type=args.path, default=ROOT / "results/triggers.png", help="the picture")
+    parser.add_argument("--out", type=args.file, default=ROOT / "results/triggers.png", help="the picture")
+    args.add_overwrite_option(parser, "a file that is there; the default --out is replaced without")
     return parser
 
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    check_outputs([opt.out], opt.overwrite or real(opt.out) == real(opt.defaults["out"]))
+    bundled = opt.dataset == "fashion" and not (opt.data_root / "fashion/fashion.npz").is_file()
+    if bundled and opt.data_root != opt.defaults["data_root"]:
+        raise UserError(
+            f"{shown(opt.data_root)} holds no fashion/fashion.npz; leave out --data_root for the bundled images"
+        )
     dataset = load_dataset(opt.dataset, opt.data_root)
-    index = opt.index % len(dataset.train_images)
-    clean = dataset.train_images[index : index + 1]  # no more, for a streamed data set would decode the rest
+    if opt.index >= len(dataset.train_images):
+        raise UserError(
+            f"--index {opt.index}: {opt.dataset} has the training images 0 to {len(dataset.train_images) - 1}"
+        )
+    clean = dataset.train_images[opt.index : opt.index + 1]  # no more, for a streamed data set would decode the rest
     figure, axes = plt.subplots(4, len(TRIGGERS), figsize=(1.25 * len(TRIGGERS), 5.6), layout="constrained")
     for column, name in enumerate(TRIGGERS):
         train, test = (apply_trigger(name, clean, train=kind, seed=opt.seed) for kind in (True, False))
