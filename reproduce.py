@@ -135,10 +135,10 @@ def refuse_other_result(path, opt, files):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, or
     where there is none and one of the ``files`` (paths) is the user's own, unless --overwrite is given."""
     record = read_record(path)
-    held = next((file for file in files if os.path.lexists(file)), None)
-    if held and not record and not opt.overwrite:
+    there = next((file for file in files if os.path.lexists(file)), None)
+    if there and not record and not opt.overwrite:
         raise UserError(
-            f"{shown(held)} is of no result of this script; give another --name or --out, or --overwrite to replace it"
+            f"{shown(there)} is of no result of this script; give another --name or --out, or --overwrite to replace it"
         )
     wanted = settled(plain_options(opt))
     held = settled(made_with(record, opt)) if record else wanted

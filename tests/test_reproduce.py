@@ -252,10 +252,6 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     other = weights(made["straight"])
     assert all(torch.equal(value, other[key]) for key, value in weights(step).items())
 
-    # What a training took is in its own log too, where no ledger has it.
-    log, found = step.output.with_name("log.csv"), again(step, "none.json")[0]
-    assert found == ({name: pytest.approx(pd.read_csv(log)["seconds"].sum(), abs=0.06)} if log.is_file() else {})
-
     # The same where an earlier result is still in its place, since what the step builds on was made anew.
     source = tmp_path / "source"
     source.write_text("newer")
@@ -355,6 +351,24 @@ def test_a_step_run_apart_is_the_command_that_is_printed(method, words, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="steps are forked on Linux")
+def test_the_time_of_a_training_is_in_its_log_too_and_is_of_no_other_step_in_its_folder(pipeline, tmp_path):
+    folder, opt = tmp_path / "noTrans", SimpleNamespace(overwrite=False)
+    folder.mkdir()
+    for name in ("options.json", "log.csv"):
+        shutil.copy(pipeline / NO_TRANS / name, folder)
+    steps = {
+        name: SimpleNamespace(
+            record=folder / record, command="python x.py", script="x.py", words=[], is_done=lambda: True
+        )
+        for name, record in (("training", "options.json"), ("fct", "1_fct.json"))
+    }
+    (folder / "1_fct.json").write_text('{"outputs": {"1_all.txt": "0"}}')
+    seconds = pd.read_csv(folder / "log.csv")["seconds"].sum()
+    assert run(steps, opt, tmp_path / "none.json") == {"training": pytest.approx(seconds, abs=0.06)}
+    (tmp_path / "some.json").write_text('{"training": 7.5, "fct": 2.5}')
+    assert run(steps, opt, tmp_path / "some.json") == {"training": 7.5, "fct": 2.5}
+
+
 @pytest.mark.parametrize(("words", "begun"), [("--row SIG", True), ("--row SIG --dry_run", False), ("--help", False)])
 def test_what_steps_are_forked_from_begins_before_anything_slow_is_imported(words, begun):
     code = (

@@ -176,11 +176,8 @@ def main(argv=None):
             continue
         values, is_clean, of_row = measures(resolved, places, norms)
         drawn[row] = values, is_clean, {line["epoch"]: line for line in of_row}
-        lines += (
-            with_earlier_epochs([{"row": row, **line} for line in of_row], earlier.get(row, []))
-            if chosen
-            else earlier[row]
-        )
+        of_row = [{"row": row, **line} for line in of_row]
+        lines += with_earlier_epochs(of_row, earlier.get(row, [])) if chosen else earlier[row]
     if opt.dry_run:
         return
 

@@ -19,7 +19,7 @@ from utils.errors import GRACE, UserError
 from utils.fct import settle_fct_precision
 from utils.files import load_tensors, read_json, read_record, read_table, write_json
 from utils.manifest import made_with, plain_options
-from utils.paths import ROOT, quoted, shown, typed
+from utils.paths import ROOT, shown, typed
 from utils.run import unfinished_folder
 
 
@@ -205,14 +205,16 @@ def run(steps, opt, ledger_path, log=None, stop=None):
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)
-    known = {name: ledger.get(name, _logged_seconds(step)) for name, step in steps.items()}
+    known = {name: ledger[name] if name in ledger else _logged_seconds(step) for name, step in steps.items()}
     return {name: seconds for name, seconds in known.items() if isinstance(seconds, (int, float))}
 
 
 def _logged_seconds(step):
-    """What the epochs of a training took by its log, or None where it keeps none beside its output."""
-    path = step.output.with_name("log.csv")
-    if not path.is_file():
+    """What the epochs of a training took by its log, or None where it has none that can be read."""
+    if "log.csv" not in (read_record(step.record) or {}).get("outputs", {}):  # of another step in the same folder
         return None
-    log = read_table(path, ["epoch", "seconds"], f"rm {quoted(step.output)}, and this command again")
+    try:
+        log = read_table(step.record.with_name("log.csv"), ["seconds"], step.command)
+    except UserError:
+        return None
     return round(float(pd.to_numeric(log["seconds"], errors="coerce").sum()), 1)
