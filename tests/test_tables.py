@@ -654,7 +654,7 @@ def test_the_curve_of_d_st_has_a_classifier_for_every_extractor_on_it(
     saved = next(root.rglob("SupCon_*/last.pth")).parent
     for epoch in (1, 2):  # each is tested with the extractor of its epoch
         record = json.loads(next((root / f"classifier_{epoch}").rglob("*_test.json")).read_text())
-        for measure in ("ACC", "ASR"):
+        for measure in ("ACC", "ASR", "ASR_clean"):
             assert table.loc[epoch, measure] == pytest.approx(record[measure], abs=6e-3)
         assert Path(record["options"]["model_ckpt"]) == saved / f"ckpt_epoch_{epoch - 1}.pth"
         assert any(name.endswith(f"{saved.name}/ckpt_epoch_{epoch - 1}.pth") for name in record["inputs"])

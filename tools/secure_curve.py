@@ -24,6 +24,8 @@ from utils.records import MEASURES, log_of, read_figures
 from utils.rows import PRESETS, ROWS, SCALES, VARIANTS, changed, one_cell, plan
 from utils.steps import Step, list_commands, run
 
+SHOWN = (*MEASURES, "ASR_clean")  # the last: what the network errs by without any trigger
+
 
 def get_parser():
     parser = args.Parser(__doc__)
@@ -105,13 +107,13 @@ def main(argv=None):
     log, extractor = log_of(steps["train_extractor"], ["loss", "seconds"]), steps["train_extractor"].output
     lines = []
     for epoch, path in results.items():
-        result = read_figures(steps[f"test of epoch {epoch}"], path, MEASURES)
+        result = read_figures(steps[f"test of epoch {epoch}"], path, SHOWN)
         part = log[log["epoch"] < epoch]
         if part.empty:
             raise UserError(
                 f"the log beside {shown(extractor)} has no epoch below {epoch}; remove both and run this again"
             )
-        measures = {measure: round(result[measure], 2) for measure in MEASURES}
+        measures = {measure: round(result[measure], 2) for measure in SHOWN}
         seconds = round(part["seconds"].sum())
         lines.append({"epoch": epoch, "loss": round(part["loss"].iloc[-1], 3), "seconds": seconds, **measures})
 
