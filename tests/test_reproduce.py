@@ -471,10 +471,10 @@ def test_options_that_name_the_defaults_are_no_other_settings(tmp_path):
         "precision": "auto",
     }
     named = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    module.refuse_other_result(tmp_path / "m.json", module.get_parser().parse_args(named))
+    module.refuse_other_result(tmp_path / "m.json", module.get_parser().parse_args(named), [])
     opt.seed = 1
     with pytest.raises(UserError, match="--seed 1"):
-        module.refuse_other_result(tmp_path / "m.json", opt)
+        module.refuse_other_result(tmp_path / "m.json", opt, [])
 
 
 def test_a_row_of_poisoned_samples_alone_ends_in_its_table(cli, tmp_path, monkeypatch):
