@@ -47,6 +47,7 @@ from utils.files import (
     make_folder,
     new_folder,
     read_record,
+    refuse_users_own,
     sha256,
     write_together,
 )
@@ -288,11 +289,8 @@ def refuse_places_in_the_data(opt):
 def refuse_what_no_audit_wrote(out, opt):
     """Refuse to replace files of the folder ``out`` that are named as the report's and are of no report, unless --overwrite is
     given."""
-    held = next((name for name in REPORT if os.path.lexists(out / name)), None)
-    if held and "verdict" not in (read_record(out / "verdict.json") or {}) and not opt.overwrite:
-        raise UserError(
-            f"{shown(out / held)} is of no report of this script; give another --out, or --overwrite to replace it"
-        )
+    if not opt.overwrite and "verdict" not in (read_record(out / "verdict.json") or {}):
+        refuse_users_own([out / name for name in REPORT], "report", "--out")
 
 
 def refuse_report_of_other_data(path, dataset, opt):

@@ -19,7 +19,6 @@ if __name__ == "__main__":
     forked.begin(sys.argv)  # what the steps need is imported there while this script imports its own
 
 
-import os
 import re
 import threading
 import time
@@ -33,7 +32,7 @@ from utils import args
 from utils.checkpoints import precision_of_run
 from utils.device import choose_runtime
 from utils.errors import UserError, refuse_several_processes, run_script
-from utils.files import bytes_writer, csv_writer, make_folder, read_json, read_record, write_together
+from utils.files import bytes_writer, csv_writer, make_folder, read_json, read_record, refuse_users_own, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
 from utils.paths import ROOT, attack_and_ratios, python, quoted, shown
 from utils.records import (
@@ -135,11 +134,8 @@ def refuse_other_result(path, opt, files):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, or
     where there is none and one of the ``files`` (paths) is the user's own, unless --overwrite is given."""
     record = read_record(path)
-    there = next((file for file in files if os.path.lexists(file)), None)
-    if there and not record and not opt.overwrite:
-        raise UserError(
-            f"{shown(there)} is of no result of this script; give another --name or --out, or --overwrite to replace it"
-        )
+    if not record and not opt.overwrite:
+        refuse_users_own(files, "result", "--name or --out")
     wanted = settled(plain_options(opt))
     held = settled(made_with(record, opt)) if record else wanted
     differ = conflict(held, wanted, ("row", "preset", "dataset", "model", "seed", "poison_rate", "precision"))

@@ -99,8 +99,8 @@ def main(argv=None):
     if opt.dry_run:
         list_commands(steps, {})
         return
-    of_what = [opt.row, opt.scale, *([opt.variant] if opt.variant else [])]
-    name = "_".join(["secure_curve", *of_what, *args.table_and_seed(opt)])
+    variant = [opt.variant] if opt.variant else []
+    name = "_".join(["secure_curve", opt.row, opt.scale, *variant, *args.table_and_seed(opt)])
     refuse_what_cannot_be_shown(steps["train_extractor"], results, opt.out / f"{name}.csv", opt.overwrite)
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
@@ -127,7 +127,7 @@ def main(argv=None):
         xlabel="epochs of the extractor",
         ylabel="%",
         ylim=(-3, 105),
-        title=", ".join([f"D-ST on {of_what[0]}", f"scale {of_what[1]}", *of_what[2:]]),
+        title=", ".join([f"D-ST on {opt.row}", f"scale {opt.scale}", *variant]),
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()

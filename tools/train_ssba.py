@@ -30,6 +30,7 @@ from utils.paths import ROOT, shown
 from utils.seeding import generator
 from utils.SSBA.encode_image import ENCODER, decode_images, encode_images
 from utils.SSBA.model import BITS, SIZE, Decoder, Encoder
+from utils.weights import not_finite
 
 FLAT = 0.05  # an edge of this height (share of the pixel range) halves the weight of the smooth-region term
 READ = 0.25  # cross-entropy of the bits under which the image term begins to grow
@@ -122,7 +123,7 @@ def main(argv=None):
 
     state = {name: {key: value.cpu() for key, value in network.state_dict().items()}
              for name, network in (("encoder", encoder), ("decoder", decoder))}  # fmt: skip
-    if not all(value.isfinite().all() for network in state.values() for value in network.values()):
+    if any(map(not_finite, state.values())):
         raise UserError(f"the weights are not finite after step {opt.steps}; nothing is written. Use a smaller --lr")
     save, results = tensor_writer({**state, "secret": secret}), {}
     with tempfile.TemporaryDirectory() as folder:  # the encoder that is there stays until this one is measured

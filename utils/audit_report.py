@@ -18,12 +18,8 @@ ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the
           SUREST: "of which the network is surest",
           **dict.fromkeys(APART, "at one end of where the network's features put the class")}  # fmt: skip
 PICTURES = ("likeness", "histogram", "classes", "suspects", "pattern", "put_back")
-REPORT = (
-    "verdict.json",
-    "report.html",
-    "suspects.csv",
-    *(f"{name}.png" for name in PICTURES),
-)  # files, written together
+# The files of a report, written together.
+REPORT = ("verdict.json", "report.html", "suspects.csv", *(f"{name}.png" for name in PICTURES))
 
 
 def name_of(dataset, row):

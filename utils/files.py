@@ -76,6 +76,22 @@ def check_outputs(paths, overwrite):
             raise UserError(f"{shown(path)} is there already; give --overwrite to replace it, or another --out")
 
 
+def refuse_users_own(paths, what, instead):
+    """Refuse to replace files that have the names of a script's own and that no record tells of.
+
+    Args:
+        paths: of the files; what: the script makes of them, such as a report; instead: the options that choose another place.
+
+    Raises:
+        UserError: where one is there.
+    """
+    there = next((path for path in paths if os.path.lexists(path)), None)
+    if there:
+        raise UserError(
+            f"{shown(there)} is of no {what} of this script; give another {instead}, or --overwrite to replace it"
+        )
+
+
 @contextmanager
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error."""
