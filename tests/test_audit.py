@@ -771,6 +771,7 @@ def test_a_folder_is_poisoned_or_clean_and_its_images_are_counted_once(cli, tmp_
     ):
         refused(cli(*words, "--clean", *more), f"{more[0]} has no use with --clean")
     refused(cli(*words, "--images", 300, "--train_images", 200), "--images and --train_images", "leave one out")
+    refused(cli(*words, "--images", 70_000), "--images 70000: fashion has", "training images")
     assert not list(tmp_path.iterdir())
 
 

@@ -340,6 +340,24 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     assert (results / "cifar10.png").stat().st_size > 10_000 and not (results / "imagenet.png").exists()
 
 
+def test_seeds_of_several_precisions_have_a_command_each_and_a_selection_that_is_not_told_is_not_shown(results, cli):
+    for seed, more in enumerate(({"paper_selection": None, "commands": ["python x.py --precision bfloat16"]}, {})):
+        path = results / f"cifar10/SIG_D-BR_cpu_seed{seed}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    path = results / "cifar10/CL_D-ST_full_seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"paper_selection": None}))
+    said = cli("tools/make_tables.py", "--results", results)
+    assert said.code == 0, said.err
+    lines = {tuple(line.split(" | ")[:2]): line for line in (results / "tables.md").read_text().splitlines()}
+    sig, cl = lines["| SIG", "D-BR"].split(" | "), lines["| CL", "D-ST"].split(" | ")
+    one, other = (
+        "--scale cpu --rows SIG --defences D-BR --precision bfloat16",
+        "--scale cpu --rows SIG --defences D-BR --seeds 1",
+    )
+    assert sig[7] == "77.50 / 1.50" and sig[9] == f"`{one}; {other}` |"
+    assert cl[7] == "" and "nan" not in (results / "tables.md").read_text()
+
+
 def test_variants_come_beside_the_defence_as_it_is(results, cli):
     folder = results / "cifar10_ablations"
     folder.mkdir()

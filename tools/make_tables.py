@@ -69,7 +69,12 @@ def spread(values):
 
 
 def options_of(part):
-    """The options, beside --table, of the command that makes the cells of ``part``."""
+    """The options, beside --table, of the command that makes the cells of ``part``, or of several where their seeds name several
+    precisions."""
+    return "; ".join(_options_of(same) for _, same in part.groupby("named", sort=False))
+
+
+def _options_of(part):
     line = part.iloc[0]
     seeds = " ".join(map(str, part["seed"]))
     seeds = "" if seeds == "0" else f" --seeds {seeds}"
@@ -165,7 +170,9 @@ def body(table, paper, lines):
 def figures(cell, part):
     """What a line of a table says of the cells ``part``, from the fourth column of `HEAD` on; ``cell``: the paper's."""
     differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
-    best = "" if cell["model"] == "backdoored" else f"{spread(part['best_ACC_paper'])} / {spread(part['best_ASR'])}"
+    chosen = part.dropna(subset=["best_ACC_paper", "best_ASR"])  # a record need not tell of the paper's selection
+    told = cell["model"] != "backdoored" and len(chosen)
+    best = f"{spread(chosen['best_ACC_paper'])} / {spread(chosen['best_ASR'])}" if told else ""
     return [
         f"{spread(part['ACC_paper'])} / {spread(part['ASR'])}", differences, spread(part["ACC"]), spread(part["R_ACC"]), best,
         f"{part['scale'].iloc[0]}{rule_of(part, cell['model'])}{seeds_of(part)}", options_of(part),

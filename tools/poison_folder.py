@@ -83,7 +83,9 @@ def main(argv=None):
         if os.path.lexists(path):
             raise UserError(f"{shown(path)} is there already; give --out a new name")
     dataset = args.load_data(opt)
-    if opt.images and opt.images < len(dataset.train_labels):
+    if opt.images:
+        if opt.images > len(dataset.train_labels):
+            raise UserError(f"--images {opt.images}: {opt.dataset} has {len(dataset.train_labels)} training images")
         rows = np.sort(generator(opt.seed, "images of a folder").permutation(len(dataset.train_labels))[: opt.images])
         dataset = replace(dataset, train_images=dataset.train_images[rows], train_labels=dataset.train_labels[rows])
     images, labels = dataset.train_images, dataset.train_labels
