@@ -275,17 +275,6 @@ def check_clean(opt):
     make_folder(target.parent, "--write_clean")
 
 
-def refuse_places_in_the_data(opt):
-    """Refuse to write into the folders that are read as data: what is made there would be taken for a class."""
-    for name in ("out", "output_root"):
-        place = real(getattr(opt, name))
-        for split in ("train", "test", "val"):
-            if place.is_relative_to(real(opt.data_root) / split):
-                raise UserError(
-                    f"--{name} {shown(place)} lies among the images that are audited; give a place outside them"
-                )
-
-
 def refuse_what_no_audit_wrote(out, opt):
     """Refuse to replace files of the folder ``out`` that are named as the report's and are of no report, unless --overwrite is
     given."""
@@ -320,7 +309,7 @@ def main(argv=None):
     refuse_several_processes()
     opt.data_root, opt.output_root = opt.data_root.absolute(), opt.output_root.absolute()
     check_clean(opt)
-    refuse_places_in_the_data(opt)
+    args.refuse_places_in_the_data(opt, ["out", "output_root"])
     resolved, words, where = resolve(opt)
     runtime = args.runtime_of(resolved)
     started = time.perf_counter()

@@ -7,7 +7,7 @@ command of step 5 that uses them; writes them to <epoch>_gamma.json beside the c
 from types import SimpleNamespace
 
 from utils import args
-from utils.checkpoints import refuse_other
+from utils.checkpoints import IDENTITY, refuse_other
 from utils.errors import run_script
 from utils.fct import fct_path, load_fct, sd_path
 from utils.files import read_record
@@ -35,12 +35,14 @@ def get_parser():
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
     path, _ = sd_path(opt)  # step 4 needs its FCT alone, not the checkpoint
-    command = f"{python('calculate_consistency.py')} {args.attack_arguments(opt)}"
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
-    if not opt.checkpoint_load:  # a path that is given says which values are meant; the authors' README gives it alone
-        refuse_other(record.get("options", {}), opt, shown(values))
-    # The document gives step 4 the checkpoint alone; step 5 needs the options too.
-    made_with = args.of_record(record["options"]) if opt.checkpoint_load and record.get("options") else opt
+    # A path that is given says which values are meant: the document gives step 4 the checkpoint alone.
+    named = [name for name in IDENTITY if not opt.checkpoint_load or getattr(opt, name) != opt.defaults[name]]
+    refuse_other(record.get("options", {}), opt, shown(values), named)
+    # Step 5 needs the options too, and so does step 3 where it has not been run.
+    known = record.get("options") or (read_record(path.with_name("options.json")) or {}).get("options")
+    made_with = args.of_record(known) if opt.checkpoint_load and known else opt
+    command = f"{python('calculate_consistency.py')} {args.attack_arguments(made_with)}"
     fct = load_fct(path, f"{command} --checkpoint_load {quoted(path)}")
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     found, clean_ratio, poison_ratio = {"gamma_low": low, "gamma_high": high}, opt.clean_ratio, opt.poison_ratio

@@ -36,6 +36,8 @@ from utils.unlearning import Dropped, bound_of, sample_losses
 from utils.validation import HeldOut, best_epoch, is_best
 from utils.weights import load_weights
 
+PASSES = ("unlearn", "relearn")  # of an epoch, in their order
+
 
 def get_parser():
     parser = args.Parser(__doc__)
@@ -57,7 +59,7 @@ def get_parser():
     args.add_samples_option(parser)
     args.add_validation_option(parser, "D_c and of D_p")
     parser.add_argument(
-        "--passes", choices=("unlearn", "relearn"), nargs="+", default=["unlearn", "relearn"],
+        "--passes", choices=PASSES, nargs="+", default=list(PASSES),
         help="which of the two passes an epoch has; fewer than both are for comparison",
     )  # fmt: skip
     parser.add_argument(
@@ -80,10 +82,10 @@ def get_parser():
         "--stay_dropped", action="store_true",
         help="with --drop_doubtful: where over a tenth would be left out, those last left out are, in place of none",
     )  # fmt: skip
-    for name, kind in (("mean", args.number(float, 0)), ("std", args.positive)):
+    for name, kind in (("mean", args.number(float, 0, 1)), ("std", args.share)):
         parser.add_argument(
             f"--{name}", type=kind, nargs=3, metavar=("R", "G", "B"),
-            help="plain state dict: what its images are normalised with, in 0-1; default: the data set's",
+            help="plain state dict: what its images are normalised with, for values in 0-1; default: the data set's",
         )  # fmt: skip
     parser.add_argument(
         "--log", type=args.file, help="CSV of the epochs; default: unlearn_purify.csv beside checkpoint_save"
@@ -93,7 +95,8 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    if opt.drop_doubtful and set(opt.passes) != {"unlearn", "relearn"}:
+    opt.passes = [name for name in PASSES if name in opt.passes]
+    if opt.drop_doubtful and len(opt.passes) < len(PASSES):
         raise UserError(
             "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
         )

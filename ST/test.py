@@ -3,6 +3,7 @@
 Prints them and writes them to <classifier>_test.json beside the classifier's checkpoint.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from utils import args
 from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
-from utils.files import make_folder
-from utils.manifest import write_options
+from utils.files import make_folder, read_record
+from utils.manifest import anew, write_options
 from utils.metrics import evaluate
-from utils.paths import python, quoted, secure_folder, shown
+from utils.paths import python, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
 from utils.weights import load_weights
 
@@ -49,7 +50,9 @@ def main(argv=None):
     )
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
-    again = f"{commands[1]} --ckpt {quoted(extractor_path)} --overwrite; or give its own extractor by --model_ckpt"
+    made_by = read_record(classifier_path.with_name("options.json")) or {}
+    on_it = f"--ckpt {shlex.quote(str(extractor_path.absolute()))}"  # in the place of what the command may name
+    again = f"{anew(made_by, 'ST/train_classifier.py', commands[1])} {on_it}; or give its own extractor by --model_ckpt"
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)

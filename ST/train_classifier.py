@@ -24,7 +24,9 @@ from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, 
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
-from utils.errors import run_script
+from utils.errors import UserError, run_script
+from utils.files import read_record
+from utils.manifest import anew
 from utils.metrics import evaluate, say_selection
 from utils.paths import python, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
@@ -83,6 +85,8 @@ def run_name(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    if opt.ascent_bound is not None and not opt.poison_weight:
+        raise UserError("--ascent_bound has no use with --poison_weight 0, which makes no ascent; leave it out")
     command = f"{python(f'ST/{BEFORE}.py')} {args.secure_arguments(opt)} --cosine"
     path = opt.ckpt or latest_of_runs(secure_folder(opt), "SupCon_*/last.pth", command, "--ckpt")
     of_extractor = load_checkpoint(path, opt, command, [BEFORE], SECURE_IDENTITY)
@@ -90,7 +94,8 @@ def main(argv=None):
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
-    again = f"{command} --overwrite; or give its own samples by --samples"
+    made_by = read_record(path.with_name("options.json")) or {}
+    again = f"{anew(made_by, f'ST/{BEFORE}.py', command)}; or give its own samples by --samples"
     refuse_other_inputs(of_extractor, path, sample_files(opt, [CLEAN, POISON]), again)
     samples_record, made = record_of_samples(opt)
     refuse_other_trigger(dataset, opt, made, shown(samples_record))

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.resnet import MODELS, build_model
 from utils.errors import UserError, first_line
-from utils.weights import load_weights
+from utils.weights import load_weights, not_finite
 
 NAMES = tuple(torchvision.models.list_models(module=torchvision.models))
 PRECISIONS = ("float16", "bfloat16", "float32", "float64")  # of the weights in a state dict
@@ -62,7 +62,7 @@ def build_foreign(name, state, path, dataset, spec):
     if getattr(network, "image_size", spec.size) != spec.size:  # a vision transformer has one size
         raise UserError(
             f"the network in {path} takes images of {network.image_size} pixels, and these are made {spec.size}; give "
-            f"--image_size {network.image_size}"
+            f"--image_size {network.image_size}, to the steps of SD before too"
         )
     try:
         with torch.no_grad():  # a network made for large images may have nothing left of small ones
@@ -83,12 +83,19 @@ def precision_of(state):
 
 
 def plain_state(model, precision):
-    """The weights of a network that `build_foreign` gave, in the form of the state dict it was built from."""
+    """The weights of a network that `build_foreign` gave, in the form of the state dict it was built from. Raises `UserError` where
+    one is beyond what that ``precision`` holds."""
     own = model.network.state_dict()
     result = OrderedDict()
     for name, value in own.items():
         value = value.detach().cpu().contiguous()
         result[name] = value.to(getattr(torch, precision)) if value.is_floating_point() else value
+    beyond = [name for name in not_finite(result) if torch.isfinite(own[name]).all()]
+    if beyond:
+        raise UserError(
+            f"cleaned weights are too large for {precision}, in which the network was given ({', '.join(beyond[:3])}); give its state "
+            f"dict in float32, or use a smaller learning rate"
+        )
     result._metadata = own._metadata
     return result
 

@@ -1,6 +1,7 @@
 """Somebody else's model: plain state dicts of torchvision's classifiers, cleaned and given back in the same form."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -202,6 +203,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in plain.items()}
     torch.save(sparse, root / "sparse.pth")
     torch.save({"model": plain, "model_ema": plain}, root / "two.pth")
+    torch.jit.save(torch.jit.script(network("squeezenet1_1", 10)), root / "scripted.pt")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, load="mistyped.pth"), "no such file|names the state dict that is to be cleaned"),
@@ -213,11 +215,50 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
         (unlearn(cli, place, "--log", root / "w.csv", load="sparse.pth"), "they have no dense values in classifier"),
         (unlearn(cli, place, load="two.pth"), "holds 2 state dicts, 'model', 'model_ema'"),
         (unlearn(cli, place, load="pickled.pth"), "torch.save(model.state_dict(), FILE)"),
-        (unlearn(cli, place, "--samples", tmp_path), "no such file"),
+        (unlearn(cli, place, "--samples", tmp_path), f"no separated samples in {tmp_path}; "),
+        (unlearn(cli, place, "--mean", 125.3, 123.0, 113.9), "--mean: 125.3 is out of range"),
+        (unlearn(cli, place, "--std", 63, 62.1, 66.7), "--std: 63 is out of range"),
+        (unlearn(cli, place, load="scripted.pt"), "torch.save(model.state_dict(), FILE)"),
         (unlearn(cli, place, model="resnet10", load=own), "written by"),
     ):
         assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
         assert any(part in result.err for part in message.split("|")), result.err
+
+
+def test_without_samples_the_option_that_gives_them_is_named(cli, place):
+    root, words = place
+    more = ["--model", "mobilenet_v3_small", "--checkpoint_load", root / "theirs.pth", "--clean_ratio", 0.3]
+    said = cli("unlearn_relearn.py", *words, *more)
+    samples = root / "out/saved/separated_samples/folder_data/resnet10/unknown_0.3_0.05"
+    refused(
+        said, f"go with --samples, such as {samples}, made with: python separate_samples.py", "--model resnet10", "0.3"
+    )
+    assert "--target_type" not in said.err and "--seed" not in said.err  # nor another option that is at its default
+
+
+def test_weights_beyond_the_precision_they_are_given_back_in_are_refused():
+    model = build_foreign("squeezenet1_1", network("squeezenet1_1").state_dict(), "x.pth", "folder", spec_of(7))
+    with torch.no_grad():
+        model.network.classifier[1].weight[0, 0] = 70_000.0  # float16 ends at 65 504
+    with pytest.raises(UserError, match=r"too large for float16.*\(classifier.1.weight\).*float32"):
+        plain_state(model, "float16")
+    assert plain_state(model, "bfloat16")["classifier.1.weight"][0, 0].isfinite()
+
+
+@pytest.mark.parametrize("tested", [True, False], ids=["test images", "none"])
+def test_a_network_that_has_diverged_is_no_result(cli, place, tmp_path, tested):
+    """Its weights are finite, its outputs are not: `argmax` of these is class 0."""
+    root, words = place
+    state = network("mobilenet_v3_small", 10).state_dict()
+    state["classifier.0.bias"].fill_(1e30)
+    state["classifier.3.weight"].fill_(1e30)
+    torch.save(state, tmp_path / "diverged.pth")
+    if not tested:
+        shutil.copytree(root / "data/train", tmp_path / "data/train")
+        words = [*words, "--data_root", tmp_path / "data"]
+    said = unlearn(cli, (root, words), "--epochs", 1, load=tmp_path / "diverged.pth")
+    refused(said, "outputs are not finite for")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["diverged.pth"]
 
 
 def test_the_epoch_that_held_out_samples_choose_is_there_as_a_state_dict_too(cli, place, tmp_path):

@@ -1,6 +1,7 @@
 """Every run says what it read and wrote; --verify holds the files against it."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_
 
 from utils import manifest as manifest_module
 from utils.files import sha256
+from utils.steps import Step
 
 MANIFESTS = [
     *(f"{folder}/options.json" for folder in (NO_TRANS, TUNED, WITH_TRANS, SAMPLES, EXTRACTOR, CLASSIFIER)),
@@ -114,3 +116,31 @@ def test_verify_follows_the_manifests_of_inputs_elsewhere(cli, tmp_path):
     assert "2 files are" in cli("reproduce.py", "--verify", tmp_path / "a").out
     data.write_bytes(b"2")
     refused(cli("reproduce.py", "--verify", tmp_path / "a"), "data.bin is not what")
+
+
+def test_a_copied_run_is_done_by_what_its_records_tell_whatever_the_times(copy, words):
+    """`cp -r` gives the copies the time of copying, in an order of its own."""
+    last = next((copy / "ST/save").rglob("last.pth"))
+    classifier = next((copy / "ST/save").rglob("Linear_*/ckpt_epoch_1.pth"))
+    common = [*map(str, words(copy)), "--epochs", "2"]
+    more = ["--batch_size", "64", "--cosine", "--save_freq", "1"]
+    first = Step("ST/train_extractor.py", [*common, *more], last, last.with_name("options.json"), [])
+    more = ["--batch_size", "32", "--learning_rate", "0.5"]
+    step = Step("ST/train_classifier.py", [*common, *more], classifier, classifier.with_name("options.json"), [first])
+    assert first.is_done() and step.is_done()
+    later = classifier.stat().st_mtime + 100
+    os.utime(last, (later, later))
+    assert step.is_done()
+    for record, kind, name, done in (
+        (step.record, "inputs", None, False),  # an older record, of which the times alone tell
+        (step.record, "inputs", os.path.relpath(last, classifier.parent), False),
+        (first.record, "outputs", "last.pth", False),  # trained anew
+    ):
+        before = record.read_text()
+        content = json.loads(before)
+        content[kind] = {} if name is None else content[kind] | {name: "0" * 64}
+        record.unlink()
+        record.write_text(json.dumps(content))
+        assert step.is_done() == done, name
+        record.write_text(before)
+    assert step.is_done()

@@ -9,7 +9,8 @@ import torch
 from utils import dataloader_bd as bd
 from utils.datasets import DATASETS
 from utils.device import Runtime
-from utils.metrics import auroc, detection_quality, evaluate
+from utils.errors import UserError
+from utils.metrics import auroc, cross_entropies, detection_quality, evaluate
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SPEC = DATASETS["cifar10"]
@@ -50,6 +51,20 @@ def make_tests(triggered=True, clean_count=1203):
     attacked = len(in_paper)  # a triggered image of each that counts
     more = (images(attacked), labels(attacked), labels(attacked)) if triggered else (None,) * 3
     return bd.TestSets(images(clean_count), labels(clean_count), in_paper, *more)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_class(bad):
+    def broken(inputs):
+        return torch.where(torch.arange(len(inputs))[:, None] == 3, bad, classify(inputs))
+
+    with pytest.raises(
+        UserError, match=r"not finite for 2 of 1203 images.*smaller learning rate"
+    ):  # two batches of 1000
+        evaluate(broken, make_tests(), bd.Normalize(SPEC, CPU.device), CPU)
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match="1 of 5 images"):
+        cross_entropies(broken, images, torch.zeros(5, dtype=torch.int64), bd.Normalize(SPEC, CPU.device), CPU)
 
 
 def classify(inputs):

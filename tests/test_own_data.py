@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from utils.files import read_json
 from utils.images import StreamedImages, decode
 from utils.loading import load_dataset
 from utils.own_data import StoredImages
+from utils.paths import data_name
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -130,6 +132,32 @@ def test_test_images_may_be_in_val_and_lack_a_class(tmp_path):
     fill(root / "val", ["c", "a"], count=1)
     dataset = load(root, tmp_path)
     assert dataset.test_labels.tolist() == [0, 2] and len(dataset.test_images) == 2
+
+
+def test_what_a_desktop_leaves_behind_hides_no_images(tmp_path, capsys):
+    root = tmp_path / "data"
+    fill(root / "train", ["a", "b"])
+    fill(root / "val", ["a", "b"], count=2)
+    (root / "test").mkdir()
+    (root / "test/.DS_Store").write_bytes(b"x")
+    (root / "train/a/images").mkdir()  # empty
+    next((root / "val/b").iterdir()).write_bytes(b"broken")
+    dataset = load(root, tmp_path)
+    assert len(dataset.test_images) == 3 and (dataset.train_labels == 0).sum() == (dataset.train_labels == 1).sum() > 0
+    assert f"images in {root / 'val'}" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_palette_with_a_transparent_colour_is_read_without_a_word(tmp_path, recwarn):
+    image = picture((8, 8)).quantize(16)
+    image.save(tmp_path / "x.png", transparency=bytes(range(16)))
+    plain = np.asarray(image.convert("RGB"))
+    assert (decode(tmp_path / "x.png", 8, resize=False) == plain).all() and not len(recwarn)
+
+
+def test_a_folder_is_named_by_itself_however_it_is_spelt(tmp_path, monkeypatch):
+    (tmp_path / "my data/train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my data/train")
+    assert data_name(SimpleNamespace(train_images=None, dataset="folder", data_root="..")) == "folder_my_data"
 
 
 def test_a_thousand_classes(tmp_path):

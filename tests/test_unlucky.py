@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, load_script, write_folder
 from PIL import Image
 from test_bad_input import refused, snapshot
-from test_pipeline import NO_TRANS, SAMPLES, WITH_TRANS
+from test_pipeline import NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
-from utils import files, own_data, triggers
+from utils import files, own_data, rows, triggers
 from utils.datasets import DATASETS
 from utils.device import choose_runtime
 from utils.errors import UserError, run_script
@@ -310,11 +310,91 @@ def test_a_data_root_that_cannot_be_looked_at_is_one_line(tmp_path, name):
         ("ST/train_extractor.py --lr_decay_rate 2", ["--lr_decay_rate", "at most 1"]),
         ("ST/train_classifier.py --lr_decay_rate 2", ["--lr_decay_rate", "at most 1"]),
         ("tools/train_ssba.py --steps 10", ["--steps", "at least 20"]),
+        ("calculate_gamma.py --target_type all2all --target_label 3", ["--target_label has no use", "all2all"]),
+        ("calculate_consistency.py --trans1 flip --trans2 none --draws 5", ["--draws 5 has no use", "--trans1 flip"]),
+        ("separate_samples.py --trans1 auto --draws 2", ["--draws 2 has no use with --trans1 auto"]),
+        (
+            "ST/train_classifier.py --poison_weight 0 --ascent_bound 3",
+            ["--ascent_bound has no use", "--poison_weight 0"],
+        ),
     ],
 )
 def test_what_has_no_effect_or_no_sense_is_refused(cli, tmp_path, command, needles):
     script, *words = command.split()
     refused(cli(script, *words), *needles)
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "full"])
+def test_no_planned_command_names_an_option_that_has_no_use(preset):
+    all2all = rows.one_cell("cifar10", "BadNets-all2all", preset, 0, "D-ST", ROOT / "runs")
+    all2all.variant = "no_ascent"
+    steps, _ = rows.plan(all2all)  # each is parsed and checked
+    words = [word for step in steps.values() for word in step.words]
+    assert "--target_label" not in words and "--ascent_bound" not in steps["train_classifier"].words
+    one = rows.plan(rows.one_cell("cifar10", "Trojan", preset, 0, "D-ST", ROOT / "runs"))[0]
+    assert ("--target_label" in one["train_classifier"].words) == (preset == "quickstart")
+    assert ("--ascent_bound" in one["train_classifier"].words) == (preset == "full")
+
+
+def test_step_4_takes_a_checkpoint_alone_and_contradicts_no_option_that_is_given(cli, copy, words, tmp_path):
+    path = copy / TUNED / "1.tar"
+    assert cli("calculate_gamma.py", "--checkpoint_load", path).code == 0
+    said = cli("calculate_gamma.py", "--checkpoint_load", path, "--seed", 3, "--trigger_type", "kittyTrigger")
+    refused(said, "was made with --trigger_type gridTrigger --seed 0", "--trigger_type kittyTrigger --seed 3")
+    for file in path.parent.glob("1_*"):
+        file.unlink()
+    said = cli("calculate_gamma.py", "--checkpoint_load", path)
+    refused(said, "Make it with: python calculate_consistency.py", "--model resnet10", f"--checkpoint_load {path}")
+
+
+def test_a_network_of_step_2_whose_step_1_was_run_again_is_not_taken_unasked(cli, copy, words):
+    more = ["--epochs", 2, "--batch_size", 64, "--lr", 0.02, "--overwrite"]
+    assert cli("train_attack_noTrans.py", *words(copy), *more).code == 0
+    for script in ("calculate_consistency.py", "visualize_consistency.py", "separate_samples.py"):
+        refused(
+            cli(script, *words(copy)), "trained from another", "Train it anew with: python finetune_attack_noTrans.py"
+        )
+    path = copy / TUNED / "1.tar"
+    said = cli("visualize_consistency.py", *words(copy), "--checkpoint_load", path)
+    assert said.code == 0 and "Note: " in said.out and "was trained from another" in said.out, said.err
+
+
+def test_the_passes_of_an_epoch_have_one_order(cli, copy, words, tmp_path):
+    """However they are named, it is the same run."""
+    common = [*words(copy), "--epochs", 2, "--batch_size", 16, "--passes"]
+    said = cli("unlearn_relearn.py", *common, "relearn", "unlearn", "relearn")
+    assert said.code == 0 and "would replace" not in said.err, said.err
+
+
+def test_samples_of_another_attack_are_told_by_their_options(cli, copy, words):
+    said = cli("unlearn_relearn.py", *words(copy), "--samples", copy / SAMPLES, "--trigger_type", "kittyTrigger", "--epochs", 2,
+               "--checkpoint_load", copy / WITH_TRANS / "1.tar")  # fmt: skip
+    refused(said, "gridTrigger", "kittyTrigger")
+    assert "although" not in said.err
+
+
+def test_a_classifier_of_another_extractor_is_made_anew_by_the_command_that_made_it(cli, copy, words):
+    assert cli("separate_samples.py", *words(copy), "--clean_per_class", "--overwrite").code == 0
+    said = cli("ST/train_classifier.py", *words(copy), "--epochs", 2, "--batch_size", 32, "--learning_rate", 0.5)
+    refused(
+        said, "was trained with another", "train_extractor.py", "--epochs 2 --batch_size 64 --cosine", "--overwrite"
+    )
+
+
+def test_results_do_not_go_among_the_images(cli, tmp_path):
+    for split in ("train", "test"):
+        fill(tmp_path / "data" / split, ["a/1.png", "a/2.png", "b/1.png"])
+    said = cli(
+        "train_attack_noTrans.py",
+        "--dataset",
+        "folder",
+        "--data_root",
+        tmp_path / "data",
+        "--output_root",
+        tmp_path / "data/train",
+    )
+    refused(said, "--output_root", "lies among the images")
+    assert sorted(os.listdir(tmp_path / "data/train")) == ["a", "b"]
 
 
 def test_the_command_that_makes_a_file_makes_it_there(cli, words, tmp_path):

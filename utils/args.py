@@ -12,10 +12,10 @@ from utils.datasets import DATASETS, fewer_images
 from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
 from utils.loading import load_dataset
-from utils.paths import ROOT, arguments, decoded_folder, real
+from utils.paths import ROOT, arguments, decoded_folder, real, shown
 from utils.poisoning import TARGET_TYPES
 from utils.SSBA.encode_image import ENCODER
-from utils.transforms import TAU_NAMES
+from utils.transforms import DRAWN, TAU_NAMES
 from utils.triggers import TRIGGERS
 
 DATA_ROOT = "folder that holds the data sets; of --dataset folder: DIR with train/<class>/*; of --dataset npz: the file"
@@ -361,6 +361,13 @@ def check(opt, base=None):
         classes = DATASETS[opt.dataset].num_classes
         if opt.target_label >= classes and not streamed:
             raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
+        if (
+            opt.target_type == "all2all"
+            and opt.target_label != (ATTACK_DEFAULTS | getattr(opt, "defaults", {}))["target_label"]
+        ):
+            raise UserError(
+                "--target_label has no use with --target_type all2all, which relabels every class to the next; leave it out"
+            )
         for name, trigger in TRIGGER_OPTIONS.items():
             if getattr(opt, name) not in (None, ENCODER) and opt.trigger_type != trigger:
                 raise UserError(f"--{name} has no use with --trigger_type {opt.trigger_type}; it belongs to {trigger}")
@@ -382,14 +389,31 @@ def check(opt, base=None):
         raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
     if getattr(opt, "trans1", None) == "none" == opt.trans2:
         raise UserError("--trans1 none --trans2 none change no image, so that every FCT is zero; name one that does")
+    if hasattr(opt, "trans1") and opt.draws > 1 and (opt.trans1 == "auto" or not DRAWN & {opt.trans1, opt.trans2}):
+        tau = "auto" if opt.trans1 == "auto" else f"{opt.trans1} --trans2 {opt.trans2}"
+        raise UserError(f"--draws {opt.draws} has no use with --trans1 {tau}, which draws nothing; leave it out")
     for name in ("data_root", "output_root"):
         if hasattr(opt, name):
             setattr(opt, name, getattr(opt, name).absolute())
+    if opt.dataset == "folder" and hasattr(opt, "output_root"):
+        refuse_places_in_the_data(opt, ["output_root"])
     # In a record these mean the same from every folder, however they are spelt.
     for name in ("samples", *TRIGGER_OPTIONS):
         if hasattr(opt, name):
             setattr(opt, name, _real(getattr(opt, name)))
     return opt
+
+
+def refuse_places_in_the_data(opt, names):
+    """Raise a `UserError` where an option (``names``) would have something written among the user's own images, which would be taken
+    for a class."""
+    for name in names:
+        place = real(getattr(opt, name))
+        for split in ("train", "test", "val"):
+            if place.is_relative_to(real(opt.data_root) / split):
+                raise UserError(
+                    f"--{name} {shown(place)} lies among the images of --data_root; give a place outside them"
+                )
 
 
 def _real(value):

@@ -160,9 +160,20 @@ def sd_path(opt):
 
 
 def sd_checkpoint(opt):
-    """As `sd_path`; a `UserError` where there is no such file."""
+    """As `sd_path`; a `UserError` where there is no such file, or it is step 2's and step 1 has been run again since. Of a file that
+    ``--checkpoint_load`` names the latter is said alone."""
     path, command = sd_path(opt)
-    return require_file(path, command), command
+    require_file(path, command)
+    record = read_record(path.with_name("options.json")) or {}
+    of_it = record.get("outputs", {}).get(path.name) is not None
+    for name, digest in record.get("inputs", {}).items() if of_it else ():
+        before = path.parent / name
+        if before.is_file() and sha256(before) != digest:
+            what = f"{shown(path)} was trained from another {shown(before)} than is there now"
+            if not opt.checkpoint_load:
+                raise UserError(f"{what}. Train it anew with: {anew(record, f'{SD_STEPS[0]}.py', command)}")
+            print(f"Note: {what}")
+    return path, command
 
 
 def beside_checkpoint(opt):
@@ -178,7 +189,7 @@ def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
         print("No FCT values of this checkpoint and these options are saved; computing them")
         _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
         return fct_of_network(path, model, runtime, dataset, poisoned, opt)[0]
-    refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path)
+    refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path, opt)
     return fct
 
 
@@ -186,7 +197,7 @@ def sd_network(path, command, dataset, poisoned, opt, runtime):
     """The checkpoint of a step of SD, its network on the device, and the runtime in which FCT is computed: float32 unless
     ``--precision`` names another. Raises `UserError` for a checkpoint that does not fit the options or the data."""
     checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
-    refuse_other_data(checkpoint, poisoned.digest, path)
+    refuse_other_data(checkpoint, poisoned.digest, path, opt)
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     load_weights(model, checkpoint["model"], path)
     if opt.precision == "auto":  # as `settle_fct_precision` says

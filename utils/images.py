@@ -81,9 +81,7 @@ def list_images(folder):
     files, labels = [], []
     for label, name in enumerate(names):
         inner = folder / name / "images"
-        place = inner if os.path.isdir(inner) else folder / name
-        inside = sorted(file for file in os.listdir(place) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
-        found = [os.path.join(place, file) for file in inside]
+        found = (_images_in(inner) if os.path.isdir(inner) else []) or _images_in(folder / name)
         if not found:
             raise UserError(f"the class folder {folder / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         files += found
@@ -91,6 +89,11 @@ def list_images(folder):
     if not files:
         raise UserError(f"{folder} holds no class folders with images")
     return files, np.asarray(labels, dtype=np.int64), names
+
+
+def _images_in(folder):
+    inside = sorted(file for file in os.listdir(folder) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+    return [os.path.join(folder, file) for file in inside]
 
 
 def open_image(path):
@@ -114,6 +117,8 @@ def decode(path, size, resize):
         with open_image(path) as image:
             if image.mode.startswith(("I", "F")):
                 image = _eight_bits(image)
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # of the direct way Pillow warns
             if image.size == (size, size):
                 return np.asarray(image.convert("RGB"))
             if not resize:

@@ -44,7 +44,7 @@ def conflict(found, wanted, names):
     def spelt(name, value):
         if value is None or isinstance(value, bool):
             return f"--{name}" if value else f"no --{name}"
-        return f"--{name} {value}"
+        return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
     differ = [name for name in names if found.get(name, wanted[name]) != wanted[name]][:3]
     if not differ:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from utils.dataloader_bd import evaluation_splits, fetch
 from utils.distributed import gather
+from utils.errors import UserError
 from utils.separation import CLEAN, POISON
 
 MEASURES = ("ACC", "ACC_paper", "ASR", "R_ACC")  # of every table and record
@@ -24,8 +25,26 @@ def outputs(function, images, normalize, runtime):
 
 
 def predict(classify, images, normalize, runtime):
-    """Classes int64 (N,), on the device, that a classifier sees in ``images`` (what `dataloader_bd.hold` gave)."""
-    return outputs(lambda inputs: classify(inputs).argmax(1), images, normalize, runtime)
+    """Classes int64 (N,), on the device, that a classifier sees in ``images`` (what `dataloader_bd.hold` gave). Raises `UserError`
+    where its outputs are not finite, of which `argmax` would make class 0."""
+
+    def classes(inputs):
+        logits = classify(inputs)
+        return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+    found = outputs(classes, images, normalize, runtime)
+    _refuse_no_answer(found < 0)
+    return found
+
+
+def _refuse_no_answer(lost):
+    """Raise a `UserError` where the outputs of one of the images, bool (N,) ``lost``, are not finite."""
+    count = lost.sum().item()
+    if count:
+        raise UserError(
+            f"the network's outputs are not finite for {count} of {len(lost)} images: it has diverged, and nothing of this epoch is kept. "
+            f"Use a smaller learning rate, or the checkpoint of an earlier epoch"
+        )
 
 
 @torch.no_grad()
@@ -36,8 +55,12 @@ def cross_entropies(model, images, labels, normalize, runtime):
     Args:
         model: maps normalised float images (B, 3, H, W) to logits (B, K); images: what `dataloader_bd.hold` gave; labels:
         int64 (N,), on the device; normalize: a `dataloader_bd.Normalize`; runtime: a `device.Runtime`.
+
+    Raises:
+        UserError: where the logits are not finite.
     """
     logits = outputs(model, images, normalize, runtime)
+    _refuse_no_answer(~logits.isfinite().all(1))
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
@@ -59,6 +82,9 @@ def evaluate(classify, tests, normalize, runtime):
         dict of percentages: ACC (whole test set), and where there is an attack ACC_paper (without the target class, as the
         authors count), ASR (triggered images classified as the attack wants), R_ACC (as their true label) and ASR_clean
         (the same images without their trigger, classified as the attack wants all the same). Empty without test images.
+
+    Raises:
+        UserError: where the network's outputs are not finite.
     """
     if tests is None:
         return {}

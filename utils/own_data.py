@@ -136,10 +136,10 @@ def _load_folder(root, spec, strict, image_size, cache):
     tell_left_out(root, [place for place in (root / "train", place) if place], parts)
     cache = make_folder(cache / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])
     size = image_size or _median_size(root, parts["train"][0], cache)
-    arrays, skipped = {}, []
+    arrays, skipped, places = {}, [], {"train": root / "train", "test": place}
     for split, (files, labels, _) in parts.items():
         images, kept, broken = (_stored if size <= STORED else _streamed)(root, split, files, size, cache)
-        tell_broken(broken, len(files), root / split, strict)
+        tell_broken(broken, len(files), places[split], strict)
         arrays |= {f"{split}_images": images, f"{split}_labels": labels[kept]}
         skipped += broken
     count = np.bincount(arrays["train_labels"], minlength=len(classes))
@@ -152,7 +152,7 @@ def _load_folder(root, spec, strict, image_size, cache):
 
 
 def _has_something(folder):
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def _in_classes(part, classes, place):

@@ -14,7 +14,7 @@ def data_name(opt):
         return f"{opt.dataset}_{opt.train_images}"
     if opt.dataset not in ("folder", "npz"):
         return opt.dataset
-    root = Path(opt.data_root).absolute()
+    root = Path(os.path.abspath(opt.data_root))  # without the dots of "DIR/.."
     name = root.stem if opt.dataset == "npz" else root.name
     return f"{opt.dataset}_{re.sub('[^A-Za-z0-9._-]+', '_', name)[:60]}"
 

@@ -143,7 +143,7 @@ def refuse_other_trigger(dataset, opt, made, path):
     """Raise a `UserError` where test images would get another trigger than the training set of ``path`` has, a checkpoint or a
     record that holds ``made`` (dict). For steps on separated samples, which need the poisoned set for nothing else."""
     if opt.trigger_type in FROM_A_FILE and not dataset.spec.own:
-        refuse_other_data(made, poison_training_set(dataset, opt).digest, path)
+        refuse_other_data(made, poison_training_set(dataset, opt).digest, path, opt)
 
 
 def painter(opt, train):

@@ -33,6 +33,8 @@ def load_start(opt):
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
     if opt.model not in MODELS and not os.path.exists(path):
         raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
+    if opt.model not in MODELS:
+        command = "torch.save(model.state_dict(), FILE), where the network is at hand"
     if opt.checkpoint_load and CLEANED in path.stem:  # of this step itself
         command = f"{python(f'{STEP}.py')} {args.secure_arguments(opt)}"
     content = within(load_tensors(path, command, "checkpoint of this project or plain state dict"), path)

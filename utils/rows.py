@@ -204,7 +204,8 @@ def resolve(opt, ratios):
     words = ["--dataset", dataset, "--model", model, "--trigger_type", trigger_type]
     if target_type != "all2one":
         words += ["--target_type", target_type]
-    words += shlex.split(PRESETS[opt.preset]["attack"])
+    attack = shlex.split(PRESETS[opt.preset]["attack"])
+    words += without(attack, ["--target_label"]) if target_type == "all2all" else attack
     for name in ("poison_rate", "seed", "data_root", "output_root"):
         value = getattr(opt, name)
         if value is not None:
@@ -313,7 +314,7 @@ class _Row:
         saved = self.backdoored.with_name(f"{self.backdoored.stem}_{name}.tar")
         more = changed(self.preset["unlearn_relearn"], self.changes.get("unlearn_relearn", ""))
         if "--passes" in more:  # a single pass takes nothing along
-            more = [word for word in more if word not in ("--drop_doubtful", "--stay_dropped")]
+            more = without(more, ["--drop_doubtful", "--stay_dropped"])
         more = [*self.ratios, *more, *self.chosen]
         if self.opt.variant:
             more += ["--checkpoint_save", typed(saved), "--log", typed(saved.with_name(f"{name}.csv"))]
@@ -341,6 +342,8 @@ class _Row:
             chosen = ["--samples", typed(separated_folder(self.resolved) / self.changes.get("samples", ""))]
             words = changed(words, f"--output_root {shlex.quote(typed(root))}")
         more = changed(self.preset[name], self.changes.get(name, ""))
+        if name == "train_classifier" and self.opt.variant == "no_ascent":  # so none to be bounded
+            more = without(more, ["--ascent_bound"])
         step = Step(
             f"ST/{name}.py", [*words, *self.ratios, *more, *chosen, *self.where], Path(), Path(), [self.steps[needs]]
         )
@@ -353,13 +356,19 @@ class _Row:
 
 def changed(words, changes):
     """``words`` (options and their values) with the options in the text ``changes`` in the place of theirs."""
-    words, new = list(words), shlex.split(changes)
-    for word in new:
-        if word in words and word.startswith("--"):
-            first = words.index(word)
+    new = shlex.split(changes)
+    return [*without(words, [word for word in new if word.startswith("--")]), *new]
+
+
+def without(words, names):
+    """``words`` (options and their values) without the options ``names``."""
+    words = list(words)
+    for name in names:
+        if name in words:
+            first = words.index(name)
             last = next((i for i in range(first + 1, len(words)) if words[i].startswith("--")), len(words))
             del words[first:last]
-    return [*words, *new]
+    return words
 
 
 def unlearning_log(steps):

@@ -207,7 +207,7 @@ class Run:
 
         That is the next epoch for a checkpoint of this same step, and 0 for one of the step before.
         """
-        refuse_other_data(checkpoint, self.digest, path)
+        refuse_other_data(checkpoint, self.digest, path, self.opt)
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         if scheduler is not None:

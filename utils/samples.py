@@ -1,13 +1,13 @@
 """The separated samples on disk: plain ``.npy`` files with a structured dtype and a record of how they were made."""
 
-from argparse import Namespace
+from copy import copy
 from functools import partial
 
 import numpy as np
 
 from models import MODELS
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data
+from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data, refuse_other_size
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
@@ -55,14 +55,22 @@ def load_samples(opt, spec, flags):
     Raises:
         UserError: for a file that is missing, damaged or not of this kind, or samples of another attack or seed.
     """
-    names = [name for name in SECURE_IDENTITY if name != "model" or not getattr(opt, "samples", None)]
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
-    # A network from elsewhere is cleaned with samples that one of ours has found.
-    finder = opt if opt.model in MODELS else Namespace(**{**vars(opt), "model": "resnet10"})
+    finder = opt
+    if opt.model not in MODELS:  # a network from elsewhere is cleaned with samples that one of ours has found
+        finder = copy(opt)
+        finder.model, finder.samples = "resnet10", None
     command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
+    if not (folder / "options.json").is_file() and (opt.model not in MODELS or getattr(opt, "samples", None)):
+        what = (
+            f"there are no separated samples in {shown(folder)}" if opt.samples else f"{opt.model} separates no samples"
+        )
+        raise UserError(
+            f"{what}; those of a network of this project go with --samples, such as {shown(samples_folder(finder))}, made with: {command}"
+        )
     record = read_record(require_file(folder / "options.json", command))
-    refuse_other(record.get("options", {}), opt, f"the samples in {shown(folder)}", names)
+    _refuse_other_options(record, opt)
     again = anew(record, "separate_samples.py", command)
     parts = []
     for flag in flags:
@@ -92,6 +100,13 @@ def load_samples(opt, spec, flags):
     return np.concatenate(parts)
 
 
+def _refuse_other_options(record, opt):
+    """Raise a `UserError` where the ``record`` of samples (dict) tells of other options; of which network they are is told by
+    ``opt.samples``, where that is given."""
+    names = [name for name in SECURE_IDENTITY if name != "model" or not getattr(opt, "samples", None)]
+    refuse_other(record.get("options", {}), opt, f"the samples in {shown(samples_folder(opt))}", names)
+
+
 def record_of_samples(opt):
     """Path of the record of the samples of these options, and what it holds (dict); nothing where it is missing."""
     path = samples_folder(opt) / "options.json"
@@ -101,8 +116,9 @@ def record_of_samples(opt):
 def refuse_samples_of_other_data(opt, digest, path):
     """Raise a `UserError` where the separated samples are of another training set than the checkpoint ``path``, whose poisoned
     set has the ``digest``; None: of a network from elsewhere nobody knows. Of the data at hand see `images_of`."""
-    folder = samples_folder(opt)
-    found = record_of_samples(opt)[1].get("poisoned_digest", digest)
+    folder, record = samples_folder(opt), record_of_samples(opt)[1]
+    _refuse_other_options(record, opt)
+    found = record.get("poisoned_digest", digest)
     if digest is not None and found != digest:
         raise UserError(
             f"the samples in {shown(folder)} are of another training set than {shown(path)}, although the options agree; run SD, "
@@ -140,13 +156,14 @@ def images_of(samples, dataset, opt):
     """
     path, record = record_of_samples(opt)
     if of_other_data(record, dataset.record):
+        refuse_other_size(record, opt, shown(path))
         raise UserError(
             f"the data under {shown(opt.data_root)} has changed since {shown(path)} was written; run SD again"
         )
     if not dataset.spec.streamed:
         return samples["image"]
     poisoned = poison_training_set(dataset, opt)
-    refuse_other_data(record, poisoned.digest, shown(path))
+    refuse_other_data(record, poisoned.digest, shown(path), opt)
     return poisoned.images.subset(samples["index"])
 
 

@@ -41,7 +41,7 @@ class Step:
         return shlex.join(["python", self.script, *self.words])
 
     def is_done(self):
-        """Whether the output is there, newer than its inputs and made with these options."""
+        """Whether the output is there, made from its inputs as they are and with these options."""
         record, options = read_record(self.record) or {}, self.options()
         epochs = getattr(options, "epochs", None)
         if epochs is None and not all((self.record.parent / name).is_file() for name in record.get("outputs", {})):
@@ -49,7 +49,7 @@ class Step:
         return record.get("epochs_done", epochs) == epochs and self._follows(self.output, record, options)
 
     def interrupted_at(self):
-        """Where an interrupted run of this step, made with these options and newer than its inputs, can be continued: the
+        """Where an interrupted run of this step, made with these options from its inputs as they are, can be continued: the
         path of its last checkpoint and the seconds that its epochs took; or None."""
         options = self.options()
         epochs = getattr(options, "epochs", 0)
@@ -72,11 +72,8 @@ class Step:
         return None
 
     def _follows(self, path, record, options):
-        """Whether the file is there, newer than its inputs, and its ``record`` (dict) tells of these options."""
-        before = [step.output for step in self.needs]  # one may have been removed to save space
-        if not path.is_file() or any(
-            not need.is_file() or need.stat().st_mtime > path.stat().st_mtime for need in before
-        ):
+        """Whether the file is there, made from its inputs as they are, and its ``record`` (dict) tells of these options."""
+        if not path.is_file() or any(self._outdated_by(need, path, record) for need in self.needs):
             return False
         if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
             return False
@@ -88,6 +85,21 @@ class Step:
             neutral = NEUTRAL | {"precision"}
         compared = (found.keys() & wanted.keys()) - neutral
         return bool(record.get("options")) and all(found[name] == wanted[name] for name in compared)
+
+    def _outdated_by(self, need, path, record):
+        """Whether ``path``, of which ``record`` (dict) tells, lacks or is older than what the step ``need`` made: by the digests of what
+        it read of it, where both records tell of these, for a copy can have any time; else by the times."""
+        if not need.output.is_file():  # removed to save space
+            return True
+        made = (read_record(need.record) or {}) if need.record.suffix == ".json" else {}
+        wrote, read = (
+            {os.path.normpath(place.parent / name): digest for name, digest in files.items()}
+            for place, files in ((need.record, made.get("outputs", {})), (self.record, record.get("inputs", {})))
+        )
+        both = wrote.keys() & read.keys()
+        if both:
+            return any(wrote[file] != read[file] for file in both)
+        return need.output.stat().st_mtime > path.stat().st_mtime
 
     def module(self):
         """The script as a module, so that its own parser and names count."""

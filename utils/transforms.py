@@ -276,6 +276,7 @@ PARTS = {
     "shrink": (None, shrink),
 }
 TAU_NAMES = tuple(PARTS)
+DRAWN = {name for name, (draw, _) in PARTS.items() if draw}  # the others change every image alike
 
 
 class Tau:
