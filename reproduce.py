@@ -1,10 +1,9 @@
 """Run every numbered step of one row of the paper's tables, or of a whole table, as the commands a user would type, and
 show the result.
 
-Each command is printed before it runs (--dry_run: only printed). A step whose output is there already, made with the
-same options and newer than what it was made from, is skipped. The table goes to <out>/<name>.csv, the pictures beside
-it to <out>/<name>_samples.png and <out>/<name>_fct.jpg; <out>/<name>_manifest.json says what all of it
-was made from, and --verify holds the files against it.
+Each command is printed before it runs (--dry_run: only printed). A step whose output is there already, made with the same
+options from what is there, is skipped. The table goes to <out>/<name>.csv, the pictures beside it to <out>/<name>_samples.png
+and <out>/<name>_fct.jpg; <out>/<name>_manifest.json says what all of it was made from, and --verify holds the files against it.
 
 With --table the cells of a table (row, defence, seed) are run one after the other; the steps write below
 <output_root>/<scale>_seed<seed>/. A finished cell is one record, <out>/<table>/<row>_<defence>_<scale>_seed<seed>.json, and is
