@@ -130,12 +130,12 @@ def test_a_row_runs_ends_in_a_table_and_is_skipped_the_second_time(data_root, tm
     reproduce.main(list(map(str, words)))
     assert capfd.readouterr().out.count("already there") == 11
 
-    # A picture that was removed is not made by two trainings; a set of samples that was is made anew.
+    # A picture that was removed is not made by two trainings; a set of samples that was is made anew, and as it was.
     next(tmp_path.rglob("noTrans/**/samples.png")).unlink()
     next(tmp_path.rglob("clean_samples.npy")).unlink()
     reproduce.main(list(map(str, words)))
     said = capfd.readouterr().out
-    assert "samples.png is not there any more" in said and said.count("already there") == 6
+    assert "samples.png is not there any more" in said and said.count("already there") == 10
     assert "separate_samples.py" in next(line for line in said.splitlines() if "already" not in line)
     for other, needle in ((["--defences", "D-BR"], "hold D-ST too"), (["--precision", "bfloat16"], "--precision")):
         with pytest.raises(UserError, match=needle):
@@ -255,13 +255,13 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     # The same where an earlier result is still in its place, since what the step builds on was made anew.
     source = tmp_path / "source"
     source.write_text("newer")
-    step.needs = [SimpleNamespace(output=source)]
+    step.needs = [SimpleNamespace(output=source, record=source)]
     assert not step.is_done() and step.interrupted_at() is None
     step.needs = [SimpleNamespace(output=tmp_path / "removed to save space")]
     assert not step.is_done() and step.interrupted_at() is None
     step.needs, step.digest = [], "a" * 64  # of a training set that took the place of the one it was trained on
     assert not step.is_done() and step.interrupted_at() is None
-    step.needs, step.digest = [SimpleNamespace(output=source)], None
+    step.needs, step.digest = [SimpleNamespace(output=source, record=source)], None
     opt.overwrite = True  # which replaces what is of other settings, and begins nothing anew
     monkeypatch.setattr(Run, "finish_epoch", interrupt)
     with pytest.raises(UserError, match="code 130"):

@@ -30,19 +30,19 @@ def predict(classify, images, normalize, runtime):
 
     def classes(inputs):
         logits = classify(inputs)
-        return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+        return logits.argmax(1).masked_fill(~logits.isfinite().all(1), -1)
 
     found = outputs(classes, images, normalize, runtime)
-    _refuse_no_answer(found < 0)
+    _refuse_no_answer(found >= 0)
     return found
 
 
-def _refuse_no_answer(lost):
-    """Raise a `UserError` where the outputs of one of the images, bool (N,) ``lost``, are not finite."""
-    count = lost.sum().item()
-    if count:
+def _refuse_no_answer(finite):
+    """Raise a `UserError` where not all outputs are finite; of which images they are says ``finite``, bool (N,)."""
+    lost = len(finite) - finite.sum().item()
+    if lost > 0:
         raise UserError(
-            f"the network's outputs are not finite for {count} of {len(lost)} images: it has diverged, and nothing of this epoch is kept. "
+            f"the network's outputs are not finite for {lost} of {len(finite)} images: it has diverged, and nothing of this epoch is kept. "
             f"Use a smaller learning rate, or the checkpoint of an earlier epoch"
         )
 
@@ -60,7 +60,7 @@ def cross_entropies(model, images, labels, normalize, runtime):
         UserError: where the logits are not finite.
     """
     logits = outputs(model, images, normalize, runtime)
-    _refuse_no_answer(~logits.isfinite().all(1))
+    _refuse_no_answer(logits.isfinite().all(1))
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
