@@ -245,7 +245,12 @@ def write_clean(opt, dataset, flags):
             if opt.copy:
                 shutil.copy2(file, place)
             else:
-                place.symlink_to(file.resolve())
+                try:
+                    place.symlink_to(file.resolve())
+                except OSError as error:  # some file systems have none, and Windows asks for a right
+                    raise UserError(
+                        f"no link can be made in {shown(target.parent)} ({error.strerror}); give --copy too"
+                    ) from None
             kept += 1
         rows = [{"file": os.path.relpath(file, source)} for file in sorted(left_out)]
         write_together({staging / "left_out.csv": csv_writer(rows)})

@@ -5,8 +5,6 @@ Writes 0.tar, 1.tar, ..., log.csv and options.json to
 saved/backdoored_model/poison_rate_<rate>/noTrans_ftsimi/<dataset>/<model>/<trigger>/.
 """
 
-import os
-
 import torch
 
 from models import build_model
@@ -18,7 +16,7 @@ from utils.errors import UserError, run_script
 from utils.fct import COLLAPSED, zeros_of_some
 from utils.losses import intra_class
 from utils.metrics import evaluate
-from utils.paths import backdoored_folder, python, shown
+from utils.paths import backdoored_folder, python, relative, shown
 from utils.poisoning import poison_training_set
 from utils.run import Run
 
@@ -58,7 +56,7 @@ def main(argv=None):
     optimizer = runtime.sgd(model.parameters(), lr=0.01, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
-    of_step_1 = os.path.relpath(path, folder)
+    of_step_1 = relative(path, folder)
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record, checkpoint_load=of_step_1)
     spec = dataset.spec
     del dataset  # in memory the training images are held once, as the victim gets them

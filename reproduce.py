@@ -234,7 +234,8 @@ def run_table(opt):
         with ThreadPoolExecutor(opt.jobs) as pool:
             try:
                 running = [pool.submit(run_row, row) for row in rows]
-                wait(running)
+                while wait(running, timeout=1).not_done:  # in parts, for Windows lets nothing in between
+                    pass
             except BaseException:  # Ctrl-C, SIGTERM
                 pool.shutdown(wait=False, cancel_futures=True)
                 end_steps(stop)

@@ -5,8 +5,6 @@ options.json and, by the ground truth where it is known and for evaluation only,
 saved/separated_samples/<dataset>/<model>/<trigger>_<clean_ratio>_<poison_ratio>/.
 """
 
-import os
-
 import numpy as np
 
 from utils import args
@@ -15,7 +13,7 @@ from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, settle_fct_prec
 from utils.files import json_writer, sha256, write_together
 from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
-from utils.paths import python, quoted, separated_folder, shown
+from utils.paths import python, quoted, relative, separated_folder, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.samples import load_order, sample_writers
@@ -155,7 +153,7 @@ def main(argv=None):
         "gamma_low": None if opt.clean_per_class else low,
         "gamma_high": None if opt.poison_classes or opt.poison_order or alike is not None else high,
     }
-    settings = thresholds | {"checkpoint_load": os.path.relpath(path, folder)}
+    settings = thresholds | {"checkpoint_load": relative(path, folder)}
     ignored = ["batch_size", "gamma_low", "gamma_high"]
     record = folder / "options.json"
     claim(record, opt, ignored=ignored, settle=settle_fct_precision, data=dataset.record, **settings)

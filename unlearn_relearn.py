@@ -7,7 +7,6 @@ Each epoch is one pass of gradient ascent on the cross-entropy over D_p, then on
 then such a file too; a checkpoint to continue from is beside it.
 """
 
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +23,7 @@ from utils.errors import UserError, run_script
 from utils.files import tensor_writer
 from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
-from utils.paths import shown
+from utils.paths import relative, shown
 from utils.poisoning import refuse_other_trigger
 from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise
 from utils.run import Run
@@ -153,7 +152,7 @@ def main(argv=None):
     beside = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
-        beside=beside, option="--checkpoint_save", checkpoint_load=os.path.relpath(path, places.save.parent),
+        beside=beside, option="--checkpoint_save", checkpoint_load=relative(path, places.save.parent),
     )  # fmt: skip
     dataset = None  # its training images: those of the separated samples are all that is needed
     model.eval()

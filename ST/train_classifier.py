@@ -6,7 +6,6 @@ ST/save/poison_rate_<rate>/SupCon_models/<dataset>/<model>/<trigger>_<clean_rati
 """
 
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from utils.errors import UserError, run_script
 from utils.files import read_record
 from utils.manifest import anew
 from utils.metrics import evaluate, say_selection
-from utils.paths import python, secure_folder, shown
+from utils.paths import python, relative, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
 from utils.run import Run
 from utils.samples import images_of, load_samples, record_of_samples, sample_files
@@ -128,7 +127,7 @@ def main(argv=None):
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
     run = Run(
         opt, STEP, folder / "options.json", made.get("poisoned_digest"), inputs=inputs, data=dataset.record,
-        ckpt=os.path.relpath(path, folder),
+        ckpt=relative(path, folder),
     )  # fmt: skip
     del dataset  # its training images: those of the separated samples are all that is needed
     first = run.resume(checkpoint, load, classifier, optimizer, schedule) if checkpoint else run.start()

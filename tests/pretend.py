@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+LACKS = set()  # dtypes that the device has not
 MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}  # may have one foot on either side
 
 
@@ -19,6 +20,7 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
+        assert held.dtype not in LACKS, f"{held.dtype} on a device that has none"
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device="meta"
         )
@@ -56,6 +58,8 @@ def _do(function, args, kwargs):
     if not there and (device is None or torch.device(device).type != "meta"):
         return function(*args, **kwargs)
     stayed = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]
+    if there and kwargs.get("dtype") in LACKS:
+        raise AssertionError(f"{function} makes {kwargs['dtype']} of what lies on a device that has none")
     if there and stayed and function not in MOVES:
         raise AssertionError(f"{function} has tensors on two devices: {[tuple(tensor.shape) for tensor in tensors]}")
     if device is not None:

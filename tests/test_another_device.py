@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,9 @@ from pretend import pretended
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, same_weights
 
 from models.resnet import WideConv
-from utils import engine
+from utils import dataloader_bd, engine, transforms
 from utils import run as life
+from utils.device import Runtime
 from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # here it is copied
@@ -100,3 +102,27 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(epochs, words, tmp_pat
     assert "error: the disk is full" in capsys.readouterr().err and len(written) == 2
     assert [path.name for path in (tmp_path / NO_TRANS).glob("*.tar")] == ["0.tar"]
     assert len(pd.read_csv(tmp_path / NO_TRANS / "log.csv")) == 1
+
+
+@pytest.mark.parametrize("name", transforms.TAU_NAMES)
+def test_tau_asks_a_device_without_float64_for_none(name, monkeypatch):
+    """As mps, where what a copy makes float64 on its way to the CPU is lost."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8))
+    tau = transforms.Tau(name, "none", 32)
+    drawn = tau.draw(np.random.default_rng(1), len(images))
+    wanted = tau.apply(images, drawn)
+    monkeypatch.setattr(transforms, "exact_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("pretend.LACKS", {torch.float64})
+    with pretended(monkeypatch):
+        found = tau.apply(images.to("meta"), drawn)
+        assert found.device.type == "meta" and torch.equal(found.to("cpu"), wanted)
+
+
+def test_what_is_not_pinned_is_waited_for(monkeypatch):
+    """The batches of a set that is not held in memory: elsewhere than on CUDA such a copy could outlive its source."""
+    asked, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *place, **how: asked.append(how) or to(self, *place, **how))
+    held = SimpleNamespace(decodes=False, shape=(2, 8, 8, 3))
+    monkeypatch.setattr(dataloader_bd, "_Stream", lambda *_: [torch.zeros(2, 3, 8, 8)])
+    list(dataloader_bd.fetch(held, [], Runtime(torch.device("cpu"), torch.float32)))
+    assert asked == [{"non_blocking": False}]

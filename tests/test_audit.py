@@ -741,6 +741,21 @@ def test_a_copy_without_a_whole_class_is_data_that_the_steps_take(cli, fashion, 
     assert len(copy.train_labels) == 54 and len(copy.test_labels) == 18
 
 
+def test_where_no_links_can_be_made_the_option_that_copies_is_named(fashion, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", fashion, train=2, test=1)
+    dataset = load_dataset("folder", tmp_path / "data", image_size=32, cache=tmp_path / "cache")
+    flags = np.where(np.arange(20) == 3, POISON, CLEAN)
+    opt = SimpleNamespace(write_clean=tmp_path / "clean", data_root=tmp_path / "data", copy=False)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(UserError, match=r"no link can be made .*give --copy"):
+        load_script("audit_dataset.py").write_clean(opt, dataset, flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
+
+
 def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
     out = tmp_path / "out"
     words = ["tools/poison_folder.py", "--images", 100, "--out", out, "--output_root", tmp_path]

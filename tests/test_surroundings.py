@@ -4,6 +4,7 @@ die."""
 import os
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,13 @@ from PIL import Image
 from test_bad_input import refused
 from test_pipeline import TUNED
 
-from utils import audit, dataloader_bd, files
+from utils import audit, dataloader_bd, device, files
 from utils.dataloader_bd import Views, fetch, workers_that_fit
-from utils.device import Runtime
+from utils.device import Runtime, choose_runtime
 from utils.errors import UserError
 from utils.files import sha256
 from utils.images import StreamedImages
+from utils.paths import relative
 from utils.rows import one_cell, plan
 from utils.transforms import CropFlip
 
@@ -41,6 +43,49 @@ def test_the_commands_are_the_same_from_every_folder(command, cli, monkeypatch, 
         found.append([line for line in said.out.splitlines() if "python " in line])
     assert all(line.startswith("python ") for line in found[0]) and len(found[0]) > 3
     assert found[1] == [f"cd {ROOT} && {line}" for line in found[0]]  # each is a job of its own
+
+
+@pytest.mark.parametrize(
+    ("quota", "found"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 1000), ("", 1000), (None, 1000)]
+)
+def test_a_containers_share_of_the_processor_counts(quota, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1000), raising=False)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert device.cores(tmp_path / "cpu.max") == found
+
+
+def test_more_threads_than_the_container_may_use_are_not_taken(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device, "cores", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's own word
+        choose_runtime("cpu")
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        choose_runtime("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_folder_for_temporary_files_a_script_says_so(monkeypatch, capsys, cli):
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    refused(cli("calculate_gamma.py"), "set TMPDIR")
+    assert cli("calculate_gamma.py", "--help").code == 0
+
+
+def test_between_two_drives_paths_are_absolute(monkeypatch, tmp_path):
+    def of_windows(path, start):
+        raise ValueError(f"path is on mount 'D:', start on mount {start}")
+
+    assert relative(tmp_path / "a/b", tmp_path / "c") == "../a/b"
+    monkeypatch.setattr(os.path, "relpath", of_windows)
+    assert relative(tmp_path / "a", tmp_path / "c") == str(tmp_path / "a")
 
 
 def test_a_step_is_found_done_from_every_folder(monkeypatch, tmp_path):

@@ -102,7 +102,7 @@ def fetch(held, splits, runtime, change=None):
         for images in loader:
             if isinstance(images, UserError):
                 raise images
-            yield images.to(runtime.device, non_blocking=True)
+            yield images.to(runtime.device, non_blocking=runtime.device.type == "cuda")  # of pinned memory alone
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

@@ -1,9 +1,11 @@
 """Device, precision and memory layout, chosen once per script."""
 
 import ctypes
+import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,9 +14,15 @@ from utils.errors import UserError, at_exit, first_line, is_lack_of_memory
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def cores():
-    """How many processor cores this process may use; in a container that can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
+    """How many processor cores this process may use; in a container that can be fewer than the machine has. ``quota``: the file in
+    which Linux says how much of them (cgroups, version 2)."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = map(int, quota.read_text().split())
+        return min(seen, max(1, math.ceil(share / period)))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+        return seen
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,10 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
     torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device
     if deterministic:
         _be_deterministic(place)
+    if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(
+            cores()
+        )  # torch does not see a container's share of the processor, and would wait for itself
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(place) else "float32"
     return Runtime(place, getattr(torch, precision), workers)

@@ -18,7 +18,16 @@ ONLY_PRINT = {"-h", "--help", "--dry_run", "--verify"}
 def keep_socket_names_short():
     """Let temporary files lie in /tmp where TMPDIR names a folder so deep that the sockets of worker processes cannot be made
     there: the workers would wait for ever."""
-    if sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) > LONGEST and os.access("/tmp", os.W_OK):
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        if ONLY_PRINT.intersection(sys.argv):
+            return
+        print(
+            "error: there is no folder for temporary files that can be written to; set TMPDIR to one", file=sys.stderr
+        )
+        raise SystemExit(2) from None
+    if sys.platform == "linux" and len(os.fsencode(folder)) > LONGEST and os.access("/tmp", os.W_OK):
         tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"
 
 

@@ -15,7 +15,7 @@ import torchvision
 from utils.distributed import leads
 from utils.errors import UserError
 from utils.files import read_json, read_record, sha256, write_json
-from utils.paths import ROOT, python, quoted, real, shown, typed
+from utils.paths import ROOT, python, quoted, real, relative, shown, typed
 
 
 def plain_options(opt):
@@ -78,7 +78,7 @@ def manifest(record, opt, inputs=None, outputs=None, **more):
     named = []
     for files in (inputs, outputs):
         files = files if isinstance(files, dict) else {path: sha256(path) for path in files or ()}
-        named.append({os.path.relpath(path, record.parent): digest for path, digest in files.items()})
+        named.append({relative(path, record.parent): digest for path, digest in files.items()})
     return {
         "command": command,
         "folder": typed(Path.cwd()),  # in which the command was given

@@ -75,6 +75,14 @@ def real(path):
     return Path(os.path.realpath(path))
 
 
+def relative(path, folder):
+    """``path`` as seen from ``folder``, text; as an absolute one where no way leads there, as between two drives of Windows."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 def quoted(path):
     """`shown`, as a word of a command."""
     return shlex.quote(shown(path))

@@ -10,7 +10,7 @@ from utils.checkpoints import fitting, latest_checkpoint
 from utils.errors import UserError
 from utils.files import load_tensors, read_record
 from utils.metrics import say_selection
-from utils.paths import backdoored_folder, python, shown
+from utils.paths import backdoored_folder, python, relative, shown
 from utils.validation import best_epoch
 
 STEP = "unlearn_relearn"
@@ -140,7 +140,7 @@ def refuse_to_replace(places, loaded):
             raise UserError(
                 f"{shown(file)} is of the run that {shown(owner)} tells of; name another with {option}, or give --overwrite"
             )
-        if os.path.relpath(file, places.record.parent) not in own and not _is_ours(file, places):
+        if relative(file, places.record.parent) not in own and not _is_ours(file, places):
             raise UserError(
                 f"{shown(file)} is there already and is not of this step; name another with {option}, or give --overwrite"
             )

@@ -73,11 +73,11 @@ def gaussian_blur(images, sigma, kernel_size=15):
     offsets = torch.arange(-half, half + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None].double()) ** 2)
     kernel = send(kernel / kernel.sum(1, keepdim=True), place)[:, :, None, None, None]
-    x = F.pad(images.to(place, torch.float64), [half] * 4, mode="reflect")
+    x = F.pad(images.to(place).double(), [half] * 4, mode="reflect")  # moved first: mps has no float64 to send
     for axis in (3, 2):  # a sum of shifted images: convolutions round differently from device to device
         side = images.shape[axis]
         x = sum(kernel[:, i] * x.narrow(axis, i, side) for i in range(kernel_size))
-    return (x + 0.5 + 1e-6).floor().clamp(0, 255).to(images.device, torch.uint8)
+    return (x + 0.5 + 1e-6).floor().clamp(0, 255).to(torch.uint8).to(images.device)
 
 
 def shrink(images):
@@ -86,11 +86,11 @@ def shrink(images):
     At 32 pixels: 24, and 4 on each side. Left, right, top and bottom stay what they are.
     """
     side, margin = images.shape[2], images.shape[2] // 8
-    exact = images.to(exact_device(images.device), torch.float64)
+    exact = images.to(exact_device(images.device)).double()
     small = F.interpolate(exact, size=[side - 2 * margin] * 2, mode="bilinear", antialias=True, align_corners=False)
     # At 32 pixels one value in forty lies halfway between two levels: up, by more than what devices round differently.
-    small = (small + 0.5 + 1e-6).floor().clamp(0, 255).to(images.device, torch.uint8)
-    return F.pad(small, [margin] * 4, mode="reflect")
+    small = (small + 0.5 + 1e-6).floor().clamp(0, 255).to(torch.uint8)
+    return F.pad(small, [margin] * 4, mode="reflect").to(images.device)
 
 
 def erase(images, top, left, height, width):
