@@ -51,10 +51,35 @@ def _print_no_more():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupt(number, frame):
-    # Objects that end with this process, such as loaders whose workers got the signal too, have nothing to say.
-    sys.unraisablehook = lambda unraisable: None
-    raise KeyboardInterrupt
+def _heed_interruptions(over):
+    """Let SIGTERM, a scheduler's polite end, be that of Ctrl-C, and neither be lost: what comes up while an object is deleted, such as
+    a loader whose workers end, Python cannot raise; it is raised again a little later. ``over``: a `threading.Event`, set when there is
+    nothing left to interrupt. Returns what makes an end of that, unless there was an interruption."""
+    before, interrupted = sys.unraisablehook, threading.Event()
+
+    def interrupt(number, frame):
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def again():
+        if not over.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # ends what it waits for, too
+
+    def unraisable(lost):
+        if issubclass(lost.exc_type, KeyboardInterrupt) and not over.is_set() and hasattr(signal, "pthread_kill"):
+            timer = threading.Timer(0.1, again)
+            timer.daemon = True
+            timer.start()
+        elif not interrupted.is_set():  # objects that end with an interrupted process have nothing to say
+            before(lost)
+
+    def settle():
+        if not interrupted.is_set():
+            sys.unraisablehook = before
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = unraisable
+    return settle
 
 
 def _was_interrupted(error):
@@ -76,8 +101,9 @@ def run_script(main):
         silence = open(os.devnull, "w")  # noqa: SIM115, till the process ends
         at_exit.enter_context(redirect_stdout(silence))
         at_exit.enter_context(redirect_stderr(silence))
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite end is that of Ctrl-C
+    over = threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()  # which alone hears signals
+    settle = _heed_interruptions(over) if in_main else over.set
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
@@ -100,6 +126,8 @@ def run_script(main):
             if _was_interrupted(error):
                 raise KeyboardInterrupt from None
             raise
+        finally:
+            over.set()
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
@@ -134,6 +162,7 @@ def run_script(main):
         sys.exit(130)
     finally:
         at_exit.close()
+        settle()
 
 
 def is_lack_of_memory(error):
