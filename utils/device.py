@@ -93,12 +93,10 @@ def choose_runtime(device="auto", precision="auto", workers=0, deterministic=Fal
             then = "--device auto takes what there is"
         raise UserError(f"--device {device} cannot be used here ({first}); {then}") from None
     torch.backends.cudnn.allow_tf32 = False  # cuDNN would round float32 to 10 bits, and FCT depend on the device
+    if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())  # torch does not see a container's share; more threads wait for each other
     if deterministic:
         _be_deterministic(place)
-    if place.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
-        torch.set_num_threads(
-            cores()
-        )  # torch does not see a container's share of the processor, and would wait for itself
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(place) else "float32"
     return Runtime(place, getattr(torch, precision), workers)
