@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
     sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in plain.items()}
     torch.save(sparse, root / "sparse.pth")
     torch.save({"model": plain, "model_ema": plain}, root / "two.pth")
-    torch.jit.save(torch.jit.script(network("squeezenet1_1", 10)), root / "scripted.pt")
+    (root / "damaged.pt").write_bytes(b"PK")
     for result, message in (
         (unlearn(cli, place, load="eighth.pth"), "are float8_e4m3fn; convert"),
         (unlearn(cli, place, load="mistyped.pth"), "no such file|names the state dict that is to be cleaned"),
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):
         (unlearn(cli, place, "--samples", tmp_path), f"no separated samples in {tmp_path}; "),
         (unlearn(cli, place, "--mean", 125.3, 123.0, 113.9), "--mean: 125.3 is out of range"),
         (unlearn(cli, place, "--std", 63, 62.1, 66.7), "--std: 63 is out of range"),
-        (unlearn(cli, place, load="scripted.pt"), "torch.save(model.state_dict(), FILE)"),
+        (unlearn(cli, place, load="damaged.pt"), "torch.save(model.state_dict(), FILE)"),
         (unlearn(cli, place, model="resnet10", load=own), "written by"),
     ):
         assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
