@@ -13,11 +13,11 @@ from torch import nn
 
 from models import SupConResNet
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, refuse_other_inputs
+from utils.checkpoints import SECURE_IDENTITY, anew_of, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
-from utils.files import make_folder, read_record
-from utils.manifest import anew, write_options
+from utils.files import make_folder
+from utils.manifest import write_options
 from utils.metrics import evaluate
 from utils.paths import python, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
@@ -50,9 +50,9 @@ def main(argv=None):
     )
     extractor_state = load_checkpoint(extractor_path, opt, commands[0], ["train_extractor"], SECURE_IDENTITY)
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
-    made_by = read_record(classifier_path.with_name("options.json")) or {}
     on_it = f"--ckpt {shlex.quote(str(extractor_path.absolute()))}"  # in the place of what the command may name
-    again = f"{anew(made_by, 'ST/train_classifier.py', commands[1])} {on_it}; or give its own extractor by --model_ckpt"
+    again = anew_of(classifier_path, "ST/train_classifier.py", commands[1])
+    again = f"{again} {on_it}; or give its own extractor by --model_ckpt"
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)

@@ -19,13 +19,11 @@ from torch import nn
 from models import SupConResNet
 from ST.losses import classify
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, latest_of_runs, load_checkpoint, refuse_other_inputs
+from utils.checkpoints import SECURE_IDENTITY, anew_of, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.distributed import parallel
 from utils.engine import train_epoch
 from utils.errors import UserError, run_script
-from utils.files import read_record
-from utils.manifest import anew
 from utils.metrics import evaluate, say_selection
 from utils.paths import python, relative, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
@@ -93,8 +91,7 @@ def main(argv=None):
     checkpoint = load_checkpoint(load, opt, own, [STEP], SECURE_IDENTITY) if load else None
     dataset = args.load_data(opt)
     samples = load_samples(opt, dataset.spec, [CLEAN, POISON])
-    made_by = read_record(path.with_name("options.json")) or {}
-    again = f"{anew(made_by, f'ST/{BEFORE}.py', command)}; or give its own samples by --samples"
+    again = f"{anew_of(path, f'ST/{BEFORE}.py', command)}; or give its own samples by --samples"
     refuse_other_inputs(of_extractor, path, sample_files(opt, [CLEAN, POISON]), again)
     samples_record, made = record_of_samples(opt)
     refuse_other_trigger(dataset, opt, made, shown(samples_record))

@@ -236,6 +236,10 @@ def test_without_samples_the_option_that_gives_them_is_named(cli, place):
     assert "--target_type" not in said.err and "--seed" not in said.err  # nor another option that is at its default
 
 
+def test_samples_of_another_size_are_told_by_the_option(cli, place):
+    refused(unlearn(cli, place, "--image_size", 64), "made with no --image_size", "asked for --image_size 64")
+
+
 def test_weights_beyond_the_precision_they_are_given_back_in_are_refused():
     model = build_foreign("squeezenet1_1", network("squeezenet1_1").state_dict(), "x.pth", "folder", spec_of(7))
     with torch.no_grad():

@@ -361,10 +361,7 @@ def check(opt, base=None):
         classes = DATASETS[opt.dataset].num_classes
         if opt.target_label >= classes and not streamed:
             raise UserError(f"--target_label {opt.target_label}: {opt.dataset} has the classes 0 to {classes - 1}")
-        if (
-            opt.target_type == "all2all"
-            and opt.target_label != (ATTACK_DEFAULTS | getattr(opt, "defaults", {}))["target_label"]
-        ):
+        if opt.target_type == "all2all" and opt.target_label != _attack_defaults(opt)["target_label"]:
             raise UserError(
                 "--target_label has no use with --target_type all2all, which relabels every class to the next; leave it out"
             )
@@ -430,9 +427,14 @@ def _below(base, value):
     return base / value if isinstance(value, Path) else value
 
 
+def _attack_defaults(opt):
+    """Values (dict) of the attack's options that the user did not ask for: a script may have its own."""
+    return ATTACK_DEFAULTS | getattr(opt, "defaults", {})
+
+
 def _forget_the_attack(opt):
     """Of data of the user's own nobody knows the attack: put `UNKNOWN` in the place of its options."""
-    defaults = ATTACK_DEFAULTS | getattr(opt, "defaults", {})  # a script's own are not what the user asked for
+    defaults = _attack_defaults(opt)
     for name, value in UNKNOWN.items():
         if hasattr(opt, name):
             if getattr(opt, name) != defaults[name]:

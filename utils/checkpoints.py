@@ -38,23 +38,11 @@ def refuse_other(found, opt, what, names=IDENTITY):
         )
 
 
-def refuse_other_size(made, opt, path):
-    """Raise a `UserError` where ``path``, a checkpoint or a record that holds ``made`` (dict), was made with another --image_size than
-    the options say."""
-    differ = conflict(made.get("options", {}), {"image_size": getattr(opt, "image_size", None)}, ["image_size"])
-    if differ:
-        held, asked = differ
-        raise UserError(
-            f"{path} was made with {held}, but this step was asked for {asked}: its images have another size; give the same to "
-            f"every step, or run the steps from the first with it"
-        )
-
-
 def refuse_other_data(made, digest, path, opt):
     """Raise a `UserError` where ``path``, a checkpoint or a record that holds ``made`` (dict), is of another poisoned set than
     that of the ``digest``, which the options give; an older one may not say of which."""
     if made.get("poisoned_digest") not in (None, digest):
-        refuse_other_size(made, opt, path)
+        refuse_other(made.get("options", {}), opt, path, ["image_size"])
         raise UserError(
             f"{path} was made on data in which other samples are poisoned or carry another trigger, although the options agree: "
             f"its training set is not the one under --data_root, or a file behind the trigger (a picture, an encoder, a benign "
@@ -201,6 +189,11 @@ def _alike(value, expected):
     if isinstance(expected, dict):  # a Counter of epochs, in a schedule of steps
         return isinstance(value, dict) and all(_alike(part, 0) for item in value.items() for part in item)
     return isinstance(value, type(expected))
+
+
+def anew_of(path, script, command):
+    """What `manifest.anew` gives of the run of a ``script`` that wrote the checkpoint ``path``, whose record lies beside it."""
+    return anew(read_record(path.with_name("options.json")) or {}, script, command)
 
 
 def latest_checkpoint(folder, epochs, command):

@@ -54,7 +54,7 @@ def _print_no_more():
 def _heed_interruptions(over):
     """Let SIGTERM, a scheduler's polite end, be that of Ctrl-C, and neither be lost: what comes up while an object is deleted, such as
     a loader whose workers end, Python cannot raise; it is raised again a little later. ``over``: a `threading.Event`, set when there is
-    nothing left to interrupt. Returns what makes an end of that, unless there was an interruption."""
+    nothing left to interrupt. Without an interruption that ends with `at_exit`."""
     before, interrupted = sys.unraisablehook, threading.Event()
 
     def interrupt(number, frame):
@@ -79,7 +79,7 @@ def _heed_interruptions(over):
 
     signal.signal(signal.SIGTERM, interrupt)
     sys.unraisablehook = unraisable
-    return settle
+    at_exit.callback(settle)
 
 
 def _was_interrupted(error):
@@ -102,8 +102,8 @@ def run_script(main):
         at_exit.enter_context(redirect_stdout(silence))
         at_exit.enter_context(redirect_stderr(silence))
     over = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()  # which alone hears signals
-    settle = _heed_interruptions(over) if in_main else over.set
+    if threading.current_thread() is threading.main_thread():  # which alone hears signals
+        _heed_interruptions(over)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
@@ -162,7 +162,6 @@ def run_script(main):
         sys.exit(130)
     finally:
         at_exit.close()
-        settle()
 
 
 def is_lack_of_memory(error):

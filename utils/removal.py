@@ -31,9 +31,9 @@ def load_start(opt):
     step_before, epochs = (BEFORE[1], 25) if opt.dataset == "imagenet" else (BEFORE[0], 200)
     command = f"{python(f'{step_before}.py')} {args.attack_arguments(opt)} --epochs {epochs}"
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
-    if opt.model not in MODELS and not os.path.exists(path):
-        raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
     if opt.model not in MODELS:
+        if not os.path.exists(path):
+            raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
         command = "torch.save(model.state_dict(), FILE), where the network is at hand"
     if opt.checkpoint_load and CLEANED in path.stem:  # of this step itself
         command = f"{python(f'{STEP}.py')} {args.secure_arguments(opt)}"

@@ -7,7 +7,7 @@ import numpy as np
 
 from models import MODELS
 from utils import args
-from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data, refuse_other_size
+from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
@@ -57,15 +57,13 @@ def load_samples(opt, spec, flags):
     """
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
-    finder = opt
+    finder, given = opt, getattr(opt, "samples", None)
     if opt.model not in MODELS:  # a network from elsewhere is cleaned with samples that one of ours has found
         finder = copy(opt)
         finder.model, finder.samples = "resnet10", None
     command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
-    if not (folder / "options.json").is_file() and (opt.model not in MODELS or getattr(opt, "samples", None)):
-        what = (
-            f"there are no separated samples in {shown(folder)}" if opt.samples else f"{opt.model} separates no samples"
-        )
+    if not (folder / "options.json").is_file() and (given or opt.model not in MODELS):
+        what = f"there are no separated samples in {shown(folder)}" if given else f"{opt.model} separates no samples"
         raise UserError(
             f"{what}; those of a network of this project go with --samples, such as {shown(samples_folder(finder))}, made with: {command}"
         )
@@ -156,7 +154,7 @@ def images_of(samples, dataset, opt):
     """
     path, record = record_of_samples(opt)
     if of_other_data(record, dataset.record):
-        refuse_other_size(record, opt, shown(path))
+        refuse_other(record.get("options", {}), opt, shown(path), ["image_size"])
         raise UserError(
             f"the data under {shown(opt.data_root)} has changed since {shown(path)} was written; run SD again"
         )
