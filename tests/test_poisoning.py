@@ -31,7 +31,7 @@ TRIGGERS = (
 
 def options(**changes):
     attack = {"trigger_type": "gridTrigger", "target_type": "all2one", "target_label": 0, "poison_rate": 0.1, "seed": 0}
-    return SimpleNamespace(**{**attack, **changes})
+    return SimpleNamespace(**{"image_size": None, **attack, **changes})
 
 
 def make_dataset(train=400, test=120):
