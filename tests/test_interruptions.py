@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from steps import Step, moments
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS
 
 from utils import run as life
-from utils.files import csv_writer
+from utils.files import csv_writer, make_folder
 from utils.steps import Step as Command
 
 RATIOS = ["--clean_ratio", "0.2", "--poison_ratio", "0.05"]
@@ -342,6 +343,19 @@ def test_a_polite_end_of_the_workers_too_says_one_line(fashion, tmp_path):
         _, errors = step.communicate(timeout=120)
     assert step.returncode == 130 and [line for line in errors.splitlines() if line] == [errors.strip()], errors
     assert "interrupted" in errors
+
+
+def test_the_trial_whether_a_folder_can_be_written_to_has_no_name_to_leave_behind(tmp_path, monkeypatch):
+    seen, make = [], tempfile.TemporaryFile
+
+    def watched(**where):
+        file = make(**where)
+        seen.append(os.listdir(tmp_path))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", watched)
+    make_folder(tmp_path)
+    assert seen == [[]]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

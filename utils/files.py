@@ -46,7 +46,7 @@ def make_folder(folder, option="--output_root"):
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # on Linux without a name, which a killed step would leave there
             pass
     except OSError as error:
         reason = "a file, or a link to nothing, has this name" if isinstance(error, FileExistsError) else error.strerror
