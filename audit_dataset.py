@@ -95,7 +95,7 @@ def get_parser():
     parser.add_argument("--epochs", type=args.positive_int, default=EPOCHS, help="epochs of training")
     parser.add_argument(
         "--batch_size",
-        type=args.positive_int,
+        type=args.number(int, 2),
         help=f"of training; default: {BATCH_AND_LR[False][0]}, and {BATCH_AND_LR[True][0]} below {SMALL} images",
     )
     parser.add_argument(
@@ -160,7 +160,11 @@ def plan(opt, resolved, words, where, poisoned):
     train = ["--epochs", opt.epochs, "--cosine_epochs", opt.epochs, "--batch_size", batch_size, "--lr", lr]
     train = [*map(str, train), "--eval_freq", "0"]
     model, record = folder / f"{opt.epochs - 1}.tar", folder / "options.json"
-    steps = {"train": Step("train_attack_noTrans.py", [*words, *train, *where], model, record, [], digest)}
+
+    def of_this_set(made):
+        return made.get("poisoned_digest", digest) == digest
+
+    steps = {"train": Step("train_attack_noTrans.py", [*words, *train, *where], model, record, [], of_this_set)}
     fct = fct_path(model, "fct.json")
     load = [*tau_words(TAU), "--checkpoint_load", typed(model)]
     steps["fct"] = Step("calculate_consistency.py", [*words, *load, *where], fct, fct, [steps["train"]])
@@ -201,7 +205,9 @@ def separation(resolved, words, where, steps, targets, tau, poison_ratio, order)
     record = separated_folder(resolved) / "options.json"
     load = [*tau_words(tau), "--checkpoint_load", typed(model)]
     needs = [steps["fct"], *([Step("audit_dataset.py", [], order, order, [])] if targets else [])]
-    return Step("separate_samples.py", [*words, *load, *more, *where], record, record, needs, steps["train"].digest)
+    return Step(
+        "separate_samples.py", [*words, *load, *more, *where], record, record, needs, steps["train"].of_this_set
+    )
 
 
 def defences(words, where, poison_ratio, dataset):
@@ -300,7 +306,7 @@ def refuse_samples_of_others(separate, verdict, opt):
     """Refuse to replace separated samples of this very data that are not those of the last audit, which ``verdict`` (path of the JSON)
     tells of, unless --overwrite is given. ``separate``: the step that would."""
     held = read_record(separate.record) or {}
-    same_data = held.get("poisoned_digest", separate.digest) == separate.digest
+    same_data = separate.of_this_set(held)
     own = separate.record.is_file() and (read_record(verdict) or {}).get("samples") == sha256(separate.record)
     if held and same_data and not own and not opt.overwrite and not separate.is_done():
         raise UserError(

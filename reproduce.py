@@ -33,6 +33,7 @@ from utils.device import choose_runtime
 from utils.errors import UserError, refuse_several_processes, run_script
 from utils.files import bytes_writer, csv_writer, make_folder, read_json, read_record, refuse_users_own, write_together
 from utils.manifest import conflict, made_with, plain_options, verify, write_options
+from utils.metrics import SELECTED_BY
 from utils.paths import ROOT, attack_and_ratios, python, quoted, shown
 from utils.records import (
     DETECTION,
@@ -61,7 +62,7 @@ from utils.rows import (
     trained_step,
     unlearning_log,
 )  # fmt: skip
-from utils.steps import end_steps, list_commands, run, say_where
+from utils.steps import StepError, end_steps, list_commands, run, say_where
 
 
 def get_parser():
@@ -129,9 +130,10 @@ def settled(options):
     return {**options, **{name: value for name, value in usual.items() if options.get(name) is None}}
 
 
-def refuse_other_result(path, opt, files):
+def refuse_other_result(path, opt, files, ledger):
     """Refuse to replace the table whose manifest is ``path`` where it is of another row, preset, data set, model, seed or rate, or
-    where there is none and one of the ``files`` (paths) is the user's own, unless --overwrite is given."""
+    where there is none and one of the ``files`` (paths) is the user's own, unless --overwrite is given; the ``ledger`` (path), its
+    steps' seconds, is removed then."""
     record = read_record(path)
     if not record and not opt.overwrite:
         refuse_users_own(files, "result", "--name or --out")
@@ -147,6 +149,8 @@ def refuse_other_result(path, opt, files):
         raise UserError(
             f"{shown(path)} and the table beside it are of {differ[0]}, not of {differ[1]}; give another --name or --out, or --overwrite"
         )
+    if differ:  # the seconds kept there are of other steps
+        ledger.unlink(missing_ok=True)
 
 
 def detected_by(steps, names=()):
@@ -217,20 +221,34 @@ def run_table(opt):
         numbers = {}
         for cell, steps, _ in plans:
             print(f"# {_name_of(cell)}")
-            list_commands(steps, numbers)
+            list_commands(steps, numbers, opt.overwrite)
         return
 
     make_folder(table.with_suffix(""), "--out")
     check_place(table)
     say_where()
-    stop = threading.Event()
+    stop, several, failed, stopped = threading.Event(), (opt.jobs or 1) > 1, set(), []
+
+    def attempt(cell, steps, resolved):
+        """Run a cell. One that stops does not keep those from running that have no step that ended so."""
+        if failed.isdisjoint(step.command for step in steps.values()):
+            try:
+                _run_cell(cell, steps, resolved, table, stop, several)
+                return
+            except UserError as error:
+                failed.update([error.command] if isinstance(error, StepError) else [])
+                reason = str(error)
+        else:
+            reason = "it has a step that ended so before"
+        stopped.append(f"{_name_of(cell)}: {reason}")
+        print(f"{_name_of(cell)} is not done: {reason}", flush=True)
 
     def run_row(row):  # its cells share steps, so they run one after the other
-        for cell, steps, resolved in plans:
-            if (cell.row, cell.seed) == row:
-                _run_cell(cell, steps, resolved, table, stop, quiet=(opt.jobs or 1) > 1)
+        for plan_of_cell in plans:
+            if (plan_of_cell[0].row, plan_of_cell[0].seed) == row:
+                attempt(*plan_of_cell)
 
-    if (opt.jobs or 1) > 1:
+    if several:
         with ThreadPoolExecutor(opt.jobs) as pool:
             try:
                 running = [pool.submit(run_row, row) for row in rows]
@@ -240,15 +258,14 @@ def run_table(opt):
                 pool.shutdown(wait=False, cancel_futures=True)
                 end_steps(stop)
                 raise
-        failed = [str(one.exception()) for one in running if isinstance(one.exception(), UserError)]
         for one in running:
-            if one.exception() and not isinstance(one.exception(), UserError):
+            if one.exception():
                 raise one.exception()
-        if failed:
-            raise UserError(f"{len(failed)} of {len(rows)} rows stopped: {'; '.join(failed[:3])}")
     else:
-        for cell, steps, resolved in plans:
-            _run_cell(cell, steps, resolved, table, stop)
+        for plan_of_cell in plans:
+            attempt(*plan_of_cell)
+    if stopped:
+        raise UserError(f"{len(stopped)} of {len(cells)} cells are not done: {'; '.join(stopped[:3])}")
     collect(table.with_suffix(""), table)  # a run that was killed may have left a record out
     place = "" if table.parent == ROOT / "results" else f" --results {quoted(table.parent)}"
     print(f"The table is {shown(table)}; beside the paper's: {python('tools/make_tables.py')}{place}")
@@ -303,11 +320,12 @@ def _record_cell(path, cell, steps, resolved, made):
     if defence == "D-BR":
         last = steps["unlearn_relearn"]
         log = read_log(last, unlearning_log(steps))
-        best, after = log.loc[(log["ACC_paper"] - log["ASR"]).idxmax()], log.iloc[-1]
+        after = log.iloc[-1]
     else:
         log, last = read_log(steps["train_classifier"]), steps["test"]
-        best = log.loc[log["ACC"].idxmax()]
         after = read_figures(last, last.output, MEASURES)
+    _, score = SELECTED_BY[defence]
+    best = log.loc[score(log).idxmax()]
     data = read_json(trained.record)["data"]
     options = trained.options()
     record = read_record(trained.record)
@@ -351,17 +369,18 @@ def main(argv=None):
     steps, resolved = plan(opt)
     name = opt.name or ("quickstart" if opt.preset == "quickstart" else f"{opt.row}_{resolved.dataset}")
     if opt.dry_run:
-        list_commands(steps, {})
+        list_commands(steps, {}, opt.overwrite)
         return
     make_folder(opt.out, "--out")
     pictures = {
         opt.out / f"{name}_samples.png": steps["train_attack_noTrans"].output.with_name("samples.png"),
         opt.out / f"{name}_fct.jpg": steps["visualize_consistency"].output,
     }
-    refuse_other_result(opt.out / f"{name}_manifest.json", opt, [opt.out / f"{name}.csv", *pictures])
+    ledger = opt.out / f"{name}_seconds.json"
+    refuse_other_result(opt.out / f"{name}_manifest.json", opt, [opt.out / f"{name}.csv", *pictures], ledger)
     started = time.perf_counter()
     say_where()
-    seconds = run(steps, opt, opt.out / f"{name}_seconds.json")
+    seconds = run(steps, opt, ledger)
 
     rows = result_rows(steps)
     writers = {opt.out / f"{name}.csv": csv_writer(rows)}

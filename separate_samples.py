@@ -52,7 +52,8 @@ def get_parser():
         type=args.natural,
         nargs="+",
         metavar="LABEL",
-        help="not in the paper: D_p takes poison_ratio of all samples from those with these labels alone",
+        help="not in the paper: D_p takes poison_ratio of all samples from those with these labels alone, numbers from 0 in the order of "
+        "the classes' names",
     )
     parser.add_argument(
         "--poison_order", type=args.file, metavar="FILE",
@@ -132,6 +133,8 @@ def main(argv=None):
         order, by = (own_order, shown(opt.poison_order)) if opt.poison_order else (fct, "FCT")
         flags = confine(flags, order, among, opt.poison_ratio, opt.seed)
         poison_rule = f"{by} >= {order[flags == POISON].min():g}"
+        if opt.poison_classes:
+            poison_rule += f", of {', '.join(f'{label} ({dataset.classes[label]})' for label in opt.poison_classes)}"
     alike = found_alike(path, opt, dataset) if opt.poison_alike else None
     if alike is not None:
         flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)

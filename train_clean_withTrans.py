@@ -14,7 +14,7 @@ from utils.engine import prepare, train_epoch
 from utils.errors import run_script
 from utils.losses import cross_entropy
 from utils.metrics import evaluate
-from utils.paths import benign_folder, shown
+from utils.paths import benign_folder, clean_arguments, python, shown
 from utils.run import Run
 from utils.transforms import CropFlip
 
@@ -34,7 +34,7 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
-    command = f"python {STEP}.py --dataset {opt.dataset} --model {opt.model}"
+    command = f"{python(f'{STEP}.py')} {clean_arguments(opt)}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [STEP], IDENTITY) if opt.checkpoint_load else None
 
     dataset = args.load_data(opt)

@@ -53,7 +53,8 @@ def get_parser():
     parser.add_argument(
         "--checkpoint_save",
         type=args.file,
-        help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar, of a plain state dict .pth",
+        help="the cleaned model; default: <checkpoint_load>_unlearn_purify.tar, of a plain state dict .pth; of a model of "
+        "this step that goes on, itself",
     )
     args.add_samples_option(parser)
     args.add_validation_option(parser, "D_c and of D_p")

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
-from models import SupConResNet
+from models import SupConResNet, logits_of
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, anew_of, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
@@ -69,7 +69,7 @@ def main(argv=None):
     extractor, classifier = runtime.place(extractor).eval(), classifier.to(runtime.device)
 
     normalize = Normalize(dataset.spec, runtime.device)
-    result = evaluate(lambda x: classifier(extractor.features(x)), tests, normalize, runtime)
+    result = evaluate(lambda x: logits_of(classifier, extractor.features(x)), tests, normalize, runtime)
     print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
     make_folder(classifier_path.parent)
     target = classifier_path.with_name(f"{classifier_path.stem}_test.json")

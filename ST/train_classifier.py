@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import SupConResNet
+from models import SupConResNet, logits_of
 from ST.losses import classify
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, anew_of, latest_of_runs, load_checkpoint, refuse_other_inputs
@@ -119,7 +119,7 @@ def main(argv=None):
     objective = partial(classify, extractor=extractor, poison_weight=opt.poison_weight, bound=bound)
 
     def network(images):
-        return classifier(extractor.features(images))
+        return logits_of(classifier, extractor.features(images))
 
     inputs = [path, *sample_files(opt, [CLEAN, POISON])]
     run = Run(
@@ -141,7 +141,7 @@ def main(argv=None):
     if held_out:
         epoch = best_epoch(run.history, "val_acc_Dc")
         print(f"The held-out samples choose epoch {epoch + 1}: {shown(folder / f'ckpt_epoch_{epoch}.pth')}")
-    say_selection(run.history, "ACC", lambda row: row["ACC"])
+    say_selection(run.history, "D-ST")
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -59,7 +59,10 @@ def get_parser():
         help="epochs at which the rate drops without --cosine; default: 700 800 900",
     )
     parser.add_argument(
-        "--lr_decay_rate", type=args.share, default=0.1, help="factor of a drop; cosine ends at its cube"
+        "--lr_decay_rate",
+        type=args.share,
+        default=0.1,
+        help="factor of a drop; --cosine ends at its cube times learning_rate",
     )
     parser.add_argument(
         "--save_freq", type=args.positive_int, default=20, help="epochs between checkpoints that are kept"

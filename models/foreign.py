@@ -73,6 +73,11 @@ def build_foreign(name, state, path, dataset, spec):
             f"{name} cannot be trained on images of {spec.size} pixels ({reason}); try a larger --image_size"
         ) from None
     load_weights(network, state, path)
+    if hasattr(network, "transform_input"):  # an attribute, which a state dict does not hold
+        print(
+            f"torchvision's {name}(weights=...) rescales its input (transform_input), and a state dict does not tell. If this network was "
+            f"made so, on images normalised with ImageNet's values, give --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5, which is the same"
+        )
     return Foreign(network)
 
 

@@ -131,7 +131,16 @@ class ResNet(torchvision.models.ResNet):
         return torch.flatten(self.avgpool(x), 1)
 
     def forward(self, x):
-        return self.fc(self.features(x))
+        features = self.features(x)
+        return self.fc(features) if self.training else logits_of(self.fc, features)
+
+
+def logits_of(layer, features):
+    """Logits float32 (N, K) that the last ``layer`` makes of features (N, D), for a prediction, under autocast too: rounded to
+    bfloat16 the two highest of an image are often equal (2 to 7 in a thousand), and `argmax` then takes the lower class, which the
+    default target is."""
+    with torch.autocast(features.device.type, enabled=False):
+        return layer(features.float())
 
 
 def _stem(name, size, usual):

@@ -316,6 +316,12 @@ def test_d_p_of_some_classes_alone():
     assert ((confined == 0) == ((flags == 0) & (confined != 2))).all()
     with pytest.raises(UserError, match="50 samples, less than"):
         of_classes(labels, [1], 0.5)
+    assert of_classes(labels, [1], 0.25).sum() == 50  # exactly as many as are asked for
+
+
+def test_the_classes_of_d_p_are_named(cli, words, copy):
+    said = cli("separate_samples.py", *words(copy), "--poison_classes", 1, 7, "--overwrite")
+    assert said.code == 0 and ", of 1 (class 1), 7 (class 7)), D_u" in said.out
 
 
 def test_poison_classes_and_gamma_high_exclude_one_another(cli, words, tmp_path):
@@ -336,6 +342,8 @@ def scores(*values):
         ((0.9, 0.1), 2000, 95, "poisoned"),
         ((0.1, 0.12), 2000, 95, "no evidence"),
         ((0.1, 0.17), 2000, 95, "cannot tell"),
+        ((0.1, 0.15), 2000, 95, "cannot tell"),
+        ((0.1, 0.22), 2000, 95, "poisoned"),
         ((0.1, 0.12), 900, 95, "cannot tell"),
         ((0.9, 0.2), 900, 95, "poisoned"),
         ((0.1, 0.12), 2000, 55, "cannot tell"),

@@ -185,6 +185,14 @@ def test_samples_of_d_c_that_go_with_d_p_are_doubtful():
         assert unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10) is None
 
 
+@pytest.mark.parametrize(("count", "kept"), [(10, True), (11, False)])
+def test_more_than_a_tenth_is_not_doubtful(count, kept):
+    clean, labels = np.where(np.arange(100) < count, 15.0, 1.0), np.zeros(100, dtype=np.int64)
+    poisoned, poisoned_labels = np.full(10, 20.0), np.zeros(10, dtype=np.int64)
+    found = unlearning.doubtful(*map(torch.from_numpy, (clean, poisoned, labels, poisoned_labels)), 10)
+    assert (found is not None) == kept and (not kept or found.sum() == count)
+
+
 def test_the_descent_leaves_out_what_the_ascent_took_along(cli, words, pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(unlearning, "DOUBTFUL", 1.0)  # the sets are small
 

@@ -1,5 +1,6 @@
 """CL: the adversarial perturbation, the benign model it needs, and what is kept of it."""
 
+import shlex
 import shutil
 
 import numpy as np
@@ -152,3 +153,11 @@ def test_a_benign_checkpoint_that_does_not_say_its_network_is_one_line(model, be
     torch.save(content, tmp_path / "benign.tar")
     said = cli("train_attack_noTrans.py", *words(tmp_path), *CL, "--benign_checkpoint", tmp_path / "benign.tar")
     assert said.code == 2 and "does not say which of" in said.err and said.err.count("\n") == 1, said.err
+
+
+def test_what_makes_a_missing_benign_checkpoint_is_said_with_the_options(cli, words, tmp_path):
+    said = cli("train_clean_withTrans.py", *words(tmp_path), "--seed", 3, "--checkpoint_load", tmp_path / "none.tar")
+    command = shlex.split(said.err.split("Make it with: ")[1])
+    assert said.code == 2 and command[:2] == ["python", "train_clean_withTrans.py"]
+    for name in ("--data_root", "--output_root", "--seed"):
+        assert name in command

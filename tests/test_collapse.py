@@ -10,7 +10,7 @@ import torch
 
 from utils import fct
 
-WARNING = "the network has collapsed"
+WARNING = "the network has collapsed. "
 
 
 def test_step_3_warns_of_a_network_that_gives_all_images_the_same_features(cli, words, copy):
@@ -61,4 +61,5 @@ def test_step_3_warns_from_one_per_cent_on(zeros, warned, monkeypatch, capsys):
     opt = SimpleNamespace(trans1="crop", trans2="none", draws=1, batch_size=7, seed=5)
     _, found = fct.fct_of_network("x", None, None, SimpleNamespace(spec=None), SimpleNamespace(images=None), opt)
     assert found == {"zeros": zeros, "feature_norm": 1}
-    assert (f"{WARNING}, 4.0 %" in capsys.readouterr().out) == warned
+    said = capsys.readouterr().out
+    assert ("Warning: 4.0 % of the samples" in said) == (WARNING in said) == warned

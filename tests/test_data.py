@@ -231,12 +231,12 @@ def test_a_data_set_that_cannot_be_downloaded_says_where_it_belongs(tmp_path):
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path, "w") as file:
-        file.write("half")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"half")
         raise ZeroDivisionError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with atomic_write(path, "w") as file:
-        file.write("new")
+    with atomic_write(path) as file:
+        file.write(b"new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 

@@ -111,6 +111,28 @@ def test_combine_with_zeros_equal_values_and_outliers():
     assert (combine(np.zeros((2, 9), np.float32)) == 0).all()
 
 
+def test_combine_keeps_what_is_not_finite_so_that_it_is_refused():
+    values = np.exp(np.random.default_rng(0).normal(0, 1, (2, 40))).astype(np.float32)
+    finite = combine(values[:, 2:])
+    values[0, 0], values[1, 1] = np.nan, np.inf
+    found = combine(values)
+    assert np.isnan(found[:2]).all()
+    np.testing.assert_array_equal(found[2:], combine(np.where(np.isfinite(values), values, 0))[2:])
+    assert np.isfinite(finite).all()
+
+
+def test_features_that_overflow_stop_step_3_under_auto_too(cli, words, copy):
+    path = max((copy / "saved/backdoored_model").rglob("noTrans_ftsimi/**/1.tar"))
+    content = torch.load(path, weights_only=True)
+    name = next(name for name in content["model"] if name.startswith("layer4") and name.endswith("bn2.weight"))
+    content["model"][name] *= 1e38
+    torch.save(content, path.with_name("huge.tar"))
+    for tau in (["--trans1", "flip", "--trans2", "none"], ["--trans1", "auto"]):
+        said = cli("calculate_consistency.py", *words(copy), *tau, "--checkpoint_load", path.with_name("huge.tar"))
+        assert said.code == 2 and "FCT is not finite for" in said.err
+    assert not path.with_name("huge_all.txt").exists()
+
+
 def test_a_tau_that_breaks_the_trigger_decides_whichever_it_is():
     rng = np.random.default_rng(1)
     for breaks in (0, 1):
@@ -358,6 +380,16 @@ def test_even_takes_no_more_of_a_label_than_of_the_median_one():
     share, even = (separate(fct, low, high, 0.29, 0.05, 0, labels=labels, even=even) for even in (False, True))
     np.testing.assert_array_equal(np.flatnonzero(share == 2), np.flatnonzero(even == 2))
     for label, size in enumerate((2, 5, 7, 7)):  # the median of the sizes is 25
+        rows = np.flatnonzero(labels == label)
+        lowest = set(rows[np.argsort(fct[rows])][:size])
+        assert set(np.flatnonzero((even == 0) & (labels == label))) == lowest - set(np.flatnonzero(even == 2))
+
+
+def test_even_goes_by_the_median_and_not_by_the_mean():
+    fct, labels = distinct(), np.repeat(np.arange(4), (5, 15, 20, 60))
+    low, high = gammas_of_ratios(fct, 0.4, 0.05)
+    even = separate(fct, low, high, 0.4, 0.05, 0, labels=labels, even=True)
+    for label, size in enumerate((2, 6, 7, 7)):  # 0.4 of 17.5, the median; of 25, the mean, it would be 10
         rows = np.flatnonzero(labels == label)
         lowest = set(rows[np.argsort(fct[rows])][:size])
         assert set(np.flatnonzero((even == 0) & (labels == label))) == lowest - set(np.flatnonzero(even == 2))

@@ -12,7 +12,7 @@ from conftest import write_folder
 from test_bad_input import refused
 
 from models.foreign import NAMES, build_foreign, is_state_dict, plain_state, precision_of
-from utils.datasets import Spec
+from utils.datasets import DATASETS, Spec
 from utils.errors import UserError
 from utils.files import load_tensors
 
@@ -171,13 +171,14 @@ def test_a_plain_state_dict_is_cleaned_and_given_back_in_its_form(cli, place):
     assert (root / "theirs.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "module", "step"])
+@pytest.mark.parametrize("kind", ["state_dict", "module", "compiled", "step"])
 def test_a_state_dict_as_training_scripts_save_it_is_found(cli, place, kind):
     root, _ = place
     plain = load_tensors(root / "theirs.pth", "", "")
     content = {
         "state_dict": {"epoch": 3, "state_dict": plain},
         "module": {f"module.{name}": value for name, value in plain.items()},
+        "compiled": {f"_orig_mod.module.{name}": value for name, value in plain.items()},
         "step": {"model": plain, "step": 1000, "optimizer": {}},
     }
     torch.save(content[kind], root / f"{kind}.pth")
@@ -185,6 +186,14 @@ def test_a_state_dict_as_training_scripts_save_it_is_found(cli, place, kind):
     assert result.code == 0 and f"{kind}.pth" in result.out and "take" in result.out, result.err
     assert list(load_tensors(root / f"{kind}_unlearn_purify.pth", "", "")) == list(plain)
     assert f"{kind}_unlearn_purify.pth" in json.loads((root / f"{kind}_unlearn_purify.json").read_text())["outputs"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("googlenet", True), ("resnet18", False)])
+def test_an_input_that_the_network_may_rescale_by_itself_is_told(name, said, capsys):
+    more = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    state = torchvision.models.get_model(name, num_classes=10, **more).state_dict()
+    build_foreign(name, state, "theirs.pth", "cifar10", DATASETS["cifar10"])
+    assert ("give --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5" in capsys.readouterr().out) == said
 
 
 def test_what_does_not_fit_is_refused_in_one_line(cli, place, tmp_path):

@@ -119,6 +119,18 @@ def test_forward_is_the_last_layer_on_the_features(name, size):
         assert model(inputs).shape == (2, 7)
 
 
+def test_under_autocast_two_classes_do_not_tie_and_the_lower_does_not_win():
+    model = shake(build_model("resnet10", "cifar10", 7))
+    with torch.no_grad():
+        model.fc.weight[:], model.fc.bias[:] = 0, 100.0  # in bfloat16 the next number is 100.5
+        model.fc.bias[5] = 100.1
+        inputs = torch.randn(3, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, trained = model(inputs), model.train()(inputs)
+    assert logits.dtype == torch.float32 and (logits.argmax(1) == 5).all()
+    assert trained.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("stem", ["pool", "plain"])
 def test_resnet18_equals_torchvisions_with_its_stem_exchanged(stem):
     own = shake(ResNet("resnet18", 10, stem))

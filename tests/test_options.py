@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT, load_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bad_input import refused, snapshot
 from test_pipeline import EXTRACTOR, NO_TRANS, TUNED, WITH_TRANS
@@ -103,6 +103,7 @@ def bad_command(draw):
 
 @settings(max_examples=160, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(command=bad_command())
+@example(command=("train_attack_noTrans.py", ["--_", "\r"]))
 def test_bad_command_lines_end_in_one_line_and_leave_no_file(command, cli, words, pipeline, monkeypatch, tmp_path):
     script, mistake = command
     monkeypatch.chdir(tmp_path)

@@ -174,7 +174,8 @@ def test_the_test_step_agrees_with_the_classifiers_log(pipeline):
     assert [result[name] for name in ("ACC", "ASR", "R_ACC")] == pytest.approx(last[["ACC", "ASR", "R_ACC"]].tolist())
 
 
-NOT_IN_THE_PAPER = {  # options whose choice of samples a ground truth would help
+NOT_IN_THE_PAPER = {  # options whose choice of samples, or of an epoch, a ground truth would help
+    "train_attack_withTrans.py": ["--val_ratio", 0.2],
     "calculate_consistency.py": ["--trans1", "auto"],
     "calculate_gamma.py": ["--auto"],
     "separate_samples.py": ["--trans1", "auto", "--clean_per_class", "--clean_even", "--poison_alike"],
@@ -206,6 +207,8 @@ def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monke
     def scrambled(dataset, opt):
         poisoned = honest(dataset, opt)
         swap = {"true_labels": rng.permutation(poisoned.true_labels), "is_clean": rng.permutation(poisoned.is_clean)}
+        assert dataset.record  # of the data as it is
+        dataset.train_labels[:] = rng.permutation(dataset.train_labels)
         return poisoning.PoisonedSet(**{**vars(poisoned), **swap})
 
     monkeypatch.setattr(poisoning, "poison_training_set", scrambled)
@@ -221,7 +224,22 @@ def test_no_defence_step_reads_the_ground_truth(pipeline, words, tmp_path, monke
         elif path.name.endswith(("_all.txt", "_fct.csv", "_order.npy", "samples.npy")):
             assert path.read_bytes() == other.read_bytes(), path
             compared += 1
+        elif path.suffix == ".csv":
+            logs = [pd.read_csv(one).filter(regex="^val_") for one in (path, other)]
+            pd.testing.assert_frame_equal(*logs)
     assert compared >= 15
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "batches"),
+    [
+        (f"{NO_TRANS}/1.tar", "bn1", 14), (f"{TUNED}/1.tar", "bn1", 28), (f"{WITH_TRANS}/1.tar", "bn1", 14),
+        (f"{WITH_TRANS}/1_unlearn_purify.tar", "bn1", 28), (f"{EXTRACTOR}/last.pth", "encoder.bn1", 14),
+    ],
+)  # fmt: skip
+def test_networks_train_by_the_statistics_of_their_batches(pipeline, name, layer, batches):
+    state = torch.load(pipeline / name, weights_only=True)["model"]
+    assert state[f"{layer}.num_batches_tracked"] == batches
 
 
 RESUMED = [

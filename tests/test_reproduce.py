@@ -13,17 +13,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, load_script, run_cli
+from PIL import Image
 from test_bad_input import refused
-from test_pipeline import NO_TRANS, TUNED, same_weights
+from test_pipeline import EXTRACTOR, NO_TRANS, TUNED, same_weights
 
 from utils.errors import UserError
 from utils.manifest import write_options
 from utils.records import DETECTION, MEASURES
-from utils.rows import PRESET_DATA, PRESETS, plan
+from utils.rows import PRESET_DATA, PRESETS, TrainingSet, one_cell, plan, resolve
 from utils.run import Run
 from utils.steps import Step, end_steps, run, run_apart
 
@@ -259,9 +261,9 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(
     assert not step.is_done() and step.interrupted_at() is None
     step.needs = [SimpleNamespace(output=tmp_path / "removed to save space")]
     assert not step.is_done() and step.interrupted_at() is None
-    step.needs, step.digest = [], "a" * 64  # of a training set that took the place of the one it was trained on
+    step.needs, step.of_this_set = [], lambda made: False  # another took the place of the set it was trained on
     assert not step.is_done() and step.interrupted_at() is None
-    step.needs, step.digest = [SimpleNamespace(output=source, record=source)], None
+    step.needs, step.of_this_set = [SimpleNamespace(output=source, record=source)], None
     opt.overwrite = True  # which replaces what is of other settings, and begins nothing anew
     monkeypatch.setattr(Run, "finish_epoch", interrupt)
     with pytest.raises(UserError, match="code 130"):
@@ -290,7 +292,101 @@ def test_fct_of_another_precision_is_taken_again_and_a_network_is_not_trained_ag
         "--batch_size",
         "64",
     )
-    assert is_done(*network) and is_done(*network, "--precision", "bfloat16")
+    ran_in = json.loads((pipeline / NO_TRANS / "options.json").read_text())["ran_in"]["precision"]
+    asked = {name: is_done(*network, "--precision", name) for name in ("auto", "float32", "bfloat16")}
+    assert asked == {"auto": True, "float32": ran_in == "float32", "bfloat16": ran_in == "bfloat16"}
+
+
+def test_an_interrupted_training_goes_on_in_its_own_precision_alone(copy, words):
+    record = copy / NO_TRANS / "options.json"
+    content = json.loads(record.read_text())
+    ran_in = content["ran_in"]["precision"]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[ran_in]
+    for held, goes_on in (("auto", {"auto", ran_in}), (ran_in, {ran_in}), (other, set())):
+        changed = {**content, "epochs_done": 1, "options": {**content["options"], "precision": held}}
+        if held == other:
+            changed["ran_in"] = {**content["ran_in"], "precision": other}
+            goes_on = {other}
+        record.unlink()
+        record.write_text(json.dumps(changed))
+        for asked in ("auto", "float32", "bfloat16"):
+            more = [*map(str, words(copy)), "--epochs", "2", "--batch_size", "64", "--precision", asked]
+            step = Step("train_attack_noTrans.py", more, copy / NO_TRANS / "1.tar", record, [])
+            assert (step.interrupted_at() is not None) == (asked in goes_on), (held, asked)
+
+
+@pytest.fixture
+def other_data(data_root, tmp_path):
+    """A data root with as many images under the same names, each turned to its negative."""
+    for path in (data_root / "cifar10").rglob("*.png"):
+        place = tmp_path / "other" / path.relative_to(data_root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(place)
+    return tmp_path / "other"
+
+
+def test_steps_run_on_other_images_or_with_another_trigger_are_not_taken_for_done(
+    pipeline, data_root, other_data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(PRESETS, "quick", TINY | {"attack": ""})
+
+    def set_of(root, row="BadNets-all2one"):
+        opt = one_cell("cifar10", row, "quick", 0, "D-BR", tmp_path, data_root=root)
+        return TrainingSet(resolve(opt, [])[0])
+
+    records = [f"{NO_TRANS}/options.json", f"{TUNED}/1_fct.json", f"{EXTRACTOR}/options.json"]
+    for record in (json.loads((pipeline / name).read_text()) for name in records):
+        assert set_of(data_root).is_of(record) and set_of(tmp_path / "none").is_of(record)
+        assert not set_of(other_data).is_of(record)
+    kitty = set_of(data_root, "Blend-Kitty")
+    record = {"data": kitty.record, "poisoned_digest": kitty.digest}
+    assert set_of(data_root, "Blend-Kitty").is_of(record)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "mine.png")
+    monkeypatch.setattr("utils.triggers.KITTY", tmp_path / "mine.png")
+    assert not set_of(data_root, "Blend-Kitty").is_of(record)
+
+
+def test_the_result_on_other_images_is_replaced_with_overwrite_alone(cli, copy, words, other_data):
+    common = [*words(copy), "--epochs", 1, "--batch_size", 64]
+    common[common.index("--data_root") + 1] = other_data
+    before = (copy / NO_TRANS / "1.tar").read_bytes()
+    said = cli("train_attack_noTrans.py", *common, "--epochs", 2)
+    refused(said, f"which --data_root {other_data} would replace; give --overwrite")
+    assert (copy / NO_TRANS / "1.tar").read_bytes() == before
+    assert cli("train_attack_noTrans.py", *common, "--epochs", 2, "--overwrite").code == 0
+    assert (copy / NO_TRANS / "1.tar").read_bytes() != before
+
+
+def test_a_row_on_other_data_reports_no_figures_of_the_old(
+    cli, words, data_root, other_data, tmp_path, monkeypatch, in_process
+):
+    monkeypatch.setitem(PRESETS, "quick", TINY | {"attack": ""})
+    common = ["--row", "BadNets-all2one", "--preset", "quick", "--defences", "D-BR", "--output_root", tmp_path]
+    common += ["--out", tmp_path / "results", "--data_root"]
+    assert cli("reproduce.py", *common, data_root, "--name", "a").code == 0
+    dry = cli("reproduce.py", *common, other_data, "--dry_run", "--overwrite").out
+    assert (
+        "already there" not in dry and dry.count(" --overwrite  # ") == 6
+    )  # the thresholds and the histogram have none
+    said = cli("reproduce.py", *common, other_data, "--name", "b")
+    assert said.code == 2 and f"which --data_root {other_data} would replace; give --overwrite" in said.err
+    done = cli("reproduce.py", *common, other_data, "--name", "b", "--overwrite")
+    assert done.code == 0 and "already there" not in done.out
+    of_a, of_b = (json.loads((tmp_path / f"results/{name}_manifest.json").read_text()) for name in "ab")
+    assert of_a["commands"] != of_b["commands"] and not any("--overwrite" in command for command in of_b["commands"])
+    assert cli("reproduce.py", *common, other_data, "--dry_run").out.count("already there") == 8
+
+    # What waits for a step that is to be run is not there, whatever lies in its place.
+    next((tmp_path / "saved").rglob("noTrans/**/0.tar")).unlink()
+    dry = cli("reproduce.py", *common, other_data, "--dry_run").out.splitlines()
+    waiting = [line.split()[1] for line in dry if "already there" not in line]
+    assert "train_attack_withTrans.py" not in waiting and len(waiting) == 7
+
+    # Of another row the seconds kept under this name tell nothing.
+    (tmp_path / "results/a_seconds.json").write_text(json.dumps({"calculate_gamma": 1e6}))
+    done = cli("reproduce.py", *common, other_data, "--name", "a", "--overwrite", "--precision", "float32")
+    seconds = json.loads((tmp_path / "results/a_manifest.json").read_text())["seconds"]
+    assert done.code == 0 and seconds.get("calculate_gamma", 0) < 1e5
 
 
 def test_a_record_that_is_older_than_an_option_was_made_with_its_default(cli, pipeline, words, tmp_path):
@@ -358,7 +454,7 @@ def test_the_time_of_a_training_is_in_its_log_too_and_is_of_no_other_step_in_its
         shutil.copy(pipeline / NO_TRANS / name, folder)
     steps = {
         name: SimpleNamespace(
-            record=folder / record, command="python x.py", script="x.py", words=[], is_done=lambda: True
+            record=folder / record, command="python x.py", script="x.py", words_now=lambda _: [], is_done=lambda: True
         )
         for name, record in (("training", "options.json"), ("fct", "1_fct.json"))
     }
@@ -471,10 +567,10 @@ def test_options_that_name_the_defaults_are_no_other_settings(tmp_path):
         "precision": "auto",
     }
     named = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    module.refuse_other_result(tmp_path / "m.json", module.get_parser().parse_args(named), [])
+    module.refuse_other_result(tmp_path / "m.json", module.get_parser().parse_args(named), [], tmp_path / "s.json")
     opt.seed = 1
     with pytest.raises(UserError, match="--seed 1"):
-        module.refuse_other_result(tmp_path / "m.json", opt, [])
+        module.refuse_other_result(tmp_path / "m.json", opt, [], tmp_path / "s.json")
 
 
 def test_a_row_of_poisoned_samples_alone_ends_in_its_table(cli, tmp_path, monkeypatch):

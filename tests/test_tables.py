@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.paths import secure_folder
 from utils.records import MEASURES, cell_line, read_cells
 from utils.rows import PRESETS, ROWS, TABLES, VARIANTS, changed, one_cell, plan, separating_step
-from utils.steps import Step, run
+from utils.steps import Step, StepError, run
 
 TINY = {
     "attack": "--target_label 2",
@@ -102,6 +102,17 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     assert only["loss_Dp"].notna().sum() == 3 and "loss_Dc" not in only
     assert len(pd.read_csv(out / "cifar10.csv")) == 2
 
+    # One that has nothing to be made of does not keep the next from running.
+    stopped = cli("reproduce.py", *words, "--defences", "D-BR", "--ablations", "likeness", "random_clean")
+    assert stopped.code == 2 and "1 of 2 cells are not done: BadNets-all2one_D-BR_quick_seed0_likeness: " in stopped.err
+    assert "step 3 saw no backdoor" in stopped.err
+    assert sorted(pd.read_csv(out / "cifar10_ablations.csv")["variant"]) == [
+        "oracle",
+        "oracle",
+        "random_clean",
+        "unlearn_only",
+    ]
+
     rate = cli("reproduce.py", *words, "--poison_rate", "0.2", "--dry_run")
     assert "quick_seed0_rate_0.2" in rate.out and "--poison_rate 0.2" in rate.out
     # Another network is no cell of the table, and no reason to refuse for the one that is there.
@@ -177,11 +188,13 @@ def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_
             together.wait()  # passes only where three rows run at the same time
         ran.append((cell.row, cell.defences[0], cell.device))
         if cell.row == "Trojan":
-            raise UserError("no such luck")
+            raise StepError("no such luck", steps["train_attack_noTrans"].command)
 
     monkeypatch.setattr(reproduce, "_run_cell", fake)
     words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--jobs", "3", "--devices", "cpu", "cuda:7"]
-    with pytest.raises(UserError, match="1 of 3 rows stopped: no such luck"):
+    with pytest.raises(
+        UserError, match=r"2 of 6 cells are not done: Trojan_D-BR_paper_seed0: no such luck; Trojan_D-ST_.* before"
+    ):
         reproduce.main([*words, "--output_root", str(tmp_path)])
     assert set(ran) == {("SIG", "D-BR", "cpu"), ("SIG", "D-ST", "cpu"), ("CL", "D-BR", "cuda:7"), ("CL", "D-ST", "cuda:7"),
                         ("Trojan", "D-BR", "cpu")}  # fmt: skip

@@ -193,6 +193,8 @@ def test_draws_of_a_contrastive_view_have_the_documented_ranges_and_frequencies(
     factors = parameters["factors"]
     assert factors.shape == (10000, 4)
     assert factors[:, :3].min() >= 0.6 and factors[:, :3].max() <= 1.4 and factors[:, 3].abs().max() <= 0.1
+    assert (factors[:, :3].amin(0) < 0.61).all() and (factors[:, :3].amax(0) > 1.39).all()
+    assert factors[:, 3].min() < -0.099 and factors[:, 3].max() > 0.099
     torch.testing.assert_close(factors.mean(0), torch.tensor([1, 1, 1, 0.0]), rtol=0, atol=0.01)
     order = parameters["order"]
     assert torch.equal(order.sort(1).values, torch.arange(4).expand(10000, 4))
@@ -218,6 +220,7 @@ def test_draws_of_tau_have_the_documented_ranges():
     assert 0.1 <= sigma.min() < 0.12 and 1.98 < sigma.max() <= 2
     erased = {name[2:]: value for name, value in draws["erase"].items()}
     check_boxes(erased, 32, (0.2, 0.3), (0.5, 2))
+    assert (erased["width"] >= erased["height"]).all() and (erased["width"] > 1.5 * erased["height"]).any()
     assert draws["flip"] == draws["none"] == {}
 
 

@@ -48,8 +48,8 @@ def fill(folder, names, size=(40, 40)):
 def test_a_link_is_written_through_and_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
-    with atomic_write(tmp_path / "link", "w") as file:
-        file.write("new")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no plain file"), atomic_write(tmp_path / "pipe") as file:
@@ -283,7 +283,7 @@ def test_what_an_audit_does_not_look_at_is_told(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
 def test_names_that_are_no_text_are_names(tmp_path):
-    fill(os.fsencode(tmp_path), [b"train/a/caf\xe9.png", b"train/a/1.png", b"train/b/2.png", b"train/b/3.png"])
+    fill(tmp_path, [os.fsdecode(b"train/a/caf\xe9.png"), "train/a/1.png", "train/b/2.png", "train/b/3.png"])
     data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")
     assert len(data.train_labels) == 4 and len(data.record["train"]["sha256"]) == 64
 

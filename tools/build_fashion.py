@@ -3,7 +3,7 @@
     python tools/build_fashion.py --source /usr/share/datasets/fashion-mnist --overwrite
 
 The source is the folder of Debian's package dataset-fashion-mnist, or any folder with the four original
-``*-ubyte.gz`` files. Images are kept 28x28 and grey, as they are; ``utils.datasets`` pads them.
+``*-ubyte.gz`` files. Images are kept 28x28 and grey, as they are; ``utils.loading`` pads them.
 """
 
 import gzip

@@ -157,13 +157,13 @@ def main(argv=None):
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     earlier = earlier_lines(table)
     planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}
-    lines, drawn = [], {}
+    lines, drawn, numbers = [], {}, {}
     for row, (steps, resolved, places) in planned.items():
         chosen, norms = row in rows, {}
         if chosen:
-            print(f"{row}:", flush=True)
+            print(f"{'# ' * opt.dry_run}{row}{':' * (not opt.dry_run)}", flush=True)
         if opt.dry_run:
-            list_commands(steps if chosen else {}, {})
+            list_commands(steps if chosen else {}, numbers, opt.overwrite)
             continue
         if chosen:
             make_folder(resolved.output_root)

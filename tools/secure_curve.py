@@ -97,7 +97,7 @@ def main(argv=None):
     root = opt.output_root.absolute() / f"{opt.scale}_seed{opt.seed}_curve"
     steps, results = steps_of(opt, root)
     if opt.dry_run:
-        list_commands(steps, {})
+        list_commands(steps, {}, opt.overwrite)
         return
     variant = [opt.variant] if opt.variant else []
     name = "_".join(["secure_curve", opt.row, opt.scale, *variant, *args.table_and_seed(opt)])

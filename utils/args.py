@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         return options, rest
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -347,7 +347,7 @@ def check(opt, base=None):
     """Checks that look at several options, or at more than their spelling. ``base``: the folder in which paths are meant, where
     that is not the current one. Raises `UserError`."""
     for name, value in vars(opt).items() if base else ():
-        setattr(opt, name, _below(base, value))
+        setattr(opt, name, _each_path(base.__truediv__, value))
     streamed = DATASETS[opt.dataset].streamed  # the number of classes is then what the folder holds
     if DATASETS[opt.dataset].own:
         _forget_the_attack(opt)
@@ -397,7 +397,7 @@ def check(opt, base=None):
     # In a record these mean the same from every folder, however they are spelt.
     for name in ("samples", *TRIGGER_OPTIONS):
         if hasattr(opt, name):
-            setattr(opt, name, _real(getattr(opt, name)))
+            setattr(opt, name, _each_path(real, getattr(opt, name)))
     return opt
 
 
@@ -413,18 +413,11 @@ def refuse_places_in_the_data(opt, names):
                 )
 
 
-def _real(value):
-    """``value`` with the paths in it, if there are any, as absolute ones without links."""
+def _each_path(change, value):
+    """``value`` with the paths in it, if there are any, changed by a function."""
     if isinstance(value, list):
-        return [_real(one) for one in value]
-    return real(value) if isinstance(value, Path) else value
-
-
-def _below(base, value):
-    """``value`` with the paths in it, if there are any, as they are in the folder ``base``."""
-    if isinstance(value, list):
-        return [_below(base, one) for one in value]
-    return base / value if isinstance(value, Path) else value
+        return [_each_path(change, one) for one in value]
+    return change(value) if isinstance(value, Path) else value
 
 
 def _attack_defaults(opt):

@@ -30,8 +30,8 @@ def name_of(dataset, row):
 
 
 def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back):
-    """All files of the report, together. The images of D_p come first, by ``like`` where it was taken by that, then the others,
-    by FCT."""
+    """All files of the report, together; where the shared pattern is strongest is added to ``content``. The images of D_p come first,
+    by ``like`` where it was taken by that, then the others, by FCT."""
     classes, target = dataset.classes, content["target_label"]
     in_poison = flags == POISON
     first = np.where(in_poison, fct if like is None else like, -np.inf)

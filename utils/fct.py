@@ -134,7 +134,7 @@ def combine(fct):
 
     A tau that breaks the trigger lifts the poisoned samples far above the bulk, one that does not leaves them in it. So
     log FCT of each tau is measured from its median, in units of its median absolute deviation, and the largest counts.
-    Uses no label. A sample whose FCT is exactly zero under every tau stays at zero.
+    Uses no label. A sample whose FCT is exactly zero under every tau stays at zero, one whose FCT is not finite under some is NaN.
 
     Args:
         fct: float32 (T, N), not negative.
@@ -144,13 +144,14 @@ def combine(fct):
     """
     largest = np.full(fct.shape[1], -np.inf)
     for values in fct.astype(np.float64):
-        moved = values > 0
+        moved = (values > 0) & np.isfinite(values)
         if moved.any():
             logs = np.log(values[moved])
             centre = np.median(logs)
             deviation = np.median(np.abs(logs - centre)) or 1.0
             largest[moved] = np.maximum(largest[moved], (logs - centre) / deviation)
-    return np.where(np.isinf(largest), 0, np.exp(largest.clip(-80, 80))).astype(np.float32)
+    combined = np.where(np.isinf(largest), 0, np.exp(largest.clip(-80, 80)))
+    return np.where(np.isfinite(fct).all(0), combined, np.nan).astype(np.float32)
 
 
 def sd_path(opt):
@@ -222,7 +223,8 @@ def fct_of_network(path, model, runtime, dataset, poisoned, opt):
     print(f"FCT of {len(fct)} samples: median {np.median(fct):.4g}, largest {fct.max():.4g}, "
           f"exactly zero {zeros:.2f} %; mean feature norm {norm:.4g}")  # fmt: skip
     if zeros > COLLAPSED:
-        print(f"Warning: the network has collapsed, {zeros:.1f} % of the samples have the same features before and after tau. "
+        print(f"Warning: {zeros:.1f} % of the samples have the same features before and after tau. Unless these are images that tau "
+              "leaves as they are, such as blank ones, the network has collapsed. "
               "Ties at a threshold are broken by a seeded draw; a checkpoint of an earlier epoch, or of step 1, orders them")  # fmt: skip
     return fct, {"zeros": zeros, "feature_norm": norm}
 

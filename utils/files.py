@@ -93,12 +93,12 @@ def refuse_users_own(paths, what, instead):
 
 
 @contextmanager
-def atomic_write(path, mode="wb"):
+def atomic_write(path):
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error."""
     if not leads():
-        yield io.BytesIO() if "b" in mode else io.StringIO()
+        yield io.BytesIO()
         return
-    with _temporary(path, mode) as (file, finish):
+    with _temporary(path) as (file, finish):
         yield file
         finish()
 
@@ -142,7 +142,7 @@ def write_together(writers):
     with ExitStack() as stack:
         finishes = []
         for path, write in writers.items():
-            file, finish = stack.enter_context(_temporary(path, "wb"))
+            file, finish = stack.enter_context(_temporary(path))
             with _told(path):
                 write(file)
                 file.flush()
@@ -154,7 +154,7 @@ def write_together(writers):
 
 
 @contextmanager
-def _temporary(path, mode):
+def _temporary(path):
     """(an open temporary file beside ``path``, the function that gives it the name ``path``); of a link beside the file it
     leads to. Raises `UserError` for a folder or a device, and where the file system refuses."""
     path = Path(os.path.realpath(path))
@@ -174,7 +174,7 @@ def _temporary(path, mode):
         with _told(path):
             sweep(path.parent)
             file = tempfile.NamedTemporaryFile(  # noqa: SIM115, closed below
-                mode, dir=path.parent, delete=False, **_temporary_name(path)
+                dir=path.parent, delete=False, **_temporary_name(path)
             )
             name = file.name
         with _told(path), file:  # closing it writes what is left, and can find the disk full too
@@ -228,7 +228,7 @@ _locks = []
 
 
 def hold_lock(path, option="--output_root"):
-    """Keep other runs from writing ``path`` (a file or folder), which ``option`` chooses, until this script ends; the lock is a file
+    """Keep other runs from writing the file ``path``, which ``option`` chooses, until this script ends; the lock is a file
     beside it, which the system gives free when the process ends, however it ends.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Objectives of the training steps: functions (model, inputs, labels) -> (loss, sums over the batch to be logged)."""
+"""Objectives of the training steps: functions (model, inputs, labels) -> (loss, sums over the batch to be logged).
+
+The model maps inputs, float (B, 3, H, W), to logits (B, K); labels are int64 (B,), losses scalars in nats, but L_intra's.
+"""
 
 import torch
 import torch.nn.functional as F

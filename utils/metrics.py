@@ -47,7 +47,6 @@ def _refuse_no_answer(finite):
         )
 
 
-@torch.no_grad()
 def cross_entropies(model, images, labels, normalize, runtime):
     """How well a network in evaluation mode knows each sample, without augmentation: cross-entropies, float32 (N,), on the
     device.
@@ -65,10 +64,10 @@ def cross_entropies(model, images, labels, normalize, runtime):
 
 
 def percent(hits):
+    """The share of True in ``hits``, bool (N,), in per cent."""
     return round(100 * hits.float().mean().item(), 4)
 
 
-@torch.no_grad()
 def evaluate(classify, tests, normalize, runtime):
     """Accuracies of a classifier on both test sets (README: measures).
 
@@ -101,11 +100,18 @@ def evaluate(classify, tests, normalize, runtime):
     return result
 
 
-def say_selection(history, words, score):
+# By what the authors choose the epoch: in words, and of a row of a log or of a whole one. The highest is chosen.
+SELECTED_BY = {
+    "D-BR": ("ACC - ASR", lambda log: log["ACC_paper"] - log["ASR"]),
+    "D-ST": ("ACC", lambda log: log["ACC"]),
+}
+
+
+def say_selection(history, defence):
     """Print the last epoch and the one that the authors would keep, which they choose on the test set (README: measures).
 
     Args:
-        history: the rows of a log (list of dicts); words: what it is chosen by; score: that, of a row; the highest is chosen.
+        history: the rows of a log (list of dicts); defence: D-BR or D-ST.
 
     Returns:
         bool: whether there was something to print: rows with all measures, so an attack and test images.
@@ -113,6 +119,7 @@ def say_selection(history, words, score):
     rows = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
     if not rows or not all(row.keys() >= {*MEASURES} for row in (*rows, history[-1])):
         return False
+    words, score = SELECTED_BY[defence]
     kinds = {"Last epoch": history[-1], f"The paper's selection, by {words} on the test set": max(rows, key=score)}
     for name, row in kinds.items():
         print(f"{name} ({row['epoch'] + 1}): {', '.join(f'{key} {row[key]:.2f}' for key in MEASURES)}")

@@ -111,3 +111,8 @@ def arguments(opt, always, others):
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(quoted(one) if isinstance(one, Path) else shlex.quote(str(one)) for one in values)]
     return " ".join(words)
+
+
+def clean_arguments(opt):
+    """As `args.attack_arguments`, for the benign model, which knows of no attack."""
+    return arguments(opt, ["dataset", "model"], ["data_root", "train_images", "seed", "output_root"])

@@ -17,7 +17,7 @@ from utils.checkpoints import latest_checkpoint, refuse_other_data
 from utils.errors import UserError, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.images import StreamedImages
-from utils.paths import arguments, benign_folder, poisoned_folder, python, shown
+from utils.paths import benign_folder, clean_arguments, poisoned_folder, python, shown
 from utils.seeding import generator
 from utils.separation import share_of
 from utils.SSBA.encode_image import encode_images
@@ -179,8 +179,7 @@ def paint(dataset, opt, rows, train):
 
 
 def _perturbed(dataset, opt, rows, images):
-    own = arguments(opt, ["dataset", "model"], ["data_root", "train_images", "seed", "output_root"])
-    command = f"{python('train_clean_withTrans.py')} {own} --epochs 200"
+    command = f"{python('train_clean_withTrans.py')} {clean_arguments(opt)} --epochs 200"
     path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
     settings = {
         "benign_checkpoint": sha256(require_file(path, command)),

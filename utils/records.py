@@ -6,12 +6,11 @@ A cell is a row (an attack) and a defence, at one scale and one seed.
 import platform
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from utils.device import cores
 from utils.errors import UserError
-from utils.files import make_folder, read_json, read_record, read_table, read_text, write_json, write_rows
+from utils.files import read_json, read_record, read_table, read_text, write_json, write_rows
 from utils.manifest import manifest
 from utils.metrics import MEASURES
 from utils.paths import quoted, shown
@@ -87,7 +86,6 @@ def measured(row):
 
 def write_cell(path, opt, inputs, **content):
     """Write the record of a cell (path of the JSON); ``inputs``: what it was read from."""
-    make_folder(path.parent)
     write_json(path, {**manifest(path, opt, inputs=inputs, outputs=[]), **content})
 
 
@@ -176,10 +174,8 @@ def cell_line(cell):
 
 
 def collect(folder, out):
-    """Write all records in ``folder`` as one CSV (path ``out``), a line a cell; return the lines as a DataFrame."""
-    lines = [cell_line(cell) for cell in read_cells(folder)]
-    write_rows(out, lines)
-    return pd.DataFrame(lines)
+    """Write all records in ``folder`` as one CSV (path ``out``), a line a cell."""
+    write_rows(out, [cell_line(cell) for cell in read_cells(folder)])
 
 
 def epochs_of(step):

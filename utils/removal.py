@@ -1,6 +1,7 @@
 """What unlearn_relearn.py reads and writes: the model it cleans, where the results go, and what it says of them at the end."""
 
 import os
+import re
 from types import SimpleNamespace
 
 from models import MODELS
@@ -59,8 +60,8 @@ def load_start(opt):
 
 
 def within(content, path):
-    """The plain state dict in what a training script of elsewhere saved, of the names that torch puts before it where a network
-    was trained on several GPUs; everything else as it is. ``content``: what the file ``path`` holds."""
+    """The plain state dict in what a training script of elsewhere saved, without what torch puts before its names where a network
+    was trained on several GPUs or compiled; everything else as it is. ``content``: what the file ``path`` holds."""
     of_this_project = isinstance(content, dict) and isinstance(content.get("step"), str)
     if isinstance(content, dict) and not of_this_project and not is_state_dict(content):
         found = [name for name, value in content.items() if is_state_dict(value)]
@@ -71,9 +72,13 @@ def within(content, path):
         if found:
             print(f"{shown(path)} holds a state dict as {found[0]!r}, which is taken")
             content = content[found[0]]
-    if is_state_dict(content) and all(name.startswith("module.") for name in content):
-        print(f"The names in {shown(path)} begin with 'module.', as DataParallel writes them; they are taken without")
-        content = {name.removeprefix("module."): value for name, value in content.items()}
+    wrapper = r"(module\.|_orig_mod\.)+"
+    if is_state_dict(content) and all(re.match(wrapper, name) for name in content):
+        first = re.match(wrapper, next(iter(content)))[0]
+        print(
+            f"The names in {shown(path)} begin with {first!r}, as DataParallel and torch.compile write them; they are taken without"
+        )
+        content = {re.sub(f"^{wrapper}", "", name): value for name, value in content.items()}
     return content
 
 
@@ -174,5 +179,5 @@ def refuse_lost_choice(file, name, history, path):
 def summarise(history):
     """Print the last epoch and the paper's selection, or what there is without a trigger. history: the rows of the log."""
     measured = [row for row in history if row["epoch"] >= 0 and "ACC" in row]
-    if not say_selection(history, "ACC - ASR", lambda row: row["ACC_paper"] - row["ASR"]) and measured:
+    if not say_selection(history, "D-BR") and measured:
         print(f"ACC {history[0].get('ACC', float('nan')):.2f} before, {measured[-1]['ACC']:.2f} after")

@@ -2,13 +2,16 @@
 
 import shlex
 from argparse import Namespace
+from functools import cached_property
 from pathlib import Path
 
 from models import pretrained
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError
+from utils.manifest import of_other_data
 from utils.paths import ROOT, backdoored_folder, benign_folder, secure_folder, separated_folder, typed
+from utils.poisoning import poison_training_set
 from utils.steps import Step
 
 # Rows of the paper's tables: (target_type, trigger_type).
@@ -240,7 +243,44 @@ def plan(opt, **replaced):
         row.add_br()
     if "D-ST" in defences_of(opt):
         row.add_st()
+    training_set = TrainingSet(row.resolved)
+    for step in row.steps.values():
+        step.of_this_set = training_set.is_of
     return row.steps, row.resolved
+
+
+class TrainingSet:
+    """The training set that the ``resolved`` options give, to tell whether a step was run on it or on another that had its place:
+    other images under --data_root, another picture or network behind the trigger. It is read when first asked about."""
+
+    def __init__(self, resolved):
+        self.resolved = resolved
+
+    @cached_property
+    def record(self):
+        """What its `Dataset.record` says, or None where it is not here or cannot be read, of which the steps tell."""
+        spec = DATASETS[self.resolved.dataset]
+        place = Path(self.resolved.data_root) / (spec.folder or self.resolved.dataset)
+        if self.resolved.dataset != "fashion" and not place.is_dir():  # else torchvision would download it
+            return None
+        try:
+            return args.load_data(self.resolved).record
+        except UserError:
+            return None
+
+    @cached_property
+    def digest(self):
+        """Its `PoisonedSet.digest`, or None where the attack lacks a file, such as a benign model that is yet to be trained."""
+        try:
+            return poison_training_set(args.load_data(self.resolved), self.resolved).digest
+        except UserError:
+            return None
+
+    def is_of(self, made):
+        """Whether a step's record (dict) is of this set; True where that cannot be told."""
+        if self.record is None or of_other_data(made, self.record):
+            return self.record is None
+        return made.get("poisoned_digest") is None or self.digest in (None, made["poisoned_digest"])
 
 
 class _Row:

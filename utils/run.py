@@ -37,7 +37,7 @@ from utils.files import (
     write_json,
     write_together,
 )
-from utils.manifest import as_written, conflict, made_with, manifest, of_this_data, plain_options
+from utils.manifest import as_written, conflict, made_with, manifest, of_other_data, of_this_data, plain_options
 from utils.paths import shown
 from utils.weights import load_weights, not_finite
 
@@ -73,7 +73,8 @@ def claim(
     if not earlier or opt.overwrite:
         return
     wanted = plain_options(opt)
-    if DATASETS[opt.dataset].own and not (data and of_this_data(earlier, data)):
+    own = DATASETS[opt.dataset].own and not (data and of_this_data(earlier, data))
+    if own or (data and of_other_data(earlier, data)):
         names = [*names, "data_root"]  # which then says whose data it is
     found = made_with(earlier, opt) | {name: earlier[name] for name in more if name in earlier}
     if settle:
@@ -137,7 +138,7 @@ class Run:
 
     Args:
         opt: the options; step: the script's name without ``.py``; record: path of the claimed JSON, see `claim`;
-        digest: of the poisoned indices, or None; inputs: paths of the files that the step builds on; data: what
+        digest: `PoisonedSet.digest`, or None; inputs: paths of the files that the step builds on; data: what
         `Dataset.record` gives; log: path of the CSV, by default log.csv beside the record; beside: files besides the checkpoint that
         may be there, such as that of the best epoch so far; names, option, more: see `claim`.
     """

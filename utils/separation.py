@@ -139,25 +139,30 @@ def with_alike(flags, fct, alike, poison_ratio, seed):
     return confine(flags, np.where(alike, np.inf, fct), np.ones(len(fct), dtype=bool), ratio, seed)
 
 
-def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
+DEEPEST, CERTAIN = (
+    0.7,
+    0.9,
+)  # of two groups: the density between them, of that at the lower mean; who belongs to the upper
+
+
+def gammas_of_distribution(fct):
     """gamma_c and gamma_p found in the values (not in the paper): two normal distributions fitted to log FCT.
 
-    gamma_p is the smallest value above the lower mean that belongs to the upper one with this ``certainty``, gamma_c the
-    mean of the lower one, below which half of it lies.
+    gamma_p is the smallest value above the lower mean that belongs to the upper one with a certainty of `CERTAIN`, gamma_c the
+    mean of the lower one, below which half of it lies. The density must fall to `DEEPEST` or below between the two means.
 
     Args:
-        fct: float (N,), not negative; zeros, which have no logarithm, count as the smallest positive value;
-        valley: how deep the density must fall between the two means, as a share of that at the lower one of them.
+        fct: float (N,), not negative; zeros, which have no logarithm, count as the smallest positive value.
 
     Returns:
-        dict: gamma_low, gamma_high, clean_ratio and poison_ratio (the shares that they give), valley (that depth), or None
+        dict: gamma_low, gamma_high, clean_ratio and poison_ratio (the shares that they give), valley (how far it falls), or None
         where the values have no two groups, or none is beyond gamma_p.
     """
     positive = fct[fct > 0]
     if len(positive) < 20 or positive.min() == positive.max():
         return None
-    lower, upper, depth = two_groups(np.log(np.maximum(fct, positive.min()).astype(np.float64)), certainty)
-    if depth > valley or upper is None:
+    lower, upper, depth = two_groups(np.log(np.maximum(fct, positive.min()).astype(np.float64)))
+    if depth > DEEPEST or upper is None:
         return None
     low, high = float(np.exp(lower)), float(np.exp(upper))
     shares = float((fct <= low).mean()), float((fct >= high).mean())
@@ -166,11 +171,11 @@ def gammas_of_distribution(fct, valley=0.7, certainty=0.9):
     return {"gamma_low": low, "gamma_high": high, "clean_ratio": shares[0], "poison_ratio": shares[1], "valley": depth}
 
 
-def two_groups(values, certainty=0.9):
+def two_groups(values):
     """Two normal distributions fitted to ``values``, float64 (N,), not all of them equal.
 
     Returns:
-        (the lower mean; the smallest value above it that belongs to the upper one with this ``certainty``, or None; how low the
+        (the lower mean; the smallest value above it that belongs to the upper one with a certainty of `CERTAIN`, or None; how low the
         density falls between the means, as a share of that at the lower one of them, infinite where so many values are equal that
         no two were fitted).
     """
@@ -181,7 +186,7 @@ def two_groups(values, certainty=0.9):
     total = _densities(np.linspace(*mean, 400), share, mean, deviation).sum(1)
     line = np.linspace(mean[0], values.max(), 800)
     density = _densities(line, share, mean, deviation)
-    upper = density[:, 1] >= certainty * density.sum(1)
+    upper = density[:, 1] >= CERTAIN * density.sum(1)
     return mean[0], line[upper.argmax()] if upper.any() else None, float(total.min() / min(total[0], total[-1]))
 
 

@@ -8,13 +8,15 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from utils import args, forked
-from utils.checkpoints import NEUTRAL
+from utils.checkpoints import NEUTRAL, precision_of_run
 from utils.errors import GRACE, UserError
 from utils.fct import settle_fct_precision
 from utils.files import load_tensors, read_json, read_record, read_table, write_json
@@ -25,15 +27,16 @@ from utils.run import unfinished_folder
 
 @dataclass
 class Step:
-    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with,
-    the steps it builds on, and the digest of the training set where another one may have taken its place."""
+    """One command: the script, its options, the file that shows it is done, the JSON with the options it was made with, the steps
+    it builds on, and a function that says of a record (dict) whether it is of the training set at hand, where another one may
+    have taken its place."""
 
     script: str
     words: list
     output: Path
     record: Path
     needs: list
-    digest: str | None = None
+    of_this_set: Callable[[dict], bool] | None = None
 
     @property
     def command(self):
@@ -63,6 +66,9 @@ class Step:
             # 11.tar and ckpt_epoch_11.pth are the last epoch's own files; last.pth and 11_unlearn_purify.tar every epoch's.
             name = re.sub(rf"(?<!\d){epochs - 1}(?=\.\w+$)", str(done - 1), self.output.name)
             checkpoint = record.with_name(name)
+            asked = getattr(options, "precision", None)  # where one was named before and none is now, it may be another
+            if asked not in (made_with(held, options).get("precision"), precision_of_run(held)):
+                continue
             if self._follows(checkpoint, held, options):
                 try:
                     history = load_tensors(checkpoint, self.command, "checkpoint of this project")["history"]
@@ -75,16 +81,18 @@ class Step:
         """Whether the file is there, made from its inputs as they are, and its ``record`` (dict) tells of these options."""
         if not path.is_file() or any(self._outdated_by(need, path, record) for need in self.needs):
             return False
-        if self.digest and record.get("poisoned_digest", self.digest) != self.digest:
-            return False
         found, wanted = made_with(record, options), plain_options(options)
         neutral = NEUTRAL
         if "trans1" in wanted:
             settle_fct_precision(found, wanted)
-        else:  # a network is taken as it was trained
+        else:  # a network is taken as it was trained, unless a precision is asked for by name
             neutral = NEUTRAL | {"precision"}
+            ran_in = precision_of_run(record)
+            if ran_in and wanted.get("precision", "auto") not in ("auto", ran_in):
+                return False
         compared = (found.keys() & wanted.keys()) - neutral
-        return bool(record.get("options")) and all(found[name] == wanted[name] for name in compared)
+        agrees = bool(record.get("options")) and all(found[name] == wanted[name] for name in compared)
+        return agrees and (self.of_this_set is None or self.of_this_set(record))
 
     def _outdated_by(self, need, path, record):
         """Whether ``path``, of which ``record`` (dict) tells, lacks or is older than what the step ``need`` made: by the digests of what
@@ -108,27 +116,42 @@ class Step:
         spec.loader.exec_module(module)
         return module
 
+    def words_now(self, overwrite):
+        """Its options, with --overwrite where that is asked for and the script has it."""
+        return [*self.words, *(["--overwrite"] if overwrite and hasattr(self.options(), "overwrite") else [])]
+
     def options(self):
         """The options that the script takes from the command."""
         return args.parse(self.module().get_parser(), self.words, ROOT)  # where it runs
 
 
-def list_commands(steps, numbers):
+def list_commands(steps, numbers, overwrite):
     """Print the commands of steps as lines for a shell or a scheduler: each ends in a comment with its number and the numbers
     of those it must wait for, or says that it is done, and begins with the way to the repository where that is another folder.
 
     Args:
-        steps: dict of `Step` in their order; numbers: dict command -> number of those printed before, which are left out; it
-        grows.
+        steps: dict of `Step` in their order; numbers: dict command -> (number, whether it is to be run) of those printed before,
+        which are left out; it grows; overwrite: whether those that are to be run may replace other results.
     """
     for step in steps.values():
         if step.command in numbers:
             continue
-        numbers[step.command] = len(numbers) + 1
-        after = " ".join(str(numbers[need.command]) for need in step.needs)
-        note = "already there" if step.is_done() else f"after {after}" if after else "first"
+        with redirect_stdout(sys.stderr):  # what reading the data says is no command
+            waits = not step.is_done() or any(numbers[need.command][1] for need in step.needs)
+        numbers[step.command] = len(numbers) + 1, waits
+        after = " ".join(str(numbers[need.command][0]) for need in step.needs)
+        note = "already there" if not waits else f"after {after}" if after else "first"
         there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-        print(f"{there}{step.command}  # {numbers[step.command]}: {note}", flush=True)
+        command = shlex.join(["python", step.script, *step.words_now(overwrite and waits)])
+        print(f"{there}{command}  # {numbers[step.command][0]}: {note}", flush=True)
+
+
+class StepError(UserError):
+    """A step that ended with another code than 0; ``command``: its."""
+
+    def __init__(self, text, command):
+        super().__init__(text)
+        self.command = command
 
 
 _running = set()  # the processes of steps
@@ -198,22 +221,22 @@ def run(steps, opt, ledger_path, log=None, stop=None):
     ledger = read_json(ledger_path) or {}
     for number, (name, step) in enumerate(steps.items(), 1):
         done = step.is_done()
-        if opt.overwrite and not done and "overwrite" in vars(step.options()):
-            step.words.append("--overwrite")
         begun = None if done else step.interrupted_at()
         checkpoint, before = begun or (None, 0)
-        go_on = ["--checkpoint_load", typed(checkpoint)] if begun else []
-        command = shlex.join(["python", step.script, *step.words, *go_on])
+        words = step.words_now(opt.overwrite and not done)
+        words += ["--checkpoint_load", typed(checkpoint)] if begun else []
+        command = shlex.join(["python", step.script, *words])
         print(f"[{number}/{len(steps)}] {command}{'   (already there)' if done else ''}", flush=True)
         if done:
             continue
         started = time.perf_counter() - before
-        code = run_apart(step.script, [*step.words, *go_on], log, stop)
+        code = run_apart(step.script, words, log, stop)
         if code:
             said = f" (what it said is in {shown(log)})" if log else ""
             then = "; mend what it named first" if code == 2 else ""
-            raise UserError(
-                f"{step.script} ended with code {code}{said}; the steps before it are kept, and running this again goes on there{then}"
+            raise StepError(
+                f"{step.script} ended with code {code}{said}; the steps before it are kept, and running this again goes on there{then}",
+                step.command,
             )
         ledger[name] = round(time.perf_counter() - started, 1)
         write_json(ledger_path, ledger)

@@ -67,11 +67,7 @@ def bound_of(opt, history, classes):
     """
     bound, end = opt.ascent_bound, max(opt.ascent_bound, ASCENT_BOUND)
     for row in history:
-        if (
-            row["epoch"] >= 0
-            and row.get("at_bound", 0) >= HELD
-            and row.get("loss_Dp_after", math.inf) < math.log(classes)
-        ):
+        if row.get("at_bound", 0) >= HELD and row.get("loss_Dp_after", math.inf) < math.log(classes):
             bound = min(bound * opt.bound_growth, end)
     return bound
 

@@ -21,7 +21,7 @@ class HeldOut:
         the samples of which that share is taken, by default all.
 
     Raises:
-        UserError: where that leaves nothing to train on, or is less than one sample.
+        UserError: where that leaves fewer than two samples to train on, or is less than one.
     """
 
     def __init__(self, labels, ratio, seed, name, among=None):
