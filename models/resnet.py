@@ -136,11 +136,11 @@ class ResNet(torchvision.models.ResNet):
 
 
 def logits_of(layer, features):
-    """Logits float32 (N, K) that the last ``layer`` makes of features (N, D), for a prediction, under autocast too: rounded to
-    bfloat16 the two highest of an image are often equal (2 to 7 in a thousand), and `argmax` then takes the lower class, which the
-    default target is."""
+    """Logits (N, K), float32 (of float64 float64), that the last ``layer`` makes of features (N, D), for a prediction, under autocast
+    too. Rounded to bfloat16 the two highest of an image are sometimes equal (2 to 7 in a thousand), and `argmax` then
+    takes the lower class, which the default target is."""
     with torch.autocast(features.device.type, enabled=False):
-        return layer(features.float())
+        return layer(features.to(torch.promote_types(features.dtype, torch.float32)))
 
 
 def _stem(name, size, usual):

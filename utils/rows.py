@@ -278,8 +278,10 @@ class TrainingSet:
 
     def is_of(self, made):
         """Whether a step's record (dict) is of this set; True where that cannot be told."""
-        if self.record is None or of_other_data(made, self.record):
-            return self.record is None
+        if self.record is None:
+            return True
+        if of_other_data(made, self.record):
+            return False
         return made.get("poisoned_digest") is None or self.digest in (None, made["poisoned_digest"])
 
 

@@ -139,10 +139,8 @@ def with_alike(flags, fct, alike, poison_ratio, seed):
     return confine(flags, np.where(alike, np.inf, fct), np.ones(len(fct), dtype=bool), ratio, seed)
 
 
-DEEPEST, CERTAIN = (
-    0.7,
-    0.9,
-)  # of two groups: the density between them, of that at the lower mean; who belongs to the upper
+DEEPEST = 0.7  # how far the density must fall between two groups, as a share of that at the lower of their means
+CERTAIN = 0.9  # how certainly a value belongs to the upper group
 
 
 def gammas_of_distribution(fct):
