@@ -105,7 +105,7 @@ def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli)
     # One that has nothing to be made of does not keep the next from running.
     stopped = cli("reproduce.py", *words, "--defences", "D-BR", "--ablations", "likeness", "random_clean")
     assert stopped.code == 2 and "1 of 2 cells are not done: BadNets-all2one_D-BR_quick_seed0_likeness: " in stopped.err
-    assert "step 3 saw no backdoor" in stopped.err
+    assert "(step 3) saw no backdoor" in stopped.err
     assert sorted(pd.read_csv(out / "cifar10_ablations.csv")["variant"]) == [
         "oracle",
         "oracle",

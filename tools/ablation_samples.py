@@ -84,10 +84,11 @@ def main(argv=None):
         inputs = sample_files(opt, [POISON])
     if opt.kind == "likeness":
         path = order_path(opt)
-        if not path.is_file() and path.with_name(path.name.replace("order.npy", "fct.json")).is_file():
+        by_step_3 = read_record(path.with_name(path.name.replace("order.npy", "fct.json"))) or {}
+        if by_step_3 and not path.is_file() and path.name not in by_step_3.get("outputs", {}):
             raise UserError(
-                f"step 3 saw no backdoor with one target class, or {shown(path)} would be there, so no sample is like one; choose another "
-                f"--kind"
+                "calculate_consistency.py (step 3) saw no backdoor with one target class in this network, so no sample is like one; choose "
+                "another --kind"
             )
         order, inputs = load_order(path, count, BY_STEP_3), [path, *sample_files(opt, [CLEAN])]
         flags = np.full(count, UNCERTAIN)
