@@ -948,7 +948,8 @@ def test_a_score_is_what_is_turned_less_the_mirrored_or_a_fixed_share_and_less_t
 
     def shares(self, rows, label, name):
         # The first 60, or the most alike of the first 100, are the suspicious ones.
-        usual = set(rows) <= set(order[100:])
+        usual = set(rows) <= set(order[round(0.7 * len(order)) :])
+        assert usual or set(rows) <= set(order[:100])
         return np.array([[0.25, 0.20] if usual else [0.95, 0.30], [0.0, 0.0]])
 
     monkeypatch.setattr(audit.PutBack, "shares", shares)

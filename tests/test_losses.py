@@ -100,6 +100,8 @@ def test_the_guard_of_the_ascent_holds_the_samples_beyond_it_and_no_others():
     loss, sums = negative_cross_entropy(model, inputs, torch.zeros(3, dtype=torch.int64))
     each = F.cross_entropy(model(inputs), torch.zeros(3, dtype=torch.int64), reduction="none")
     assert sums["at_bound"] == 1
+    _, sums = negative_cross_entropy(model, inputs, torch.zeros(3, dtype=torch.int64), bound=each[0].item())
+    assert sums["at_bound"] == 1  # what lies at the bound is not beyond it
     torch.testing.assert_close(loss, -(each[0] + ASCENT_BOUND + each[2]) / 3)
     loss.backward()
     guarded = model.weight.grad.clone()

@@ -89,6 +89,10 @@ def test_the_extractors_learning_rate_is_the_published_schedule(epochs):
 def test_a_warm_up_that_is_not_over_by_the_last_epoch_is_said(copy, words, cli, batch, noted):
     said = cli("ST/train_extractor.py", *words(copy), "--epochs", 1, "--batch_size", batch, "--trial", 1)
     assert said.code == 0 and ("Note: with a batch above 256" in said.out) == noted
+    (trained,) = copy.rglob(f"SupCon_*_bsz_{batch}_temp_0.1_trial_1*/last.pth")
+    (group,) = torch.load(trained, weights_only=True)["optimizer"]["param_groups"]
+    second_of_two = 0.01 + (0.5 - 0.01) / 20  # of ten epochs of two batches
+    assert group["lr"] == pytest.approx(second_of_two if noted else 0.5, rel=1e-9)
 
 
 @pytest.mark.parametrize(
