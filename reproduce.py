@@ -244,9 +244,9 @@ def run_table(opt):
         print(f"{_name_of(cell)} is not done: {reason}", flush=True)
 
     def run_row(row):  # its cells share steps, so they run one after the other
-        for plan_of_cell in plans:
-            if (plan_of_cell[0].row, plan_of_cell[0].seed) == row:
-                attempt(*plan_of_cell)
+        for cell, steps, resolved in plans:
+            if (cell.row, cell.seed) == row:
+                attempt(cell, steps, resolved)
 
     if several:
         with ThreadPoolExecutor(opt.jobs) as pool:
@@ -259,11 +259,10 @@ def run_table(opt):
                 end_steps(stop)
                 raise
         for one in running:
-            if one.exception():
-                raise one.exception()
+            one.result()  # raises what is no user's mistake
     else:
-        for plan_of_cell in plans:
-            attempt(*plan_of_cell)
+        for cell, steps, resolved in plans:
+            attempt(cell, steps, resolved)
     if stopped:
         raise UserError(f"{len(stopped)} of {len(cells)} cells are not done: {'; '.join(stopped[:3])}")
     collect(table.with_suffix(""), table)  # a run that was killed may have left a record out

@@ -64,12 +64,12 @@ def draw_flags(kind, is_clean, kept, sizes, seed):
     return flags
 
 
-def order_path(opt):
-    """What step 3 wrote beside the checkpoint by which the samples of these options were separated."""
+def checkpoint_of_samples(opt):
+    """The checkpoint by which the samples of these options were separated; what step 3 wrote lies beside it."""
     folder = separated_folder(opt)
     command = f"{python('separate_samples.py')} {args.secure_arguments(opt)}"
     record = read_record(require_file(folder / "options.json", command))
-    return fct_path((folder / str(record.get("checkpoint_load"))).resolve(), "order.npy")
+    return (folder / str(record.get("checkpoint_load"))).resolve()
 
 
 def main(argv=None):
@@ -83,8 +83,8 @@ def main(argv=None):
         kept = load_samples(opt, dataset.spec, [POISON])["index"]
         inputs = sample_files(opt, [POISON])
     if opt.kind == "likeness":
-        path = order_path(opt)
-        by_step_3 = read_record(path.with_name(path.name.replace("order.npy", "fct.json"))) or {}
+        path, record = (fct_path(checkpoint_of_samples(opt), kind) for kind in ("order.npy", "fct.json"))
+        by_step_3 = read_record(record) or {}
         if by_step_3 and not path.is_file() and path.name not in by_step_3.get("outputs", {}):
             raise UserError(
                 "calculate_consistency.py (step 3) saw no backdoor with one target class in this network, so no sample is like one; choose "

@@ -161,7 +161,7 @@ def main(argv=None):
     for row, (steps, resolved, places) in planned.items():
         chosen, norms = row in rows, {}
         if chosen:
-            print(f"{'# ' * opt.dry_run}{row}{':' * (not opt.dry_run)}", flush=True)
+            print(f"# {row}" if opt.dry_run else f"{row}:", flush=True)
         if opt.dry_run:
             list_commands(steps if chosen else {}, numbers, opt.overwrite)
             continue

@@ -73,8 +73,10 @@ def claim(
     if not earlier or opt.overwrite:
         return
     wanted = plain_options(opt)
-    own = DATASETS[opt.dataset].own and not (data and of_this_data(earlier, data))
-    if own or (data and of_other_data(earlier, data)):
+    of_another_set = data and of_other_data(earlier, data)
+    if DATASETS[opt.dataset].own:  # where it has to be known that it is the same
+        of_another_set = not (data and of_this_data(earlier, data))
+    if of_another_set:
         names = [*names, "data_root"]  # which then says whose data it is
     found = made_with(earlier, opt) | {name: earlier[name] for name in more if name in earlier}
     if settle:
