@@ -64,8 +64,13 @@ def main(argv=None):
     del checkpoint  # 90 MB of resnet18
 
     for epoch in range(first, opt.epochs):
-        if batches.of_one_class(epoch):
+        of_one_class = batches.of_one_class(epoch)
+        if of_one_class == len(batches):
             raise UserError("every batch holds a single class, for which L_intra is zero; use a larger --batch_size")
+        if of_one_class:
+            print(
+                f"{of_one_class} of {len(batches)} batches hold a single class, for which L_intra is zero; a larger --batch_size has fewer"
+            )
         model.train()
         row = train_epoch(model, batches, epoch, intra_class, optimizer, runtime, f"{STEP} epoch {epoch + 1}")
         schedule.step()

@@ -23,7 +23,7 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import product
+from itertools import chain, product
 
 import pandas as pd
 
@@ -87,8 +87,9 @@ def get_parser():
         help="with --table: so many rows at once, each to a log of its own; default: 1",
     )
     parser.add_argument(
-        "--devices", type=args.word, nargs="+", help="with --table: the rows take turns on these, such as cuda:0 cuda:1"
-    )
+        "--devices", type=args.devices, nargs="+", metavar="DEVICE",
+        help="with --table: the rows take turns on these, such as cuda:0,cuda:1",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=args.natural, nargs="+", help="with --table: one cell a seed; default: 0")
     parser.add_argument("--defences", choices=DEFENCES, nargs="+", help="what to run; default: both")
     parser.add_argument(
@@ -108,7 +109,7 @@ def get_parser():
     for name, kind in (
         ("seed", args.natural),
         ("poison_rate", args.share),
-        ("device", args.word),
+        ("device", args.device),
         ("precision", args.word),
     ):
         parser.add_argument(f"--{name}", type=kind, help="given to every step")
@@ -212,9 +213,10 @@ def run_table(opt):
     """Run the cells of a table that are not done yet, each to its record, and write the table's CSV."""
     cells = cells_of(opt)
     rows = list(dict.fromkeys((cell.row, cell.seed) for cell in cells))
+    devices = list(chain.from_iterable(opt.devices or []))
     for cell in cells:
-        if opt.devices:
-            cell.device = opt.devices[rows.index((cell.row, cell.seed)) % len(opt.devices)]
+        if devices:
+            cell.device = devices[rows.index((cell.row, cell.seed)) % len(devices)]
     plans = [(cell, *plan(cell)) for cell in cells]  # so that a bad option is found before hours of work
     table = opt.out / f"{opt.table}{'_ablations' * any(cell.variant_name for cell in cells)}.csv"
     if opt.dry_run:

@@ -115,6 +115,7 @@ def main(argv=None):
     refuse_samples_of_other_data(opt, checkpoint["poisoned_digest"], path)
     samples_record, made = record_of_samples(opt)
     refuse_other_trigger(dataset, opt, made, shown(samples_record))
+    print(f"The samples are those of {shown(samples_record.parent)}")
     tests = make_test_sets(dataset, opt, runtime)
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
     augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
@@ -186,6 +187,7 @@ def main(argv=None):
             up = train_epoch(model, to_unlearn, epoch, ascent, optimizer, runtime, f"unlearn epoch {epoch + 1}")
             row["loss_Dp"] = -up["loss"]  # during the ascent
             row["at_bound"] = up["at_bound"]  # share of D_p that the guard of the ascent held
+            row["train_acc_Dp"] = up["train_acc"]
             if opt.bound_growth > 1:
                 row["bound"] = bound
             row["seconds"] += up["seconds"]
@@ -195,6 +197,7 @@ def main(argv=None):
                 taken, row["dropped"] = dropped.rest(model, to_relearn, to_unlearn, spec.num_classes, runtime)
             down = train_epoch(model, taken, epoch, cross_entropy, optimizer, runtime, f"relearn epoch {epoch + 1}")
             row["loss_Dc"] = down["loss"]  # during the descent
+            row["train_acc_Dc"] = down["train_acc"]
             row["seconds"] += down["seconds"]
         model.eval()
         if opt.val_ratio:

@@ -95,6 +95,7 @@ def main(argv=None):
     refuse_other_inputs(of_extractor, path, sample_files(opt, [CLEAN, POISON]), again)
     samples_record, made = record_of_samples(opt)
     refuse_other_trigger(dataset, opt, made, shown(samples_record))
+    print(f"The samples are those of {shown(samples_record.parent)}")
     tests = make_test_sets(dataset, opt, runtime)
     folder = secure_folder(opt) / run_name(opt)
     images = images_of(samples, dataset, opt)

@@ -23,7 +23,7 @@ from utils.checkpoints import SECURE_IDENTITY, load_checkpoint
 from utils.dataloader_bd import Batches
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.paths import python, secure_folder, shown
+from utils.paths import python, samples_folder, secure_folder, shown
 from utils.run import Run
 from utils.samples import images_of, load_samples, sample_files
 from utils.separation import CLEAN, POISON, UNCERTAIN
@@ -127,7 +127,7 @@ def main(argv=None):
         images_of(samples, dataset, opt), samples["label"], dataset.spec, runtime, opt.batch_size, opt.seed, STEP,
         augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=np.isin(samples["flag"], trusted),
     )  # fmt: skip
-    print(f"{len(samples)} samples, {(samples['flag'] == CLEAN).sum()} of them in D_c")
+    print(f"{len(samples)} samples of {shown(samples_folder(opt))}, {(samples['flag'] == CLEAN).sum()} of them in D_c")
     if opt.batch_size > 256 and opt.epochs <= WARM_EPOCHS:
         print(f"Note: with a batch above 256 the learning rate goes from {WARM_FROM:g} to where the schedule is after "
               f"{WARM_EPOCHS} epochs; {opt.epochs} see little of {opt.learning_rate:g}. Take more --epochs, or a --batch_size "

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def test_common_options_are_checked(cli, script, words, needle):
         (["--batch_size", "1"], "at least 2"),
         (["--epochs", "0"], "at least 1"),
         (["--lr", "-1"], "above 0"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "abacus is no device"),
         (["--device", "hpu"], "--device hpu"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--precision", "int4"], "bfloat16"),
@@ -92,6 +93,29 @@ def test_a_missing_input_names_the_command_that_makes_it_and_the_nearest_path(cl
     command = f"python {maker} --dataset cifar10 --model resnet10 --trigger_type gridTrigger"
     refused(cli(script, *words(tmp_path)), "no such file", command, f"Nearest existing path: {tmp_path}")
     assert not snapshot(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script, option, more, needle",
+    [
+        ("ST/train_extractor.py", "--samples", [], "python separate_samples.py --dataset cifar10 --model resnet10"),
+        ("unlearn_relearn.py", "--checkpoint_load", ["--model", "vgg16"], "--checkpoint_load names the state dict"),
+        ("train_attack_noTrans.py", "--ssba_images", ["--trigger_type", "SSBA"], "--ssba_images"),
+        ("train_attack_noTrans.py", "--data_root", ["--dataset", "fashion"], "fashion is bundled"),
+    ],
+)
+def test_of_a_missing_file_that_an_option_names_the_nearest_path_is_told(
+    cli, words, tmp_path, script, option, more, needle
+):
+    said = cli(script, *words(tmp_path / "o"), *more, option, tmp_path / "nowhere/x.npy")
+    refused(said, needle, f"Nearest existing path: {tmp_path}")
+    if option == "--samples":  # the folder that the command named here makes
+        assert f"such as {tmp_path}/o/saved/separated_samples/cifar10/resnet10/gridTrigger_0.2_0.05" in said.err
+
+
+@pytest.mark.parametrize("words", [["reproduce.py", "--verify"], ["tools/make_tables.py", "--results"]], ids=str)
+def test_of_a_missing_folder_of_results_the_nearest_path_is_told(cli, tmp_path, words):
+    refused(cli(*words, tmp_path / "nowhere"), "no such folder", f"Nearest existing path: {tmp_path} (empty)")
 
 
 def test_of_a_cleaned_model_that_is_missing_this_step_is_named(cli, words, tmp_path):
@@ -381,6 +405,8 @@ def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipelin
     shutil.copytree(pipeline / "saved", root / "saved")
     some = cli("finetune_attack_noTrans.py", *words(root), "--batch_size", 2, "--epochs", 1, "--overwrite")
     assert some.code == 0  # of its two hundred pairs about twenty are of one class
+    (number,) = re.findall(r"^(\d+) of 200 batches hold a single class", some.out, re.MULTILINE)
+    assert 0 < int(number) < 200
 
     np.savez(tmp_path / "four.npz", x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=[0, 0, 1, 1])
     one_class = []

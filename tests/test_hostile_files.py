@@ -48,6 +48,8 @@ NAMED = [
     ("train_attack_noTrans.py", ["--trigger_type", "fourCornerTrigger", "--benign_checkpoint"]),
     ("train_attack_noTrans.py", ["--trigger_type", "SSBA", "--ssba_encoder"]),
     ("train_attack_noTrans.py", ["--trigger_type", "SSBA", "--ssba_images"]),
+    ("train_attack_noTrans.py", ["--dataset", "npz", "--data_root"]),
+    ("separate_samples.py", ["--poison_order"]),
 ]
 
 

@@ -76,6 +76,8 @@ def test_logs_have_a_row_an_epoch(pipeline):
     assert log["epoch"].tolist() == [-1, 0, 1]
     before = pd.read_csv(pipeline / WITH_TRANS / "log.csv").iloc[-1]
     assert log.loc[0, ["ACC", "ASR"]].tolist() == before[["ACC", "ASR"]].tolist()
+    assert {"loss_Dp", "loss_Dc", "loss_Dp_after", "seconds"} <= set(log)
+    assert log.loc[1:, ["train_acc_Dp", "train_acc_Dc"]].stack().between(0, 100).sum() == 4
 
 
 def test_fine_tuning_goes_on_with_model_optimizer_and_schedule_of_step_1(pipeline):

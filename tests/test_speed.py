@@ -15,7 +15,7 @@ from utils.device import choose_runtime
 from utils.engine import train_epoch
 from utils.losses import cross_entropy
 from utils.transforms import CropFlip
-from utils.triggers import apply_trigger
+from utils.triggers import TRIGGERS, apply_trigger
 
 BATCH, COUNT, ROUNDS = 128, 6, 5
 
@@ -91,9 +91,9 @@ def test_wide_convolutions_train_no_slower_than_plain_ones(fashion, images_and_l
     assert seconds["wide"] <= 1.05 * seconds["plain convolutions"]
 
 
-def test_poisoning_fifty_thousand_images_takes_about_a_second(fashion):
+@pytest.mark.parametrize("trigger_type", [name for name in TRIGGERS if name != "SSBA"])
+def test_poisoning_fifty_thousand_images_takes_less_than_a_second(fashion, trigger_type):
     images = np.tile(fashion.train_images, (5, 1, 1, 1))
-    for trigger_type in ("gridTrigger", "squareTrigger", "signalTrigger", "sigTrigger"):
-        started = time.perf_counter()
-        apply_trigger(trigger_type, images, train=True)
-        assert time.perf_counter() - started < 5, trigger_type  # a loop over images takes minutes
+    started = time.process_time()  # of the processor, for others may use it too; a loop over images takes minutes
+    apply_trigger(trigger_type, images, train=True)
+    assert time.process_time() - started < (3 if trigger_type == "warpTrigger" else 1)  # which interpolates

@@ -178,7 +178,8 @@ def test_a_dry_run_is_a_list_of_commands_with_what_each_waits_for(cli, tmp_path)
     assert needs == ["train_attack_withTrans.py", "separate_samples.py"]
 
 
-def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("devices", [["cpu", "cuda:7"], ["cpu,cuda:7"]], ids=str)
+def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_path, monkeypatch, capsys, devices):
     reproduce = load_script("reproduce.py")
     ran, together = [], threading.Barrier(3, timeout=30)
 
@@ -191,7 +192,7 @@ def test_rows_run_at_once_on_devices_in_turn_and_one_failure_stops_no_other(tmp_
             raise StepError("no such luck", steps["train_attack_noTrans"].command)
 
     monkeypatch.setattr(reproduce, "_run_cell", fake)
-    words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--jobs", "3", "--devices", "cpu", "cuda:7"]
+    words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--jobs", "3", "--devices", *devices]
     with pytest.raises(
         UserError, match=r"2 of 6 cells are not done: Trojan_D-BR_paper_seed0: no such luck; Trojan_D-ST_.* before"
     ):
@@ -224,6 +225,8 @@ def test_bad_tables_end_with_code_2(cli, tmp_path):
             "bounded is no variant of D-BR",
         ),
         (["--table", "cifar11"], "invalid choice"),
+        (["--table", "cifar10", "--devices", "cpu,abacus"], "abacus is no device"),
+        (["--table", "cifar10", "--device", "abacus"], "abacus is no device"),
     ):
         result = cli("reproduce.py", "--dry_run", "--output_root", tmp_path, *words)
         assert result.code == 2 and part in result.err and len(result.err.strip().splitlines()) == 1

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from utils import args
-from utils.errors import UserError, run_script
+from utils.errors import UserError, require_folder, run_script
 from utils.figures import save_figure
 from utils.files import read_table, read_text, text_writer, write_together
 from utils.paths import ROOT, python, quoted, shown
@@ -308,6 +308,9 @@ def refuse_what_is_not_ours(results, names):
 
 def main(argv=None):
     opt = get_parser().parse_args(argv)
+    require_folder(
+        opt.results, f"its records are made with: {python('reproduce.py')} --table cifar10 --out {quoted(opt.results)}"
+    )
     own, bundled = (folder / "paper.csv" for folder in (opt.results, ROOT / "results"))
     paper = papers_figures(own if own.exists() else bundled)
     documents = {path: read_text(path, made_by(path)) for path in opt.readme or []}

@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from models import MODELS
 from utils import distributed
 from utils.datasets import DATASETS, fewer_images
@@ -98,6 +100,23 @@ def word(text):
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text
+
+
+def device(text):
+    """An argparse type: a device by a name that torch knows, whether or not it is here, or auto."""
+    try:
+        if word(text) != "auto":
+            torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"{text:.40} is no device that torch knows; such are cpu, cuda and cuda:1"
+        ) from None
+    return text
+
+
+def devices(text):
+    """An argparse type: `device` names with commas between them, as a list."""
+    return [device(name) for name in text.split(",")]
 
 
 def path(text):
@@ -234,7 +253,9 @@ def add_samples_option(parser):
 
 def add_device_options(parser, decodes=True):
     """Where and how precisely to compute; ``decodes``: whether images may be decoded by worker processes."""
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--device", type=device, default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps"
+    )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the hardware has it"
     )

@@ -252,9 +252,9 @@ class Batches:
         return list(self.rows[torch.from_numpy(order)].split(self.batch_size))[: len(self)]
 
     def of_one_class(self, number):
-        """Whether every batch of epoch ``number`` holds samples of a single class."""
+        """How many batches of epoch ``number`` hold samples of a single class."""
         labels = self.host_labels
-        return all((labels[rows] == labels[rows[0]]).all() for rows in self._splits(number))
+        return sum(bool((labels[rows] == labels[rows[0]]).all()) for rows in self._splits(number))
 
     def epoch(self, number):
         """Yield ``(inputs, labels, extra)`` of epoch ``number``: float32 (views * B, 3, H, W), the first view of all

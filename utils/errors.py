@@ -187,6 +187,14 @@ def nearest_existing(path):
     return f"{path} (a file)"
 
 
+def require_folder(path, then):
+    """Return ``path`` as a `Path`, or raise a `UserError` that says what to do ``then``."""
+    path = Path(path)
+    if not os.path.isdir(path):
+        raise UserError(f"no such folder: {path}; {then}. Nearest existing path: {nearest_existing(path)}")
+    return path
+
+
 def require_file(path, command):
     """Return ``path`` as a `Path`, or raise a `UserError` that names the command which makes the file."""
     path = Path(path)

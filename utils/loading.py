@@ -11,7 +11,7 @@ import torchvision
 
 from utils import own_data
 from utils.datasets import DATASETS, Dataset
-from utils.errors import UserError, nearest_existing
+from utils.errors import UserError, nearest_existing, require_folder
 from utils.files import BROKEN, atomic_write, load_npz
 from utils.images import (
     StreamedImages,
@@ -75,6 +75,7 @@ def _load(name, data_root, strict, image_size, cache):
 def _load_fashion(folder, spec):
     path = folder / "fashion.npz"
     if not path.is_file():
+        require_folder(folder.parent, "fashion is bundled, so leave --data_root out")
         path = ROOT / "dataset/fashion/fashion.npz"
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     try:

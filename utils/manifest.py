@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from utils.distributed import leads
-from utils.errors import UserError
+from utils.errors import UserError, require_folder
 from utils.files import read_json, read_record, sha256, write_json
 from utils.paths import ROOT, python, quoted, real, relative, shown, typed
 
@@ -150,10 +150,11 @@ def verify(folder):
         dict: ``whole`` and ``absent``, sorted lists of paths: as written, and named as an input but not here.
 
     Raises:
-        UserError: where there is no manifest, or a JSON file that cannot be read, which may have been one, or a file is not what
-        was written, or an output is missing.
+        UserError: where there is no folder or no manifest, or a JSON file that cannot be read, which may have been one, or a file is
+        not what was written, or an output is missing.
     """
-    pending = [path for path in sorted(Path(folder).rglob("*.json")) if _is_manifest(path)]
+    folder = require_folder(folder, "reproduce.py and every step write their results with a manifest")
+    pending = [path for path in sorted(folder.rglob("*.json")) if _is_manifest(path)]
     if not pending:
         raise UserError(f"no manifest lies in or below {shown(folder)}; reproduce.py and every step write one")
     seen, whole, absent, wrong = set(), set(), set(), []

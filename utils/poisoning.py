@@ -14,7 +14,7 @@ import numpy as np
 
 from utils.adversarial import EPSILON, STEP_SIZE, STEPS, load_benign_model, perturb
 from utils.checkpoints import latest_checkpoint, refuse_other_data
-from utils.errors import UserError, require_file
+from utils.errors import UserError, nearest_existing, require_file
 from utils.files import BROKEN, atomic_write, load_npz, make_folder, sha256
 from utils.images import StreamedImages
 from utils.paths import benign_folder, clean_arguments, poisoned_folder, python, shown
@@ -204,7 +204,8 @@ def _encoded_elsewhere(dataset, opt, rows, train):
         if not isinstance(encoded, np.ndarray):
             raise ValueError("it is an archive of several arrays")
     except BROKEN as error:
-        raise UserError(f"--ssba_images: cannot read {shown(path)} as one plain .npy array ({error})") from None
+        near = "" if path.exists() else f". Nearest existing path: {nearest_existing(path)}"
+        raise UserError(f"--ssba_images: cannot read {shown(path)} as one plain .npy array ({error}){near}") from None
     if encoded.dtype != np.uint8 or encoded.shape != whole.shape:
         raise UserError(
             f"--ssba_images: {shown(path)} holds {encoded.dtype} {encoded.shape}; the {'training' if train else 'test'} "

@@ -8,7 +8,7 @@ from models import MODELS
 from models.foreign import PRECISIONS, is_state_dict, precision_of
 from utils import args
 from utils.checkpoints import fitting, latest_checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, nearest_existing
 from utils.files import load_tensors, read_record
 from utils.metrics import say_selection
 from utils.paths import backdoored_folder, python, relative, shown
@@ -34,7 +34,10 @@ def load_start(opt):
     path = opt.checkpoint_load or latest_checkpoint(backdoored_folder(opt, "withTrans"), epochs, command)
     if opt.model not in MODELS:
         if not os.path.exists(path):
-            raise UserError(f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned")
+            raise UserError(
+                f"no such file: {path}; --checkpoint_load names the state dict that is to be cleaned. Nearest existing path: "
+                f"{nearest_existing(path)}"
+            )
         command = "torch.save(model.state_dict(), FILE), where the network is at hand"
     if opt.checkpoint_load and CLEANED in path.stem:  # of this step itself
         command = f"{python(f'{STEP}.py')} {args.secure_arguments(opt)}"

@@ -8,7 +8,7 @@ import numpy as np
 from models import MODELS
 from utils import args
 from utils.checkpoints import SECURE_IDENTITY, refuse_other, refuse_other_data
-from utils.errors import UserError, require_file
+from utils.errors import UserError, nearest_existing, require_file
 from utils.files import BROKEN, array_writer, read_record
 from utils.manifest import anew, is_other, of_other_data
 from utils.paths import python, samples_folder, shown
@@ -58,12 +58,16 @@ def load_samples(opt, spec, flags):
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     finder, given = opt, getattr(opt, "samples", None)
-    if opt.model not in MODELS:  # a network from elsewhere is cleaned with samples that one of ours has found
+    if given or opt.model not in MODELS:  # a network from elsewhere is cleaned with samples that one of ours has found
         finder = copy(opt)
-        finder.model, finder.samples = "resnet10", None
+        finder.model, finder.samples = opt.model if opt.model in MODELS else "resnet10", None
     command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
-    if not (folder / "options.json").is_file() and (given or opt.model not in MODELS):
-        what = f"there are no separated samples in {shown(folder)}" if given else f"{opt.model} separates no samples"
+    if finder is not opt and not (folder / "options.json").is_file():
+        what = f"{opt.model} separates no samples"
+        if given:
+            what = (
+                f"there are no separated samples in {shown(folder)}. Nearest existing path: {nearest_existing(folder)}"
+            )
         raise UserError(
             f"{what}; those of a network of this project go with --samples, such as {shown(samples_folder(finder))}, made with: {command}"
         )

@@ -75,7 +75,10 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
     if labels is None:
         n_clean = min(n_clean, len(fct) - n_poison)
         if n_clean == 0:
-            raise UserError(f"D_c is empty: no FCT lies below --gamma_low {gamma_low} {span}")
+            raise UserError(
+                f"D_c is empty: no FCT lies below --gamma_low {gamma_low} {span}; without --gamma_low and --gamma_high "
+                f"they follow from the ratios"
+            )
         flags[order[:n_clean]] = CLEAN
         return flags
     present, sizes = np.unique(labels, return_counts=True)
