@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   both defences on the bundled images, end to end; table and pictures in results/"
 	@echo "make test         the fast tests      make test-slow   all of them"
 	@echo "make lint         ruff                make coverage    the fast tests, with the lines they miss"
-	@echo "make clean        remove what quickstart wrote"
+	@echo "make clean        remove the quickstart's networks and samples"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; use make PYTHON=...")'
@@ -36,5 +36,5 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf saved/*/poison_rate_0.1/*/fashion saved/separated_samples/fashion saved/benign_model/fashion saved/poisoned_images/fashion
-	rm -rf ST/save/poison_rate_0.1/SupCon_models/fashion
+	rm -rf saved/backdoored_model/poison_rate_0.1/*/fashion/resnet10/gridTrigger saved/separated_samples/fashion/resnet10/gridTrigger_*
+	rm -rf ST/save/poison_rate_0.1/SupCon_models/fashion/resnet10/gridTrigger_*

@@ -38,7 +38,7 @@ from utils.audit import (
 )
 from utils.audit_report import REPORT, SETS, write_report
 from utils.errors import UserError, refuse_several_processes, run_script
-from utils.fct import fct_path, load_fct, sd_network
+from utils.fct import fct_path, fct_runtime, load_fct, sd_network
 from utils.files import (
     array_writer,
     bytes_writer,
@@ -322,7 +322,7 @@ def main(argv=None):
     check_clean(opt)
     args.refuse_places_in_the_data(opt, ["out", "output_root"])
     resolved, words, where = resolve(opt)
-    runtime = args.runtime_of(resolved)
+    runtime = fct_runtime(resolved, args.runtime_of(resolved))
     started = time.perf_counter()
     dataset = args.load_data(resolved)
     poisoned = poison_training_set(dataset, resolved)
@@ -342,7 +342,7 @@ def main(argv=None):
     run(steps, opt, out / "seconds.json")
     model_path = steps["train"].output
     known = {TAU: load_fct(model_path, steps["fct"].command)}
-    checkpoint, model, runtime = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
+    checkpoint, model = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
     values = suspicion(model, poisoned.images, labels, dataset.spec, runtime, opt.seed, known)
     put_back = PutBack(model, poisoned.images, labels, values, dataset.spec, runtime, opt.seed)
     scores = put_back.test()

@@ -13,6 +13,7 @@ from utils.fct import (
     beside_checkpoint,
     fct_of_network,
     fct_path,
+    fct_runtime,
     save_fct,
     sd_checkpoint,
     sd_network,
@@ -38,12 +39,13 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    runtime = fct_runtime(opt, runtime)
     path, command = sd_checkpoint(opt)
     digest = sha256(path)  # now: a later run may replace it
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
-    _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+    _, model = sd_network(path, command, dataset, poisoned, opt, runtime)
     ignored, option = ["batch_size"], beside_checkpoint(opt)
     record = fct_path(path, "fct.json")
     claim(record, opt, ignored=ignored, option=option, settle=settle_fct_precision, data=dataset.record)

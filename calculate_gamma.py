@@ -34,7 +34,7 @@ def get_parser():
 
 def main(argv=None):
     opt = args.parse(get_parser(), argv)
-    path, _ = sd_path(opt)  # step 4 needs its FCT alone, not the checkpoint
+    path, _ = sd_path(opt)  # where it is given, the values beside it are all that is needed
     values, record = fct_path(path, "all.txt"), read_record(fct_path(path, "fct.json")) or {}
     # A path that is given says which values are meant: the document gives step 4 the checkpoint alone.
     named = [name for name in IDENTITY if not opt.checkpoint_load or getattr(opt, name) != opt.defaults[name]]

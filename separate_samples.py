@@ -9,7 +9,7 @@ import numpy as np
 
 from utils import args
 from utils.errors import UserError, require_file, run_script
-from utils.fct import fct_path, saved_or_new_fct, sd_checkpoint, settle_fct_precision, step_3_record
+from utils.fct import fct_path, fct_runtime, saved_or_new_fct, sd_checkpoint, settle_fct_precision, step_3_record
 from utils.files import json_writer, sha256, write_together
 from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
@@ -108,6 +108,7 @@ def found_alike(path, opt, dataset):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    runtime = fct_runtime(opt, runtime)
     refuse_contradictions(opt)
     path, command = sd_checkpoint(opt)
     inputs = {path: sha256(path)}  # now: a later run may replace it
@@ -120,7 +121,8 @@ def main(argv=None):
     own_order = None
     if opt.poison_order:
         own_order = load_order(opt.poison_order, len(poisoned.labels), "python audit_dataset.py --data_root DIR")
-    fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
+    fct, sources = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
+    inputs |= sources
 
     low, high = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     low = low if opt.gamma_low is None else opt.gamma_low

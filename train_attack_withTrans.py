@@ -36,12 +36,13 @@ def get_parser():
     return parser
 
 
-def train(opt, runtime, step, weight_decay, start_from=None):
+def train(opt, runtime, step, weight_decay, start_from=None, inputs=()):
     """The whole step; that on ImageNet is the same with another start.
 
     Args:
         opt: the options; runtime: a `device.Runtime`; step: name of the script; weight_decay: of SGD;
-        start_from: called with the new network to give it other weights than random ones, or None.
+        start_from: called with the new network to give it other weights than random ones, or None; inputs: paths of the files that
+        it reads.
     """
     command = f"{python(f'{step}.py')} {args.attack_arguments(opt)}"
     checkpoint = load_checkpoint(opt.checkpoint_load, opt, command, [step]) if opt.checkpoint_load else None
@@ -71,7 +72,8 @@ def train(opt, runtime, step, weight_decay, start_from=None):
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.schedule, opt.gamma)
 
-    run = Run(opt, step, folder / "options.json", poisoned.digest, data=dataset.record)
+    read = () if checkpoint else inputs
+    run = Run(opt, step, folder / "options.json", poisoned.digest, inputs=read, data=dataset.record)
     first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
     sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
     run.add(folder / "samples.png")

@@ -12,6 +12,7 @@ from models.pretrained import load_pretrained
 from train_attack_withTrans import train
 from utils import args
 from utils.errors import UserError, run_script
+from utils.paths import real
 
 STEP = "train_attack_withTrans_imagenet"
 
@@ -27,6 +28,7 @@ def get_parser():
     parser.set_defaults(dataset="imagenet", trigger_type="squareTrigger_imagenet", schedule=[15, 20])
     parser.add_argument(
         "--pretrained",
+        type=args.word,
         default="imagenet",
         help="imagenet: torchvision's weights, downloaded once; none; or the path of a file of such weights",
     )
@@ -38,7 +40,11 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.dataset != "imagenet":
         raise UserError(f"this step is for --dataset imagenet; for {opt.dataset}: python train_attack_withTrans.py")
-    train(opt, runtime, STEP, 1e-4, partial(load_pretrained, name=opt.model, source=opt.pretrained))
+    files = []
+    if opt.pretrained not in ("imagenet", "none"):
+        opt.pretrained = real(args.file(opt.pretrained))  # the same however it is spelt
+        files = [opt.pretrained]
+    train(opt, runtime, STEP, 1e-4, partial(load_pretrained, name=opt.model, source=opt.pretrained), files)
 
 
 if __name__ == "__main__":

@@ -93,9 +93,8 @@ def get_parser():
     return parser
 
 
-def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    opt.passes = [name for name in PASSES if name in opt.passes]
+def refuse_contradictions(opt):
+    """Raise a `UserError` where an option has no use beside another."""
     if opt.drop_doubtful and len(opt.passes) < len(PASSES):
         raise UserError(
             "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
@@ -104,6 +103,12 @@ def main(argv=None):
         raise UserError("--stay_dropped is about what --drop_doubtful leaves out; give both")
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
+
+
+def main(argv=None):
+    opt, runtime = args.start(get_parser(), argv)
+    opt.passes = [name for name in PASSES if name in opt.passes]
+    refuse_contradictions(opt)
     path, checkpoint, plain = load_start(opt)
     resumed = checkpoint["step"] == STEP
     places = places_of(opt, path, resumed, plain)
@@ -118,7 +123,7 @@ def main(argv=None):
     print(f"The samples are those of {shown(samples_record.parent)}")
     tests = make_test_sets(dataset, opt, runtime)
     unlearn_batch_size = opt.unlearn_batch_size or opt.batch_size
-    augmentation = CropFlip(spec.size, flip=spec.flip_relearn)  # 4 pixels of crop on every data set
+    augmentation = CropFlip(flip=spec.flip_relearn)  # 4 pixels of crop on every data set
 
     def batches_of(flag, size):
         name, samples = f"{STEP} {flag}", load_samples(opt, spec, [flag])
@@ -213,6 +218,7 @@ def main(argv=None):
         states += [places.chosen_result] if plain and chosen else []
         results = {place: tensor_writer(plain_state(network, opt.foreign)) for place in states}
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
+        # In the place of a schedule, which BR has not, the checkpoint keeps what was last dropped.
         run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer, dropped, results)
 
     run.complete()

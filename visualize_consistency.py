@@ -5,7 +5,7 @@ Uses the values that calculate_consistency.py saved where they fit the options, 
 
 from utils import args
 from utils.errors import run_script
-from utils.fct import beside_checkpoint, fct_path, saved_or_new_fct, sd_checkpoint
+from utils.fct import beside_checkpoint, fct_path, fct_runtime, saved_or_new_fct, sd_checkpoint
 from utils.figures import fct_histogram, save_figure
 from utils.files import make_folder, sha256
 from utils.manifest import write_options
@@ -27,13 +27,15 @@ def get_parser():
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    runtime = fct_runtime(opt, runtime)
     path, command = sd_checkpoint(opt)
     make_folder(path.parent, beside_checkpoint(opt))
-    digest = sha256(path)
+    inputs = {path: sha256(path)}  # now: a later run may replace it
 
     dataset = args.load_data(opt)
     poisoned = poison_training_set(dataset, opt)
-    fct = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
+    fct, sources = saved_or_new_fct(path, command, dataset, poisoned, opt, runtime)
+    inputs |= sources
 
     gammas = gammas_of_ratios(fct, opt.clean_ratio, opt.poison_ratio)
     tau = opt.trans1 if opt.trans1 == "auto" else f"{opt.trans1} + {opt.trans2}"
@@ -42,9 +44,7 @@ def main(argv=None):
         title += f", {opt.trigger_type} {opt.target_type}: AUROC {auroc(fct, ~poisoned.is_clean):.4f}"
     picture, record = path.with_suffix(".jpg"), fct_path(path, "histogram.json")
     save_figure(fct_histogram(fct, poisoned.is_clean, title, gammas), picture)
-    write_options(
-        record, opt, step="visualize_consistency", data=dataset.record, inputs={path: digest}, outputs=[picture]
-    )
+    write_options(record, opt, step="visualize_consistency", data=dataset.record, inputs=inputs, outputs=[picture])
     print(f"The histogram is {shown(picture)}")
 
 

@@ -99,11 +99,11 @@ def classify(model, inputs, labels, in_clean, extractor, poison_weight=0.001, bo
     return loss, {"correct": (logits.argmax(1) == labels).sum()}
 
 
-def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001, bound=math.inf):
+def mixed_cross_entropy(logits, labels, in_clean, poison_weight=0.001, bound=math.inf):
     """CE over D_c minus ``poison_weight`` times CE over D_p (paper section 4.2, the classifier's loss).
 
     Args:
-        logits: float (B, K); labels: int64 (B,); trusted: bool (B,), True for D_c, False for D_p; bound: in nats, not in the paper:
+        logits: float (B, K); labels: int64 (B,); in_clean: bool (B,), True for D_c, False for D_p; bound: in nats, not in the paper:
         a sample of D_p whose cross-entropy is above it pushes no further.
 
     Returns:
@@ -115,4 +115,4 @@ def mixed_cross_entropy(logits, labels, trusted, poison_weight=0.001, bound=math
         # Not a product: infinity times zero, of a sample of the other set, is no number.
         return torch.where(members, values, 0).sum() / members.sum().clamp(min=1)
 
-    return mean(each, trusted) - poison_weight * mean(each.clamp(max=bound), ~trusted)
+    return mean(each, in_clean) - poison_weight * mean(each.clamp(max=bound), ~in_clean)

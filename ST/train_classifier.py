@@ -45,7 +45,7 @@ def get_parser():
     args.add_device_options(parser)
     args.add_ratio_options(parser)
     args.add_training_options(parser, epochs=10, batch_size=512, lr=5.0, lr_name="--learning_rate", compiles=False)
-    parser.add_argument("--weight_decay", type=args.number(int_or_float, 0), default=0, help="weight decay of SGD")
+    parser.add_argument("--weight_decay", type=args.number(float, 0), default=0, help="weight decay of SGD")
     parser.add_argument(
         "--lr_decay_epochs",
         type=args.positive_int,
@@ -70,14 +70,10 @@ def get_parser():
     return parser
 
 
-def int_or_float(text):
-    """0 stays 0 in the folder's name, as the authors' README has it (decay_0)."""
-    return int(text) if text.isdigit() else float(text)
-
-
 def run_name(opt):
-    """Name of the run's folder, as the authors' README has it."""
-    return f"Linear_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}"
+    """Name of the run's folder, as the authors' README has it: decay_0 without a decay."""
+    decay = opt.weight_decay or 0
+    return f"Linear_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{decay}_bsz_{opt.batch_size}"
 
 
 def main(argv=None):

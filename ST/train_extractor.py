@@ -128,7 +128,7 @@ def main(argv=None):
         augmentation=ContrastiveView(dataset.spec.size, dataset.spec.flip), views=2, extra=np.isin(samples["flag"], trusted),
     )  # fmt: skip
     print(f"{len(samples)} samples of {shown(samples_folder(opt))}, {(samples['flag'] == CLEAN).sum()} of them in D_c")
-    if opt.batch_size > 256 and opt.epochs <= WARM_EPOCHS:
+    if opt.batch_size > 256 and opt.epochs < 2 * WARM_EPOCHS:
         print(f"Note: with a batch above 256 the learning rate goes from {WARM_FROM:g} to where the schedule is after "
               f"{WARM_EPOCHS} epochs; {opt.epochs} see little of {opt.learning_rate:g}. Take more --epochs, or a --batch_size "
               "up to 256")  # fmt: skip

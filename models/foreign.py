@@ -51,7 +51,8 @@ def build_foreign(name, state, path, dataset, spec):
     stem = state.get("conv1.weight")
     if name in MODELS and (name not in NAMES or (stem is not None and stem.shape[-1:] != (7,))):
         network = build_model(name, dataset, spec.num_classes, spec.size)
-        print(f"{path} has another first layer than torchvision's {name}; it is taken for this project's network")
+        if name in NAMES:
+            print(f"{path} has another first layer than torchvision's {name}; it is taken for this project's network")
     else:
         try:
             network = torchvision.models.get_model(

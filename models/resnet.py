@@ -152,6 +152,9 @@ class SupConResNet(nn.Module):
     """Encoder and two-layer projection head to 128 numbers of length one (Khosla et al. 2020, section 3.1).
 
     ``forward`` maps float (N, 3, H, W) to float32 (N, 128), under autocast too; ``features`` is for the linear classifier.
+
+    Args:
+        name: a name in `MODELS`; size: side of the images in pixels.
     """
 
     def __init__(self, name, size=32):

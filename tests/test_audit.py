@@ -1,5 +1,6 @@
 """The audit: what samples share, thresholds found in the values, the verdict, the report, and the way out."""
 
+import errno
 import json
 import os
 import shlex
@@ -781,6 +782,17 @@ def test_a_folder_is_poisoned_for_the_example(cli, tmp_path):
     again = cli(*words, "--clean")
     assert again.code == 2 and "out_poisoned.csv is there already" in again.err and not out.exists()
     assert (tmp_path / "out_poisoned.csv").read_bytes() == before
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_no_list_either(cli, tmp_path, monkeypatch):
+    def no_name(source, target):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.files.os.rename", no_name)
+        words = ["tools/poison_folder.py", "--images", 60, "--out", tmp_path / "out", "--output_root", tmp_path]
+        refused(cli(*words), "Permission denied", "nothing is left of it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_poisoned_or_clean_and_its_images_are_counted_once(cli, tmp_path):

@@ -163,7 +163,7 @@ def test_three_epochs_of_both_paths_end_within_seed_noise(benchmark, fashion):
             network = benchmark.build_model("resnet10", "cifar10", 10)
             network = (CPU.place(network) if kind == "ours" else network).train()
             optimizer = benchmark.sgd(network, 0.05)
-            batches = Batches(task.images, task.labels, task.spec, CPU, 128, seed, "noise", benchmark.CropFlip(32))
+            batches = Batches(task.images, task.labels, task.spec, CPU, 128, seed, "noise", benchmark.CropFlip())
             loader = task.loader(*benchmark.CROP_FLIP, batch_size=128)
             for epoch in range(3):
                 if kind == "ours":

@@ -357,4 +357,4 @@ def test_held_out_samples_are_looked_at_in_evaluation_mode_in_every_epoch(words,
 def test_the_end_of_unlearning_tells_the_papers_selection(capsys):
     figures = [(-1, 99, 99, 0), (0, 95, 60, 5), (1, 70, 80, 5), (2, 50, 50, 5)]
     summarise([dict(zip(("epoch", "ACC", "ACC_paper", "ASR"), row, strict=True), R_ACC=1.0) for row in figures])
-    assert "selection, by ACC - ASR on the test set (2): ACC 70.00" in capsys.readouterr().out
+    assert "selection, by ACC_paper - ASR on the test set (2): ACC 70.00" in capsys.readouterr().out

@@ -168,7 +168,7 @@ def trained(fashion, runtime, setting, bound=None, epochs=3, seed=0, secure=Fals
     torch.manual_seed(seed)
     network = runtime.place(SupConResNet("resnet10") if secure else build_model("resnet10", "cifar10", 10))
     images, labels = fashion.train_images[:91], fashion.train_labels[:91]
-    more = {"augmentation": CropFlip(32)}
+    more = {"augmentation": CropFlip()}
     if secure:
         more = {"augmentation": ContrastiveView(32), "views": 2, "extra": np.arange(91) % 3 > 0}
     batches = Batches(images, labels, fashion.spec, runtime, 16, seed, "x", **more)

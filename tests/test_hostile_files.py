@@ -17,6 +17,7 @@ from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_
 
 from models import build_model
 from models.pretrained import load_pretrained
+from utils.checkpoints import load_schedule
 from utils.errors import UserError
 
 NPY = [f"{SAMPLES}/{kind}_samples.npy" for kind in ("clean", "poison")]
@@ -246,9 +247,31 @@ BAD_CHECKPOINTS = {
         lambda c: changed(c, optimizer=changed(c["optimizer"], state={
             0: {"momentum_buffer": torch.full_like(c["model"]["conv1.weight"], float("inf"))}})), "not finite"),
     "schedule is foreign": (lambda c: changed(c, schedule={"step": "x"}), "schedule"),
+    "schedule is empty": (lambda c: changed(c, schedule={}), "schedule"),
+    "schedule of another kind": (
+        lambda c: changed(c, schedule={"milestones": {1: 1}, "gamma": 0.1, "base_lrs": [0.01], "last_epoch": 1}),
+        "T_max",
+    ),
     "schedule of no epochs": (lambda c: changed(c, schedule=changed(c["schedule"], T_max=0)), "T_max"),
     "schedule is text": (lambda c: changed(c, schedule=changed(c["schedule"], last_epoch="1")), "last_epoch"),
 }  # fmt: skip
+
+
+def test_a_schedule_that_another_version_of_torch_kept_is_taken():
+    weight = torch.nn.Parameter(torch.zeros(1))
+
+    def cosine():
+        return torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([weight], lr=0.1), T_max=4)
+
+    schedule, other = cosine(), cosine()
+    schedule.optimizer.step()
+    schedule.step()
+    state = {name: value for name, value in schedule.state_dict().items() if name not in ("_is_initial", "verbose")}
+    load_schedule(other, {**state, "of_their_own": [1, 2]}, "x.tar")
+    assert other.last_epoch == 1 and not hasattr(other, "of_their_own")
+    assert other.state_dict() == schedule.state_dict() | {
+        name: cosine().state_dict()[name] for name in other.state_dict() if name not in state
+    }
 
 
 @pytest.mark.parametrize("fault", BAD_CHECKPOINTS)

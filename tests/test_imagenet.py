@@ -9,10 +9,12 @@ from PIL import Image
 from test_bad_input import refused, snapshot
 from test_poisoning import options
 
+from models import build_model
 from utils import dataloader_bd as bd
 from utils import poisoning
 from utils.device import Runtime
 from utils.errors import UserError
+from utils.files import read_json, sha256
 from utils.images import StreamedImages
 from utils.loading import load_dataset
 from utils.samples import load_samples
@@ -212,6 +214,19 @@ def test_what_cannot_be_done_is_refused_in_one_line(cli, words, tmp_path, more, 
     result = cli("train_attack_withTrans_imagenet.py", *words(tmp_path), "--epochs", 1, *more)
     assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_file_of_weights_is_an_input_however_it_is_spelt(cli, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("resnet10", "imagenet", 3, 224).state_dict(), tmp_path / "weights.pth")
+    step = ["train_attack_withTrans_imagenet.py", *words(tmp_path), "--epochs", 1, "--batch_size", 16]
+    assert cli(*step, "--pretrained", "weights.pth").code == 0
+    (record,) = tmp_path.rglob("options.json")
+    ((name, digest),) = read_json(record)["inputs"].items()
+    assert (record.parent / name).resolve() == tmp_path / "weights.pth" and digest == sha256(tmp_path / "weights.pth")
+    again = cli(*step, "--pretrained", tmp_path / "x/../weights.pth")
+    assert again.code == 0, again.err  # the same setting
+    refused(cli(*step, "--pretrained", "none"), "--pretrained", "--overwrite")
 
 
 def test_the_step_for_small_images_points_to_this_one(cli, words, tmp_path):

@@ -399,6 +399,13 @@ def test_values_are_of_the_network_they_were_computed_with_though_its_file_is_re
     assert record["inputs"] == {"1.tar": digest} != {"1.tar": sha256(path)}
 
 
+def test_no_decay_has_one_folder_however_it_is_spelt():
+    script = load_script("ST/train_classifier.py")
+    for words, decay in (([], "0"), (["0"], "0"), (["0.0"], "0"), (["1e-4"], "0.0001")):
+        opt = script.get_parser().parse_args(["--weight_decay", *words] if words else [])
+        assert f"_decay_{decay}_" in script.run_name(opt)
+
+
 def test_the_newest_classifier_is_taken(copy, words, cli):
     other = copy / SECURE / "Linear_cifar10_resnet10_lr_0.5_decay_0_bsz_64"
     shutil.copytree(copy / CLASSIFIER, other, copy_function=shutil.copyfile)  # its record is newer
@@ -475,6 +482,19 @@ def test_a_record_tells_in_which_precision_its_step_ran_and_going_on_in_another_
     torch.save({**checkpoint, "ran_in": {"device": "cpu", "precision": other}}, folder / "2.tar")
     elsewhere = cli(*step, "--epochs", 4, "--checkpoint_load", folder / "2.tar")
     assert elsewhere.code == 0 and f"Note: the epochs before were trained in {other}" in elsewhere.out, elsewhere.err
+
+
+def test_what_was_made_of_saved_fct_says_so_and_that_it_is_float32(cli, words, copy):
+    values = {"1_all.txt": sha256(copy / TUNED / "1_all.txt")}
+    for path in (f"{TUNED}/1_fct.json", f"{TUNED}/1_histogram.json", f"{SAMPLES}/options.json"):
+        record = read_json(copy / path)
+        assert record["ran_in"]["precision"] == "float32"  # what --precision auto is for FCT
+        found = {name.rsplit("/", 1)[-1]: digest for name, digest in record["inputs"].items()}
+        assert values.items() <= (record["outputs"] if "_fct" in path else found).items()
+    (copy / TUNED / "1_all.txt").unlink()
+    said = cli("separate_samples.py", *words(copy))
+    assert said.code == 0 and "computing them" in said.out
+    assert not [name for name in read_json(copy / SAMPLES / "options.json")["inputs"] if name.endswith("_all.txt")]
 
 
 def test_st_takes_the_last_epoch_of_a_complete_run_whatever_the_times_of_its_files(cli, words, copy):

@@ -11,6 +11,7 @@ from utils import dataloader_bd as bd
 from utils import poisoning
 from utils.datasets import DATASETS, Dataset
 from utils.device import Runtime
+from utils.engine import train_epoch
 from utils.errors import UserError
 from utils.transforms import ContrastiveView, CropFlip
 from utils.triggers import apply_trigger
@@ -172,7 +173,7 @@ def test_normalize_equals_torchvision_on_bytes_and_floats():
 
 def make_batches(count=37, batch_size=8, **changes):
     dataset = make_dataset(count, 0)
-    given = {"seed": 0, "name": "test", "extra": np.arange(count), "augmentation": CropFlip(32), **changes}
+    given = {"seed": 0, "name": "test", "extra": np.arange(count), "augmentation": CropFlip(), **changes}
     return bd.Batches(dataset.train_images, dataset.train_labels, SPEC, CPU, batch_size, **given)
 
 
@@ -238,9 +239,11 @@ def test_what_is_left_of_the_samples_keeps_what_was_drawn_for_it():
     assert set(found) == set(kept.tolist()) and len(fewer) == 2
     assert all(torch.equal(picture, expected[index]) for index, picture in found.items())
     assert len(batches) == 5 and len(by_sample(batches, 4)) == 38  # these are as they were
+    with pytest.raises(UserError, match=r"^1 samples make no batch"):
+        train_epoch(None, batches.only(torch.tensor([3])), 0, None, None, None, "")
 
 
-@pytest.mark.parametrize("augmentation", [CropFlip(32), CropFlip(32, rotation=15), ContrastiveView(32)])
+@pytest.mark.parametrize("augmentation", [CropFlip(), CropFlip(rotation=15), ContrastiveView(32)])
 def test_a_samples_augmented_picture_does_not_depend_on_the_batch_size(augmentation):
     expected = by_sample(make_batches(38, 38, augmentation=augmentation), 3)
     for batch_size in (2, 5, 16):

@@ -44,13 +44,13 @@ def test_a_data_set_is_normalised_and_augmented_as_the_authors_do(
     spec = DATASETS[name]
     assert (spec.num_classes, spec.size, spec.mean, spec.std) == (classes, size, mean, std)
     view = CropFlip.of(spec)
-    assert (view.size, view.rotation, view.padding, view.flip) == (size, rotation, padding, flip)
+    assert (view.rotation, view.padding, view.flip) == (rotation, padding, flip)
     assert spec.flip_relearn == flip_relearn
 
 
 def test_the_imagenet_subset_is_trained_with_the_papers_settings():
     script, given = load_script("train_attack_withTrans_imagenet.py"), {}
-    script.train = lambda opt, runtime, step, weight_decay, start_from: given.update(
+    script.train = lambda opt, runtime, step, weight_decay, start_from, inputs: given.update(
         vars(opt), weight_decay=weight_decay
     )
     script.main(["--device", "cpu"])
@@ -168,9 +168,7 @@ def slow_unlearning(start, parts, lr):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     for sign, samples, name in parts:
         settings = (DATASETS["cifar10"], CPU, 16, 0, name)
-        batches = Batches(
-            samples["image"], samples["label"], *settings, augmentation=CropFlip(32, padding=4, flip=True)
-        )
+        batches = Batches(samples["image"], samples["label"], *settings, augmentation=CropFlip(padding=4, flip=True))
         for inputs, labels, _ in batches.epoch(0):
             optimizer.zero_grad()
             (sign * F.cross_entropy(model(inputs), labels)).backward()
@@ -231,7 +229,7 @@ def test_the_seed_decides_tau_and_the_draw_among_ties(copy, words, cli, monkeypa
     fct.fct_of_network("x", None, CPU, dataset, poisoned, opt)
     assert given == {"trans1": "crop", "trans2": "none", "draws": 3, "batch_size": 7, "seed": 5}
 
-    monkeypatch.setattr(fct, "saved_or_new_fct", lambda *_: np.zeros(400, dtype=np.float32))
+    monkeypatch.setattr(fct, "saved_or_new_fct", lambda *_: (np.zeros(400, dtype=np.float32), {}))
     taken = []
     for seed in (0, 0, 1):
         assert cli("separate_samples.py", *words(copy), "--seed", seed, "--overwrite").code == 0

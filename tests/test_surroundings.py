@@ -220,7 +220,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
 def test_no_more_workers_than_shared_memory_has_room_for(tmp_path, monkeypatch, capsys):
     images, splits = streamed(tmp_path, 8), list(torch.arange(8).split(4))
     batch = 4 * 32 * 32 * 3
-    views = Views(CropFlip(32), [{}, {}])
+    views = Views(CropFlip(), [{}, {}])
     dataloader_bd._tell_once.cache_clear()
     for room, change, expected in (
         (100 * batch, None, 8),

@@ -50,7 +50,7 @@ def each(function, images, *parameters):
 @pytest.mark.parametrize("padding", [4, 2])
 def test_crop_and_flip_equal_torchvisions(padding):
     images = pictures(200)
-    view = T.CropFlip(32, padding=padding)
+    view = T.CropFlip(padding=padding)
     parameters = view.draw(rng(), 200)
 
     def slow(image, down, right, flip):
@@ -63,10 +63,10 @@ def test_crop_and_flip_equal_torchvisions(padding):
 
 def test_crop_and_flip_with_rotation_rotates_last():
     images = pictures()
-    view = T.CropFlip(32, rotation=15)
+    view = T.CropFlip(rotation=15)
     parameters = view.draw(rng(), COUNT)
     assert parameters["degrees"].abs().max() <= 15
-    plain = T.CropFlip(32).apply(images, parameters)
+    plain = T.CropFlip().apply(images, parameters)
     expected = each(pil_rotate, plain, parameters["degrees"])
     assert (view.apply(images, parameters) == expected).float().mean() >= 0.999
 
@@ -202,11 +202,11 @@ def test_draws_of_a_contrastive_view_have_the_documented_ranges_and_frequencies(
 
 
 def test_draws_of_crop_and_flip_have_the_documented_ranges():
-    parameters = T.CropFlip(32).draw(rng(), 10000)
+    parameters = T.CropFlip().draw(rng(), 10000)
     for name in ("down", "right"):
         assert parameters[name].unique().tolist() == list(range(-4, 5))
     assert abs(parameters["flip"].double().mean() - 0.5) < 0.02
-    assert not T.CropFlip(32, flip=False).draw(rng(), 1000)["flip"].any()
+    assert not T.CropFlip(flip=False).draw(rng(), 1000)["flip"].any()
 
 
 def test_draws_of_tau_have_the_documented_ranges():
@@ -335,7 +335,7 @@ def test_tau_of_a_sample_does_not_depend_on_how_many_samples_there_are(name):
 # On a GPU
 
 EXACT = [
-    T.CropFlip(32, rotation=15),
+    T.CropFlip(rotation=15),
     T.Tau("rotate", "affine", 32),
     T.Tau("erase", "crop", 32),
     T.Tau("flip", "vflip", 32),

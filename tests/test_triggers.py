@@ -255,6 +255,15 @@ def test_images_of_another_dtype_or_shape_are_refused(name, images):
         apply_trigger(name, images, train=True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trigger_changes_the_smallest_images_that_it_takes(name):
+    side = triggers.SMALLEST.get(name, 8)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    assert (apply_trigger(name, images, train=True) != images).any((1, 2, 3)).all()
+    with pytest.raises(ValueError, match=f"at least {side}"):
+        apply_trigger(name, images[:, 1:], train=True)
+
+
 def test_an_unknown_trigger_is_refused_and_the_known_are_named():
     with pytest.raises(ValueError, match=r"noSuchTrigger.*gridTrigger"):
         apply_trigger("noSuchTrigger", pictures(1, 32, 32), train=True)

@@ -178,7 +178,7 @@ def poisoning(work):
 
 def training(work):
     own, theirs = work.network(False), work.network(True).train()
-    batches, their_optimizer = work.batches("training", augmentation=CropFlip(32)), sgd(theirs)
+    batches, their_optimizer = work.batches("training", augmentation=CropFlip()), sgd(theirs)
     own, optimizer = work.trained(own, batches)
     loader = work.loader(*CROP_FLIP)
 
@@ -302,7 +302,7 @@ def unlearning(work):
     their_optimizer, half = sgd(theirs, 1e-4), len(work.labels) // 2
     parts = [(work.images[:half], work.labels[:half]), (work.images[half:], work.labels[half:])]
     settings = (work.spec, work.runtime, work.batch_size, 0, "unlearning")
-    up, down = (Batches(images, labels, *settings, augmentation=CropFlip(32)) for images, labels in parts)
+    up, down = (Batches(images, labels, *settings, augmentation=CropFlip()) for images, labels in parts)
     own, optimizer = work.trained(own, down, lr=1e-4)
     end = [transforms.ToTensor(), transforms.Normalize(work.spec.mean, work.spec.std)]
     change = transforms.Compose([*CROP_FLIP, *end])
@@ -498,7 +498,7 @@ def main(argv=None):
     title = f"{opt.model}, {runtime}, {hardware(opt.device)}, {cores()} cores seen"
     save_figure(bars(table, title), picture)
     print(f"{len(work.labels)} images, batches of {opt.batch_size}, {rounds} rounds, {runtime}, {hardware(opt.device)}")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(markdown(table))
     print(f"The table is {shown(opt.out)}, the picture {shown(picture)}")
 
 

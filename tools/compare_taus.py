@@ -17,7 +17,7 @@ import pandas as pd
 
 from utils import args
 from utils.errors import UserError, run_script
-from utils.fct import AUTO, combine, compute_fct, sd_checkpoint, sd_network
+from utils.fct import AUTO, combine, compute_fct, fct_runtime, sd_checkpoint, sd_network
 from utils.files import make_folder, read_record, sha256, write_rows
 from utils.images import rows_of
 from utils.manifest import write_options
@@ -111,6 +111,7 @@ def how(opt):
 
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
+    runtime = fct_runtime(opt, runtime)
     if opt.poison_ratios and opt.poison_ratio != opt.defaults["poison_ratio"]:
         raise UserError("--poison_ratios stands in the place of --poison_ratio; give one of them")
     path, command = sd_checkpoint(opt)
@@ -118,7 +119,7 @@ def main(argv=None):
     poisoned = poison_training_set(dataset, opt)
     if poisoned.is_clean is None:
         raise UserError("this compares tau by the ground truth, which nobody has of your own data")
-    checkpoint, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
+    checkpoint, model = sd_network(path, command, dataset, poisoned, opt, runtime)
     attack = f"{data_name(opt)}_{opt.model}_{opt.trigger_type}_{opt.target_type}_{opt.poison_rate}"
     seed = f"_seed{opt.seed}" if opt.seed else ""
     name = f"{attack}{seed}_{checkpoint['step']}_{checkpoint['epoch']}{how(opt)}.csv"

@@ -68,11 +68,9 @@ def steps_of(opt, row):
         (epoch, tuned.with_name(f"{epoch - 1}.tar"))
         for epoch in (range(1, last + 1) if row in opt.every_epoch else [last])
     ]
-    common = planned["calculate_gamma"].words
-    ratios = common.index("--clean_ratio")
     for epoch, path in places:
         record = fct_path(path, "fct.json")
-        words = [*common[:ratios], "--checkpoint_load", typed(path)]
+        words = [*planned["calculate_consistency"].words, "--checkpoint_load", typed(path)]
         made_by = steps["finetune_attack_noTrans" if epoch else "train_attack_noTrans"]
         steps[f"FCT of epoch {epoch}"] = Step("calculate_consistency.py", words, record, record, [made_by])
     return steps, resolved, places

@@ -94,11 +94,15 @@ def main(argv=None):
         poisoned = poison_training_set(dataset, opt)
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean
     classes = [name.replace("/", " or ") for name in dataset.classes]
-    with new_folder(out, "--out") as staging:
-        names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
-        write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
-        rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
-        write_together({listed: csv_writer(rows) if rows else text_writer("file\n")})
+    try:
+        with new_folder(out, "--out") as staging:
+            names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)
+            write_split(staging / "test", dataset.test_images, dataset.test_labels, classes, "test", opt.jpeg)
+            rows = [{"file": f"train/{names[row]}"} for row in np.flatnonzero(~is_clean)]
+            write_together({listed: csv_writer(rows) if rows else text_writer("file\n")})
+    except BaseException:  # the two come together, or not at all
+        listed.unlink(missing_ok=True)
+        raise
     print(
         f"{shown(out)} holds {len(labels)} training images, {(~is_clean).sum()} of them poisoned, and {len(dataset.test_labels)} for tests"
     )

@@ -15,7 +15,7 @@ import numpy as np
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.figures import save_figure
+from utils.figures import save_figure, show_images
 from utils.files import check_outputs, make_folder
 from utils.loading import load_dataset
 from utils.paths import ROOT, real, shown
@@ -56,10 +56,7 @@ def main(argv=None):
     for column, name in enumerate(TRIGGERS):
         train, test = (apply_trigger(name, clean, train=kind, seed=opt.seed) for kind in (True, False))
         difference = np.clip(128 + 10 * (train.astype(int) - clean), 0, 255).astype(np.uint8)
-        for axis, picture in zip(axes[:, column], (clean, train, difference, test), strict=True):
-            axis.imshow(picture[0], interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
+        show_images(axes[:, column], np.concatenate([clean, train, difference, test]))
         axes[0, column].set_title(name.replace("Trigger", "\nTrigger"), fontsize=7)
     for axis, kind in zip(axes[:, 0], ("clean", "training", "difference x 10", "test"), strict=True):
         axis.set_ylabel(kind, fontsize=9)

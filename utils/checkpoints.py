@@ -22,7 +22,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 # Options that name files which a step reads; what is in them is compared by its digest.
-FILES = ("samples", "benign_checkpoint", "ssba_encoder", "ssba_images")
+READ = ("samples", "benign_checkpoint", "ssba_encoder", "ssba_images")
 
 KEYS = {"step": str, "epoch": int, "model": dict, "optimizer": dict, "schedule": dict, "options": dict,
         "poisoned_digest": (str, type(None)), "history": list}  # fmt: skip
@@ -72,7 +72,7 @@ def refuse_other_settings(checkpoint, opt, path):
         and precision_of_run(checkpoint) == opt.ran_in["precision"]
     ):
         found["precision"] = wanted["precision"]  # one of them by name
-    compared = wanted.keys() - NEUTRAL - {*FILES} - ({"epochs"} if may_train_longer(opt) else set())
+    compared = wanted.keys() - NEUTRAL - {*READ} - ({"epochs"} if may_train_longer(opt) else set())
     differ = conflict(found, wanted, sorted(compared))
     if differ:
         held, asked = differ
@@ -169,12 +169,14 @@ def load_optimizer(optimizer, state, path):
 
 
 def load_schedule(scheduler, state, path):
-    """Load a schedule's state. Raises `UserError` where it is not that of such a schedule."""
+    """Load a schedule's state; what only other versions of torch keep in one is left out. Raises `UserError` where it is not that of
+    such a schedule."""
     own = scheduler.state_dict()
-    for name, value in state.items():
-        if name not in own or not _alike(value, own[name]) or (name in ("T_max", "step_size") and value < 1):
-            raise UserError(f"the schedule in {path} is not that of this step: its {str(name)[:40]} does not fit")
-    scheduler.load_state_dict(state)
+    kept = {name: value for name, value in state.items() if name in own}
+    for name in own.keys() & {"last_epoch", "base_lrs", "T_max", "milestones", "gamma", *kept}:
+        if name not in kept or not _alike(kept[name], own[name]) or (name == "T_max" and kept[name] < 1):
+            raise UserError(f"the schedule in {path} is not that of this step: its {name} does not fit")
+    scheduler.load_state_dict(kept)
 
 
 def _alike(value, expected):

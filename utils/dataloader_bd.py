@@ -30,10 +30,10 @@ class TestSets:
 
     clean_images: "torch.Tensor | StreamedImages"
     clean_labels: torch.Tensor
-    in_paper: torch.Tensor | None  # int64 (M,): the clean images that the authors count, not of the target class
-    triggered_images: "torch.Tensor | TriggeredImages | None"
-    attack_labels: torch.Tensor | None
-    true_labels: torch.Tensor | None
+    in_paper: torch.Tensor | None = None  # int64 (M,): the clean images that the authors count; these are triggered
+    triggered_images: "torch.Tensor | TriggeredImages | None" = None
+    attack_labels: torch.Tensor | None = None
+    true_labels: torch.Tensor | None = None
 
 
 def make_test_sets(dataset, opt, runtime, attack=True):
@@ -44,7 +44,7 @@ def make_test_sets(dataset, opt, runtime, attack=True):
         return None
     clean = [hold(dataset.test_images, runtime), torch.from_numpy(labels).to(runtime.device)]
     if not attack:
-        return TestSets(*clean, None, None, None, None)
+        return TestSets(*clean)
     everything = opt.target_type == "all2all"
     rows = np.flatnonzero(everything | (labels != opt.target_label))
     clean.append(torch.from_numpy(rows).to(runtime.device))
@@ -63,7 +63,7 @@ def make_test_sets(dataset, opt, runtime, attack=True):
 
 
 def to_device(images, runtime):
-    """Images uint8 (N, H, W, 3) in memory -> uint8 tensor (N, 3, H, W) on the device; on a CPU it is the array itself, seen
+    """Images (N, H, W, 3) in memory -> tensor (N, 3, H, W) of their dtype on the device; on a CPU it is the array itself, seen
     another way, unless that cannot be written to."""
     if runtime.device.type == "cpu":
         return torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)

@@ -29,7 +29,7 @@ def train_epoch(model, batches, epoch, objective, optimizer, runtime, title, bef
         UserError: where there is no batch, or the loss or one of the sums is not finite.
     """
     if len(batches) == 0:
-        raise UserError(f"{len(batches.labels)} samples make no batch of two or more; there is nothing to train on")
+        raise UserError(f"{len(batches.rows)} samples make no batch of two or more; there is nothing to train on")
     started = time.perf_counter()
     seen, step = 0, step_of(model, objective, optimizer, runtime, batches.batch_size)
     step.begin()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from models import build_model
@@ -15,7 +16,7 @@ from utils.checkpoints import IDENTITY, latest_checkpoint, load_checkpoint, refu
 from utils.dataloader_bd import Normalize, fetch, hold
 from utils.distributed import gather, part
 from utils.errors import UserError, require_file
-from utils.files import array_writer, csv_writer, read_record, sha256, text_writer, write_together
+from utils.files import array_writer, read_record, sha256, text_writer, write_together
 from utils.images import rows_of
 from utils.manifest import anew, as_written, is_other, of_other_data, write_options
 from utils.paths import backdoored_folder, python, shown
@@ -35,7 +36,7 @@ def compute_fct(
     """FCT of every image, with tau a function of the seed, the draw and the sample's index alone.
 
     A pass in bfloat16 settles all samples but those near the ranks at which the paper's ratios split them; these are computed
-    again in float32 (see `near_a_gamma`), so that almost all samples come into the set that float32 puts them in.
+    again in float32 (see `near_a_gamma`), so that by these ratios almost all samples come into the set that float32 puts them in.
 
     Args:
         model: a network with ``features``; it is put into evaluation mode.
@@ -182,34 +183,46 @@ def beside_checkpoint(opt):
     return "--checkpoint_load" if opt.checkpoint_load else "--output_root"
 
 
+def fct_runtime(opt, runtime):
+    """The `device.Runtime` in which FCT is computed: in float32 unless ``--precision`` names another; ``opt.ran_in``, which a record
+    tells, becomes that."""
+    if opt.precision == "auto":  # as `settle_fct_precision` says
+        runtime = replace(runtime, dtype=torch.float32)
+    opt.ran_in = runtime.record
+    return runtime
+
+
 def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
-    """FCT of the poisoned training set, float32 (N,): the values that step 3 saved for this checkpoint and these
-    options, else computed. Raises `UserError` for a checkpoint that does not fit the options or the data."""
-    fct = _saved_fct(path, opt, dataset, len(poisoned.labels))
+    """FCT of the poisoned training set: the values that step 3 saved for this checkpoint and these options, else computed.
+
+    Returns:
+        (fct, sources): float32 (N,), in sample order; dict, the path of the file that was read and its SHA-256, or nothing.
+
+    Raises:
+        UserError: for a checkpoint that does not fit the options or the data.
+    """
+    fct, source = _saved_fct(path, opt, dataset, len(poisoned.labels)), fct_path(path, "all.txt")
     if fct is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
-        _, model, runtime = sd_network(path, command, dataset, poisoned, opt, runtime)
-        return fct_of_network(path, model, runtime, dataset, poisoned, opt)[0]
+        _, model = sd_network(path, command, dataset, poisoned, opt, runtime)
+        return fct_of_network(path, model, runtime, dataset, poisoned, opt)[0], {}
     refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path, opt)
-    return fct
+    return fct, {source: sha256(source)}
 
 
 def sd_network(path, command, dataset, poisoned, opt, runtime):
-    """The checkpoint of a step of SD, its network on the device, and the runtime in which FCT is computed: float32 unless
-    ``--precision`` names another. Raises `UserError` for a checkpoint that does not fit the options or the data."""
+    """The checkpoint of a step of SD, and its network on the device. Raises `UserError` for a checkpoint that does not fit the options
+    or the data."""
     checkpoint = load_checkpoint(path, opt, command, SD_STEPS)
     refuse_other_data(checkpoint, poisoned.digest, path, opt)
     model = build_model(opt.model, opt.dataset, dataset.spec.num_classes, dataset.spec.size)
     load_weights(model, checkpoint["model"], path)
-    if opt.precision == "auto":  # as `settle_fct_precision` says
-        runtime = replace(runtime, dtype=torch.float32)
-        opt.ran_in = runtime.record
-    return checkpoint, runtime.place(model), runtime
+    return checkpoint, runtime.place(model)
 
 
 def fct_of_network(path, model, runtime, dataset, poisoned, opt):
-    """FCT of the poisoned training set under the network of the checkpoint ``path``, as `sd_network` gives it and its runtime. Says how
-    far the features have collapsed.
+    """FCT of the poisoned training set under the network of the checkpoint ``path``, as `sd_network` gives it. Says how far the
+    features have collapsed.
 
     Returns:
         FCT, float32 (N,), in sample order; the figures of that collapse, a dict: zeros (per cent of the samples whose FCT is exactly
@@ -266,11 +279,8 @@ def save_fct(path, digest, fct, dataset, poisoned, opt, order=None, **found):
         fct_path(path, f"{kind}.txt"): text_writer("".join(f"{float(value)!r}\n" for value in fct[keep]))
         for kind, keep in kinds.items()
     }
-    rows = [
-        {"index": int(index), "label": int(label), "FCT": repr(float(value))}
-        for index, label, value in zip(poisoned.index, poisoned.labels, fct, strict=True)
-    ]
-    writers[fct_path(path, "fct.csv")] = csv_writer(rows)
+    table = pd.DataFrame({"index": poisoned.index, "label": poisoned.labels, "FCT": fct.astype(np.float64)})
+    writers[fct_path(path, "fct.csv")] = text_writer(table.to_csv(index=False))
     if order is not None:
         writers[fct_path(path, "order.npy")] = array_writer(order)
     digests = write_together(writers)

@@ -71,14 +71,14 @@ def class_sheet(path, dataset, columns=8, most=12):
     Args:
         path: `Path` of the picture; dataset: a `datasets.Dataset`.
     """
-    names = [name if len(name) <= 14 else f"{name[:12]}…" for name in dataset.classes[:most]]
+    names = [short(name, 14) for name in dataset.classes[:most]]
     figure, axes = plt.subplots(
         len(names), columns, figsize=(1.1 * columns, 1.1 * len(names) + 0.4), layout="constrained", squeeze=False
     )
     for label, (line, name) in enumerate(zip(axes, names, strict=True)):
         rows = np.flatnonzero(dataset.train_labels == label)[:columns]
         show_images(line, dataset.train_images[rows])
-        line[0].set_ylabel(plain(name), fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
     figure.suptitle(f"{len(dataset.train_labels)} training images of {len(dataset.classes)} classes", fontsize=10)
     save_figure(figure, path)
 
@@ -97,6 +97,11 @@ def plain(text):
     """A name from the user's disk as matplotlib shows it: no mathematics, no control characters, no half letters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     return shown.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def short(name, most=22):
+    """A class name that fits into a picture, see `plain`."""
+    return plain(name if len(name) <= most else f"{name[: most - 1]}…")
 
 
 def fct_histogram(fct, is_clean, title, gammas=None, bins=80, names=("clean", "poisoned")):

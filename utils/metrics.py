@@ -102,7 +102,7 @@ def evaluate(classify, tests, normalize, runtime):
 
 # By what the authors choose the epoch: in words, and of a row of a log or of a whole one. The highest is chosen.
 SELECTED_BY = {
-    "D-BR": ("ACC - ASR", lambda log: log["ACC_paper"] - log["ASR"]),
+    "D-BR": ("ACC_paper - ASR", lambda log: log["ACC_paper"] - log["ASR"]),
     "D-ST": ("ACC", lambda log: log["ACC"]),
 }
 

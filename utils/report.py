@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from utils.figures import CLEAN_COLOUR, POISONED_COLOUR, draw, plain, show_images
+from utils.figures import CLEAN_COLOUR, POISONED_COLOUR, draw, short, show_images
 from utils.separation import POISON
 
 SHEET_CLASSES, SHEET_COLUMNS = 10, 10
@@ -20,11 +20,6 @@ def png(figure):
     buffer = io.BytesIO()
     draw(figure, buffer, "png", 110)
     return buffer.getvalue()
-
-
-def short(name, most=22):
-    """A class name that fits into a picture."""
-    return plain(name if len(name) <= most else f"{name[: most - 1]}…")
 
 
 def class_bars(labels, flags, classes, target, most=40):

@@ -7,5 +7,5 @@ import numpy as np
 
 
 def generator(seed, *purpose):
-    """A numpy `Generator` for one purpose, e.g. ``generator(0, "shuffle", epoch)``; equal arguments, equal draws."""
+    """A numpy `Generator` for one purpose, e.g. ``generator(0, "order", "train_attack_noTrans", epoch)``; equal arguments, equal draws."""
     return np.random.default_rng([seed, *(zlib.crc32(str(part).encode()) for part in purpose)])

@@ -4,7 +4,8 @@ A transform has two halves: ``draw(rng, count)`` draws the parameters of ``count
 i, and ``apply(images, parameters)`` uses them on a batch. So what happens to a sample depends on the generator, the
 sample's index and how many samples there are, not on the batch it falls into or on the device. Parameters are dicts of
 tensors on the CPU whose first dimension counts samples; images are uint8 tensors (B, C, H, W) on any device. What is worked
-out for every pixel is worked out there, in whole numbers or float64 and step by step, so that every device finds the same.
+out for every pixel is worked out there, of tau and `CropFlip` in whole numbers or float64 and step by step, so that every device
+finds the same; of `ContrastiveView` in float32, which devices round differently.
 """
 
 import math
@@ -153,7 +154,8 @@ def adjust_saturation(images, factor):
 
 
 def adjust_hue(images, turns):
-    """Turn the hue of float images (B, 3, H, W) in [0, 1] by ``turns`` (B,), in turns of the colour wheel."""
+    """Turn the hue of float images (B, 3, H, W) in [0, 1] by ``turns`` (B,), in turns of the colour wheel; of the same shape. By the
+    hexagonal model of HSV, as torchvision's ``adjust_hue``, but in one step."""
     red, green, blue = images.unbind(1)
     value, least = images.amax(1), images.amin(1)
     chroma = value - least
@@ -175,15 +177,18 @@ def _blend(images, other, factor):
 
 class CropFlip:
     """Random crop after zero padding, horizontal flip, and a rotation for the data sets that have one: the
-    augmentation of BR (paper appendix). uint8 in, uint8 out."""
+    augmentation of BR (paper appendix). uint8 in, uint8 out.
 
-    def __init__(self, size, padding=4, flip=True, rotation=0):
-        self.size, self.padding, self.flip, self.rotation = size, padding, flip, rotation
+    Parameters: int64 ``down`` and ``right``, bool ``flip``, and with a rotation float64 ``degrees``, each (count,).
+    """
+
+    def __init__(self, padding=4, flip=True, rotation=0):
+        self.padding, self.flip, self.rotation = padding, flip, rotation
 
     @classmethod
     def of(cls, spec):
         """The usual augmentation of a data set (`datasets.Spec`)."""
-        return cls(spec.size, spec.padding, spec.flip, spec.rotation)
+        return cls(spec.padding, spec.flip, spec.rotation)
 
     def draw(self, rng, count):
         parameters = {
@@ -202,8 +207,12 @@ class CropFlip:
 
 class ContrastiveView:
     """One view of contrastive learning: resized crop (scale 0.2-1, ratio 3/4-4/3), flip, colour jitter 0.4 0.4 0.4 0.1
-    with p 0.8, grey with p 0.2 (Khosla et al. 2020; the defaults of SupContrast's main_supcon.py). uint8 in, float32 out.
-    ``flip``: whether views are mirrored at all."""
+    with p 0.8, grey with p 0.2 (Khosla et al. 2020; the defaults of SupContrast's main_supcon.py). uint8 in, float32 in [0, 1] out.
+    ``size``: side of the images; ``flip``: whether views are mirrored at all.
+
+    Parameters: int64 ``top``, ``left``, ``height``, ``width``, bool ``flip``, ``jitter``, ``grey``, each (count,); int64 ``order`` of the
+    four jitters and their float32 ``factors``, (count, 4).
+    """
 
     def __init__(self, size, flip=True):
         self.size, self.flip = size, flip
@@ -284,7 +293,9 @@ class Tau:
 
     rotate: uniform angle in +-180 degrees; affine: shift by up to 20 % in each direction; flip: always; crop: shift by
     up to 4 pixels; blur: 15x15, sigma 0.1-2; erase: a black rectangle of 20-30 % of the area; none. Not in the paper:
-    vflip, upside down; shrink, see `shrink`.
+    vflip, upside down; shrink, see `shrink`. uint8 in, uint8 out; ``size``: side of the images.
+
+    Parameters: those of a part's draw in `PARTS`, their names after ``0.`` and ``1.``.
     """
 
     BLOCK = 1024

@@ -171,7 +171,7 @@ TRIGGERS = {
     "randomPixelTrigger": random_pixel_trigger,
     "warpTrigger": warp_trigger,
 }
-SMALLEST = {"trojanTrigger": 28}  # pixels a side that a trigger needs, where it is more than 8
+SMALLEST = {"trojanTrigger": 28, "squareTrigger": 10, "squareTrigger_imagenet": 10}  # pixels a side, where it is not 8
 
 
 def apply_trigger(trigger_type, images, *, train, seed=0):
@@ -187,7 +187,7 @@ def apply_trigger(trigger_type, images, *, train, seed=0):
         A new uint8 array of shape (N, H, W, 3).
 
     Raises:
-        ValueError: for an unknown trigger, or images of another shape or dtype or smaller than 8x8 (28x28 for trojanTrigger).
+        ValueError: for an unknown trigger, or images of another shape or dtype or smaller than 8x8 (see `SMALLEST`).
         UserError: where a trigger's own file, in ``trigger/``, is missing or damaged.
     """
     if trigger_type not in TRIGGERS:
