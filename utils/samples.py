@@ -63,13 +63,11 @@ def load_samples(opt, spec, flags):
         finder.model, finder.samples = opt.model if opt.model in MODELS else "resnet10", None
     command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
     if finder is not opt and not (folder / "options.json").is_file():
-        what = f"{opt.model} separates no samples"
-        if given:
-            what = (
-                f"there are no separated samples in {shown(folder)}. Nearest existing path: {nearest_existing(folder)}"
-            )
+        what = f"there are no separated samples in {shown(folder)}" if given else f"{opt.model} separates no samples"
+        near = f". Nearest existing path: {nearest_existing(folder)}" if given else ""
         raise UserError(
-            f"{what}; those of a network of this project go with --samples, such as {shown(samples_folder(finder))}, made with: {command}"
+            f"{what}; those of a network of this project go with --samples, such as {shown(samples_folder(finder))}, made with: "
+            f"{command}{near}"
         )
     record = read_record(require_file(folder / "options.json", command))
     _refuse_other_options(record, opt)
