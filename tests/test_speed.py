@@ -94,6 +94,10 @@ def test_wide_convolutions_train_no_slower_than_plain_ones(fashion, images_and_l
 @pytest.mark.parametrize("trigger_type", [name for name in TRIGGERS if name != "SSBA"])
 def test_poisoning_fifty_thousand_images_takes_less_than_a_second(fashion, trigger_type):
     images = np.tile(fashion.train_images, (5, 1, 1, 1))
-    started = time.process_time()  # of the processor, for others may use it too; a loop over images takes minutes
-    apply_trigger(trigger_type, images, train=True)
-    assert time.process_time() - started < (3 if trigger_type == "warpTrigger" else 1)  # which interpolates
+
+    def seconds():  # of the processor, for others may use it too; a loop over images takes minutes
+        started = time.process_time()
+        apply_trigger(trigger_type, images, train=True)
+        return time.process_time() - started
+
+    assert min(seconds(), seconds()) < (3 if trigger_type == "warpTrigger" else 1)  # which interpolates
