@@ -58,7 +58,8 @@ def load_samples(opt, spec, flags):
     folder = samples_folder(opt)
     ratios = f"--clean_ratio {opt.clean_ratio} --poison_ratio {opt.poison_ratio}"
     finder, given = opt, getattr(opt, "samples", None)
-    if given or opt.model not in MODELS:  # a network from elsewhere is cleaned with samples that one of ours has found
+    # A network from elsewhere is cleaned with samples that one of ours has found; --samples names what was made by other options.
+    if given or opt.model not in MODELS:
         finder = copy(opt)
         finder.model, finder.samples = opt.model if opt.model in MODELS else "resnet10", None
     command = f"{python('separate_samples.py')} {args.attack_arguments(finder)} {ratios}"
