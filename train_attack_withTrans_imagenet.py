@@ -7,14 +7,19 @@ saved/backdoored_model/poison_rate_<rate>/withTrans/imagenet/<model>/<trigger>/.
 """
 
 from functools import partial
+from pathlib import Path
 
 from models.pretrained import load_pretrained
 from train_attack_withTrans import train
 from utils import args
 from utils.errors import UserError, run_script
-from utils.paths import real
 
 STEP = "train_attack_withTrans_imagenet"
+
+
+def weights(text):
+    """An argparse type: imagenet, none, or a path that can be a file's."""
+    return text if text in ("imagenet", "none") else args.file(text)
 
 
 def get_parser():
@@ -28,7 +33,7 @@ def get_parser():
     parser.set_defaults(dataset="imagenet", trigger_type="squareTrigger_imagenet", schedule=[15, 20])
     parser.add_argument(
         "--pretrained",
-        type=args.word,
+        type=weights,
         default="imagenet",
         help="imagenet: torchvision's weights, downloaded once; none; or the path of a file of such weights",
     )
@@ -40,10 +45,7 @@ def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     if opt.dataset != "imagenet":
         raise UserError(f"this step is for --dataset imagenet; for {opt.dataset}: python train_attack_withTrans.py")
-    files = []
-    if opt.pretrained not in ("imagenet", "none"):
-        opt.pretrained = real(args.file(opt.pretrained))  # the same however it is spelt
-        files = [opt.pretrained]
+    files = [opt.pretrained] if isinstance(opt.pretrained, Path) else []
     train(opt, runtime, STEP, 1e-4, partial(load_pretrained, name=opt.model, source=opt.pretrained), files)
 
 

@@ -208,6 +208,7 @@ def test_every_step_runs_on_it(cli, words, tmp_path, root, dataset):
         (["--dataset", "cifar10"], "train_attack_withTrans.py"),
         (["--pretrained", "imagenet"], "no ImageNet weights of resnet10"),
         (["--pretrained", "missing.pth"], "missing.pth"),
+        (["--pretrained", "/"], "is a folder; name a file"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(cli, words, tmp_path, more, message):

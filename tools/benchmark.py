@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from utils.dataloader_bd import Batches, Normalize, TestSets, hold
 from utils.device import cores
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
-from utils.fct import compute_fct
+from utils.fct import compute_fct, fct_runtime
 from utils.figures import save_figure
 from utils.files import check_outputs, make_folder, read_table, write_rows
 from utils.loading import load_dataset
@@ -83,8 +82,7 @@ class Work:
         self.pil = [Image.fromarray(image) for image in self.images]
         self.model, self.opt = opt.model, opt
         self.trusted = np.arange(count) % 2 == 0
-        # As the steps take FCT: in float32 unless --precision names another.
-        self.fct_runtime = replace(runtime, dtype=torch.float32) if opt.precision == "auto" else runtime
+        self.fct_runtime = fct_runtime(opt, runtime)
 
     def network(self, plain):
         torch.manual_seed(0)

@@ -416,7 +416,7 @@ def check(opt, base=None):
     if opt.dataset == "folder" and hasattr(opt, "output_root"):
         refuse_places_in_the_data(opt, ["output_root"])
     # In a record these mean the same from every folder, however they are spelt.
-    for name in ("samples", *TRIGGER_OPTIONS):
+    for name in ("samples", "pretrained", *TRIGGER_OPTIONS):
         if hasattr(opt, name):
             setattr(opt, name, _each_path(real, getattr(opt, name)))
     return opt

@@ -173,7 +173,7 @@ def load_schedule(scheduler, state, path):
     such a schedule."""
     own = scheduler.state_dict()
     kept = {name: value for name, value in state.items() if name in own}
-    for name in own.keys() & {"last_epoch", "base_lrs", "T_max", "milestones", "gamma", *kept}:
+    for name in sorted(own.keys() & {"last_epoch", "base_lrs", "T_max", "milestones", "gamma", *kept}):
         if name not in kept or not _alike(kept[name], own[name]) or (name == "T_max" and kept[name] < 1):
             raise UserError(f"the schedule in {path} is not that of this step: its {name} does not fit")
     scheduler.load_state_dict(kept)

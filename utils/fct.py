@@ -201,13 +201,13 @@ def saved_or_new_fct(path, command, dataset, poisoned, opt, runtime):
     Raises:
         UserError: for a checkpoint that does not fit the options or the data.
     """
-    fct, source = _saved_fct(path, opt, dataset, len(poisoned.labels)), fct_path(path, "all.txt")
-    if fct is None:
+    saved = _saved_fct(path, opt, dataset, len(poisoned.labels))
+    if saved is None:
         print("No FCT values of this checkpoint and these options are saved; computing them")
         _, model = sd_network(path, command, dataset, poisoned, opt, runtime)
         return fct_of_network(path, model, runtime, dataset, poisoned, opt)[0], {}
     refuse_other_data(load_checkpoint(path, opt, command, SD_STEPS), poisoned.digest, path, opt)
-    return fct, {source: sha256(source)}
+    return saved
 
 
 def sd_network(path, command, dataset, poisoned, opt, runtime):
@@ -318,8 +318,9 @@ def load_fct(path, command):
 
 
 def _saved_fct(path, opt, dataset, count):
-    record = step_3_record(path, opt, dataset.record)
-    if not record or not as_written(record, fct_path(path, "all.txt")):
+    """What step 3 saved, as `saved_or_new_fct` gives it, or None where it is not there or not of these options and ``count`` samples."""
+    record, source = step_3_record(path, opt, dataset.record), fct_path(path, "all.txt")
+    if not record or not as_written(record, source):
         return None
     fct = load_fct(path, python("calculate_consistency.py"))
-    return fct if len(fct) == count else None
+    return (fct, {source: record["outputs"][source.name]}) if len(fct) == count else None
