@@ -12,7 +12,7 @@ from conftest import run_all, run_cli
 from pretend import pretended
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, same_weights
 
-from models.resnet import WideConv
+from models.resnet import SmallMapConv
 from utils import dataloader_bd, engine, transforms
 from utils import run as life
 from utils.device import Runtime
@@ -26,7 +26,7 @@ def roots(words, tmp_path_factory):
     """The output roots of every step, run on the CPU and on the pretended device."""
     found = {device: tmp_path_factory.mktemp(device) for device in ("cpu", "meta")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WideConv, "LEAST", 10**6)  # on a CPU alone
+        patch.setattr(SmallMapConv, "LEAST", 10**6)  # on a CPU alone
         for device, root in found.items():
             with pretended(patch) if device == "meta" else nullcontext():
                 own = ["--device", device, "--precision", "float32"]

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from models import ResNet, SupConResNet, build_model
-from models.resnet import WideConv, with_plain_convolutions
+from models.resnet import SmallMapConv, with_plain_convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -181,29 +181,84 @@ def test_equal_seeds_give_equal_weights():
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
 
 
+@pytest.mark.parametrize("by_product", [True, False])
+@pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize(
-    ("stride", "size"), [(1, 2), (1, 1), (1, 3), (1, 4), (1, (1, 4)), (2, 4), (2, 2), (2, 3), (2, 8)]
+    ("stride", "size"),
+    [(1, 2), (1, 1), (1, 3), (1, 4), (1, 5), (1, (1, 4)), (2, 4), (2, 2), (2, 3), (2, 7), (2, 8), (2, (3, 8))],
 )
-def test_a_wide_convolution_is_the_convolution(stride, size):
-    wide = WideConv(6, 5, 3, stride=stride, padding=1, bias=False).double()
+def test_a_convolution_of_small_maps_is_the_convolution(stride, size, kernel, by_product, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.double} if by_product else set())
+    small = SmallMapConv(6, 5, kernel, stride=stride, padding=kernel // 2, bias=False).double()
     height, width = size if isinstance(size, tuple) else (size, size)
     x = torch.randn(7, 6, height, width, dtype=torch.double, requires_grad=True)
-    expected = F.conv2d(x, wide.weight, stride=stride, padding=1)
+    expected = F.conv2d(x, small.weight, stride=stride, padding=kernel // 2)
     upstream = torch.randn_like(expected)
     results = []
-    for y in (wide(x), expected):
-        results.append((y, *torch.autograd.grad(y, (x, wide.weight), upstream)))
+    for y in (small(x), expected):
+        results.append((y, *torch.autograd.grad(y, (x, small.weight), upstream)))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 7), ("resnet10", 1)])
-def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(name, count):
+@pytest.mark.parametrize(
+    ("stride", "size", "kernel", "way"),
+    [
+        (1, 2, 3, "View"),  # a matrix product throughout, seen as a map again
+        (2, 4, 3, "View"),
+        (1, 4, 3, "GradientByProduct"),
+        (2, 8, 3, "GradientByProduct"),
+        (2, 8, 1, "GradientByProduct"),
+        (1, 5, 3, "Convolution"),
+        (2, 9, 3, "Convolution"),
+    ],
+)
+def test_products_are_taken_on_small_maps_in_training_and_where_they_are_faster(stride, size, kernel, way, monkeypatch):
+    small = SmallMapConv(6, 5, kernel, stride=stride, padding=kernel // 2, bias=False)
+    x = torch.randn(7, 6, size, size)
+
+    def way_of(layer):
+        behind = layer(x).grad_fn
+        return (behind.next_functions[0][0] if behind.name() == "PermuteBackward0" else behind).name()
+
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.float32})
+    assert way_of(small).startswith(way)
+    assert way_of(small.eval()).startswith("Convolution")
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", set())
+    assert way_of(small.train()).startswith("Convolution" if way == "GradientByProduct" else way)
+
+
+@pytest.mark.parametrize("asked", [(True, False), (False, True)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_small_maps_have_the_gradients_that_are_asked_for(size, asked, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.float32})
+    small = SmallMapConv(6, 5, 3, padding=1, bias=False)
+    x = torch.randn(7, 6, size, size)
+    for tensor, needed in zip((x, small.weight), asked, strict=True):
+        tensor.requires_grad_(needed)
+    small(x).sum().backward()
+    assert (x.grad is not None, small.weight.grad is not None) == asked
+    of_all = (
+        torch.randn(7, 6, size, size).copy_(x.detach()).requires_grad_(),
+        small.weight.detach().clone().requires_grad_(),
+    )
+    F.conv2d(*of_all, padding=1).sum().backward()
+    for tensor, wanted in zip((x, small.weight), of_all, strict=True):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("by_product", [True, False])
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 19), ("resnet10", 7)])
+def test_small_maps_train_as_with_plain_convolutions_and_evaluate_in_the_same_bits(
+    name, count, by_product, monkeypatch
+):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.float32} if by_product else set())
     model = build_model(name, "cifar10", 10)
-    # layers 3 and 4 of resnet18 have four 3x3 convolutions each, the first of layer 3 with 128 channels coming in
-    assert sum(isinstance(module, WideConv) for module in model.modules()) == count
+    # All but the stem of resnet18; of resnet10, which is half as wide, those behind the first of its second stage.
+    assert sum(isinstance(module, SmallMapConv) for module in model.modules()) == count
     plain = with_plain_convolutions(copy.deepcopy(model))
-    assert not any(isinstance(module, WideConv) for module in plain.modules())
+    assert not any(isinstance(module, SmallMapConv) for module in plain.modules())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), plain.eval()(images))
@@ -215,13 +270,16 @@ def test_wide_convolutions_train_as_plain_ones_and_evaluate_in_the_same_bits(nam
         torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain(stride):
+@pytest.mark.parametrize(("stride", "size", "kernel"), [(1, 2, 3), (2, 4, 3), (1, 4, 3), (2, 8, 3), (2, 8, 1)])
+def test_small_maps_in_bfloat16_are_as_near_to_the_exact_ones_as_plainly_convolved(stride, size, kernel, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.bfloat16})
     torch.manual_seed(0)
-    wide = WideConv(256, 256, 3, stride=stride, padding=1, bias=False).to(memory_format=torch.channels_last)
-    plain = with_plain_convolutions(copy.deepcopy(wide))
-    x = torch.randn(32, 256, 2 * stride, 2 * stride).to(memory_format=torch.channels_last).requires_grad_()
-    upstream = torch.randn(32, 256, 2, 2)
+    small = SmallMapConv(256, 256, kernel, stride=stride, padding=kernel // 2, bias=False).to(
+        memory_format=torch.channels_last
+    )
+    plain = with_plain_convolutions(copy.deepcopy(small))
+    x = torch.randn(32, 256, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(32, 256, size // stride, size // stride)
 
     def results(layer, dtype):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -229,7 +287,7 @@ def test_a_wide_convolution_in_bfloat16_is_as_near_to_the_exact_one_as_the_plain
         return y, *torch.autograd.grad(y, (x, layer.weight), upstream.to(y.dtype))
 
     exact = results(plain, torch.float32)
-    for ours, others, wanted in zip(results(wide, torch.bfloat16), results(plain, torch.bfloat16), exact, strict=True):
+    for ours, others, wanted in zip(results(small, torch.bfloat16), results(plain, torch.bfloat16), exact, strict=True):
         assert ours.dtype == others.dtype and ours.stride() == others.stride()
         errors = [(found.float() - wanted).norm() / wanted.norm() for found in (ours, others)]
         assert errors[0] < 0.01 and errors[0] < 1.5 * errors[1]

@@ -79,16 +79,16 @@ def test_training_costs_at_most_a_tenth_more_than_the_bare_network(fashion, imag
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet10"])
-def test_wide_convolutions_train_no_slower_than_plain_ones(fashion, images_and_labels, name, precision):
+def test_small_maps_train_no_slower_than_with_plain_convolutions(fashion, images_and_labels, name, precision):
     runtime = choose_runtime("cpu", precision)
     inputs, wanted, _ = next(Batches(*images_and_labels, fashion.spec, runtime, BATCH, 0, "speed").epoch(0))
-    networks = {kind: build_model(name, "cifar10", 10) for kind in ("plain convolutions", "wide")}
+    networks = {kind: build_model(name, "cifar10", 10) for kind in ("plain convolutions", "small maps")}
     with_plain_convolutions(networks["plain convolutions"])
     seconds = seconds_of(
         {kind: bare(runtime.place(model).train(), inputs, wanted, runtime) for kind, model in networks.items()}
     )
     said(runtime, seconds)
-    assert seconds["wide"] <= 1.05 * seconds["plain convolutions"]
+    assert seconds["small maps"] <= 1.05 * seconds["plain convolutions"]
 
 
 @pytest.mark.parametrize("trigger_type", [name for name in TRIGGERS if name != "SSBA"])
