@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from models import ResNet, SupConResNet, build_model
-from models.resnet import SmallMapConv, with_plain_convolutions
+from models.resnet import SmallMapConv, contiguous_small_maps, with_plain_convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -268,6 +268,35 @@ def test_small_maps_train_as_with_plain_convolutions_and_evaluate_in_the_same_bi
     torch.testing.assert_close(*losses)
     for ours, others in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("capability", "layers"), [("AVX512", 10), ("AVX2", 0)])
+def test_a_float32_evaluation_convolves_small_maps_in_contiguous_format(capability, layers, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = build_model("resnet18", "cifar10", 10).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(9, 3, 32, 32).to(memory_format=torch.channels_last)
+    formats = []
+
+    def seen(x, *more, convolve=F.conv2d, **named):
+        formats.append(x.is_contiguous())
+        return convolve(x, *more, **named)
+
+    with torch.inference_mode():
+        expected = model.features(images)
+        with contiguous_small_maps(model), monkeypatch.context() as patch:
+            patch.setattr(F, "conv2d", seen)
+            torch.testing.assert_close(model.features(images), expected)
+            weights = [module.kept["weight"] for module in model.modules() if getattr(module, "kept", None)]
+            model.features(images)
+            kept = [module.kept["weight"] for module in model.modules() if getattr(module, "kept", None)]
+        assert torch.equal(model.features(images), expected)
+    assert sum(formats) == 2 * layers  # of stages 3 and 4 eight convolutions of 3x3 and two of 1x1
+    assert len(weights) == layers and all(
+        one is other for one, other in zip(weights, kept, strict=True)
+    )  # converted once
+    with pytest.raises(ZeroDivisionError), contiguous_small_maps(model):
+        raise ZeroDivisionError
+    assert all(module.kept is None for module in model.modules() if isinstance(module, SmallMapConv))
 
 
 @pytest.mark.parametrize(("stride", "size", "kernel"), [(1, 2, 3), (2, 4, 3), (1, 4, 3), (2, 8, 3), (2, 8, 1)])
