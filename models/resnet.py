@@ -5,8 +5,6 @@
 - ``imagenet``: 7x7 stem with max-pool, as torchvision has it, for images of 100 pixels and more.
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -130,26 +128,40 @@ class SmallMapConv(nn.Conv2d):
 
     On such maps oneDNN computes with the padding too, and reaches for the gradient of the weights a fraction of its speed
     elsewhere; on AVX2 it multiplies for it image by image. The values are those of the convolution but for rounding.
-    Evaluation has no products, whose last bits depend on the batch size, but see `contiguous_small_maps`.
+    Evaluation has no products, whose last bits depend on the batch size; in float32 with AVX-512 it has the contiguous format,
+    for in channels_last oneDNN reaches less than half of its speed on such maps. Without bias.
     """
 
     LEAST = 64  # channels; what narrower ones gain is too little to see
     BY_PRODUCT = _gradients_by_product()
-    kept = None  # within `contiguous_small_maps` a dict, of the weight in contiguous format once it was needed
+    CONTIGUOUS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # on AVX2 it is slower so
+    kept = None  # in evaluation: which weight it is of, and this in contiguous format
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def _contiguous_weight(self):
+        """The weight in contiguous format, converted once for as long as it stays what it is."""
+        state = self.weight.data_ptr(), self.weight._version
+        if self.kept is None or self.kept[0] != state:
+            self.kept = state, self.weight.detach().contiguous()
+        return self.kept[1]
 
     def forward(self, x):
         """float (N, C, H, W) -> float (N, out_channels, H', W')."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         height, width = ((side + 2 * (kernel // 2) - kernel) // stride + 1 for side in x.shape[2:])
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if x.device.type != "cpu" or height * width > 16:
             return super().forward(x)
-        if self.kept is not None and not self.training and dtype == torch.float32:
-            if not self.kept:
-                self.kept["weight"] = self.weight.detach().contiguous()
-            return F.conv2d(x.contiguous(), self.kept["weight"], stride=stride, padding=self.padding)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not self.training:
+            trains = torch.is_grad_enabled() and self.weight.requires_grad
+            if dtype == torch.float32 and self.CONTIGUOUS and not trains:
+                return F.conv2d(x.contiguous(), self._contiguous_weight(), stride=stride, padding=self.padding)
+            return super().forward(x)
         throughout = kernel == 3 and (height, width) == (2, 2) and (stride == 2 or x.shape[2:] == (2, 2))
-        if not self.training or not (throughout or dtype in self.BY_PRODUCT):
+        if not throughout and dtype not in self.BY_PRODUCT:
             return super().forward(x)
         x, weight = x.to(dtype), self.weight.to(dtype)
         if not throughout:
@@ -160,23 +172,6 @@ class SmallMapConv(nn.Conv2d):
         else:
             y = F.linear(SideBySide.apply(x, kernel, stride), weight.flatten(1))
         return y.view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
-
-
-@contextmanager
-def contiguous_small_maps(model):
-    """For the evaluation in float32 of a network whose weights stay as they are: within, a processor with AVX-512 convolves its
-    small maps in contiguous format. In channels_last oneDNN reaches less than half of that speed on them, and with another
-    format for all of them the conversions cost as much. The values differ in their last bits."""
-    layers = [module for module in model.modules() if isinstance(module, SmallMapConv)]
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # on AVX2 it is slower so
-        layers = []
-    for layer in layers:
-        layer.kept = {}
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.kept = None
 
 
 def with_plain_convolutions(model):

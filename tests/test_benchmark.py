@@ -88,6 +88,8 @@ def test_what_the_benchmark_cannot_do_is_refused_before_it_measures(more, needle
     [
         ("benchmark", "benchmark", "README.md"),
         ("benchmark_float32", "benchmark float32", "results/speed.md"),
+        ("benchmark_epyc", "benchmark EPYC", "results/speed.md"),
+        ("benchmark_epyc_float32", "benchmark EPYC float32", "results/speed.md"),
         ("benchmark_h200", "benchmark H200", "README.md"),
     ],
 )

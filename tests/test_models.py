@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from models import ResNet, SupConResNet, build_model
-from models.resnet import SmallMapConv, contiguous_small_maps, with_plain_convolutions
+from models.resnet import SmallMapConv, with_plain_convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -250,9 +250,7 @@ def test_small_maps_have_the_gradients_that_are_asked_for(size, asked, monkeypat
 
 @pytest.mark.parametrize("by_product", [True, False])
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 19), ("resnet10", 7)])
-def test_small_maps_train_as_with_plain_convolutions_and_evaluate_in_the_same_bits(
-    name, count, by_product, monkeypatch
-):
+def test_small_maps_train_and_evaluate_as_with_plain_convolutions(name, count, by_product, monkeypatch):
     monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.float32} if by_product else set())
     model = build_model(name, "cifar10", 10)
     # All but the stem of resnet18; of resnet10, which is half as wide, those behind the first of its second stage.
@@ -261,7 +259,7 @@ def test_small_maps_train_as_with_plain_convolutions_and_evaluate_in_the_same_bi
     assert not any(isinstance(module, SmallMapConv) for module in plain.modules())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     with torch.no_grad():
-        assert torch.equal(model.eval()(images), plain.eval()(images))
+        torch.testing.assert_close(model.eval()(images), plain.eval()(images))
     losses = [F.cross_entropy(network.train()(images), labels) for network in (model, plain)]
     for loss in losses:
         loss.backward()
@@ -270,33 +268,63 @@ def test_small_maps_train_as_with_plain_convolutions_and_evaluate_in_the_same_bi
         torch.testing.assert_close(ours.grad, others.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("capability", "layers"), [("AVX512", 10), ("AVX2", 0)])
-def test_a_float32_evaluation_convolves_small_maps_in_contiguous_format(capability, layers, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    model = build_model("resnet18", "cifar10", 10).eval().to(memory_format=torch.channels_last)
-    images = torch.randn(9, 3, 32, 32).to(memory_format=torch.channels_last)
+def convolved(network, images):
+    """The formats in which a network convolves (True: contiguous) and its features."""
     formats = []
 
     def seen(x, *more, convolve=F.conv2d, **named):
         formats.append(x.is_contiguous())
         return convolve(x, *more, **named)
 
-    with torch.inference_mode():
-        expected = model.features(images)
-        with contiguous_small_maps(model), monkeypatch.context() as patch:
-            patch.setattr(F, "conv2d", seen)
-            torch.testing.assert_close(model.features(images), expected)
-            weights = [module.kept["weight"] for module in model.modules() if getattr(module, "kept", None)]
-            model.features(images)
-            kept = [module.kept["weight"] for module in model.modules() if getattr(module, "kept", None)]
-        assert torch.equal(model.features(images), expected)
-    assert sum(formats) == 2 * layers  # of stages 3 and 4 eight convolutions of 3x3 and two of 1x1
-    assert len(weights) == layers and all(
-        one is other for one, other in zip(weights, kept, strict=True)
-    )  # converted once
-    with pytest.raises(ZeroDivisionError), contiguous_small_maps(model):
-        raise ZeroDivisionError
-    assert all(module.kept is None for module in model.modules() if isinstance(module, SmallMapConv))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", seen)
+        return formats, network.features(images)
+
+
+@pytest.mark.parametrize(("contiguous", "layers"), [(True, 10), (False, 0)])
+def test_an_evaluation_in_float32_convolves_small_maps_in_contiguous_format(contiguous, layers, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "CONTIGUOUS", contiguous)
+    model = build_model("resnet18", "cifar10", 10).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(9, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        formats, found = convolved(model, images)
+        torch.testing.assert_close(found, with_plain_convolutions(copy.deepcopy(model)).features(images))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not any(convolved(model, images)[0])
+    assert sum(formats) == layers  # of stages 3 and 4 eight convolutions of 3x3 and two of 1x1
+    formats, found = convolved(model, images)  # with gradients, as an attack on the network asks for them
+    found.sum().backward()
+    assert not any(formats) and all(weight.grad is not None for weight in model.layer4.parameters())
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    assert sum(convolved(model, images)[0]) == layers
+
+
+def test_weights_that_change_between_two_evaluations_are_not_the_old_ones(monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "CONTIGUOUS", True)
+    small = SmallMapConv(6, 5, 3, padding=1, bias=False).eval()
+    x = torch.randn(7, 6, 4, 4)
+
+    @torch.no_grad()
+    def is_right(layer):
+        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
+        return layer.kept[1]
+
+    kept = is_right(small)
+    assert is_right(small) is kept
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        small.weight.mul_(2)
+    is_right(small)
+    small.load_state_dict({"weight": torch.randn_like(small.weight)})
+    is_right(small)
+    is_right(other)
+    small.weight.grad = torch.ones_like(small.weight)
+    torch.optim.SGD(small.parameters(), lr=0.1).step()
+    is_right(small)
+    small.weight.data = torch.randn_like(small.weight)
+    is_right(small)
+    assert small.train().kept is None and small.eval().kept is None
 
 
 @pytest.mark.parametrize(("stride", "size", "kernel"), [(1, 2, 3), (2, 4, 3), (1, 4, 3), (2, 8, 3), (2, 8, 1)])

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from models import build_model
-from models.resnet import contiguous_small_maps
 from utils import args
 from utils.checkpoints import IDENTITY, latest_checkpoint, load_checkpoint, refuse_other_data
 from utils.dataloader_bd import Normalize, fetch, hold
@@ -86,18 +85,17 @@ def _fct_of_rows(model, held, rows, runtime, normalize, drawn_taus, batch_size):
 
     fct, norms = [], []
     splits = list(part(torch.from_numpy(rows)).split(batch_size))
-    with contiguous_small_maps(model):
-        for chosen, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
-            plain = features(batch)
-            of_taus = []
-            for tau, tables in drawn_taus:
-                total = 0
-                for table in tables:
-                    changed = tau.apply(batch, {name: value[chosen] for name, value in table.items()})
-                    total = total + (plain - features(changed)).square().mean(1)
-                of_taus.append(total / len(tables))
-            fct.append(torch.stack(of_taus, 1))
-            norms.append(plain.norm(dim=1))
+    for chosen, batch in zip(progress(splits, "FCT", len(splits)), fetch(held, splits, runtime), strict=True):
+        plain = features(batch)
+        of_taus = []
+        for tau, tables in drawn_taus:
+            total = 0
+            for table in tables:
+                changed = tau.apply(batch, {name: value[chosen] for name, value in table.items()})
+                total = total + (plain - features(changed)).square().mean(1)
+            of_taus.append(total / len(tables))
+        fct.append(torch.stack(of_taus, 1))
+        norms.append(plain.norm(dim=1))
     return tuple(gather(torch.cat(parts), len(rows)).cpu().numpy() for parts in (fct, norms))
 
 
