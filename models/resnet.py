@@ -123,30 +123,23 @@ def _gradients_by_product():
 
 
 class SmallMapConv(nn.Conv2d):
-    """A convolution of padding kernel // 2 that trains on a CPU by matrix products where its result has at most 4x4 pixels:
-    throughout where a 3x3 kernel makes 2x2 pixels, else, where that is faster, for the gradient of the weights.
+    """A convolution, of padding kernel // 2 and without bias, whose result may have as few as 4x4 pixels or fewer, which oneDNN
+    convolves on a CPU at a fraction of its speed elsewhere: it computes with the padding too, is slow at the gradient of the
+    weights, and on AVX2 multiplies for that image by image. Such maps, in values that differ by rounding alone,
 
-    On such maps oneDNN computes with the padding too, and reaches for the gradient of the weights a fraction of its speed
-    elsewhere; on AVX2 it multiplies for it image by image. The values are those of the convolution but for rounding.
-    Evaluation has no products, whose last bits depend on the batch size; in float32 with AVX-512 it has the contiguous format,
-    for in channels_last oneDNN reaches less than half of its speed on such maps. Without bias.
+    - train as one matrix product where a 3x3 kernel makes 2x2 pixels, else with `GradientByProduct` where that is faster;
+    - are evaluated in bfloat16 as a convolution of another shape where a 3x3 kernel makes 2x2 pixels, and in float32 in
+      contiguous format. Neither has last bits that depend on the batch size, as those of a product do.
     """
 
     LEAST = 64  # channels; what narrower ones gain is too little to see
     BY_PRODUCT = _gradients_by_product()
     CONTIGUOUS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # on AVX2 it is slower so
-    kept = None  # in evaluation: which weight it is of, and this in contiguous format
+    kept = None  # in evaluation: of which weight, and this as it is convolved with
 
     def train(self, mode=True):
         self.kept = None
         return super().train(mode)
-
-    def _contiguous_weight(self):
-        """The weight in contiguous format, converted once for as long as it stays what it is."""
-        state = self.weight.data_ptr(), self.weight._version
-        if self.kept is None or self.kept[0] != state:
-            self.kept = state, self.weight.detach().contiguous()
-        return self.kept[1]
 
     def forward(self, x):
         """float (N, C, H, W) -> float (N, out_channels, H', W')."""
@@ -155,23 +148,43 @@ class SmallMapConv(nn.Conv2d):
         if x.device.type != "cpu" or height * width > 16:
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self.training:
-            trains = torch.is_grad_enabled() and self.weight.requires_grad
-            if dtype == torch.float32 and self.CONTIGUOUS and not trains:
-                return F.conv2d(x.contiguous(), self._contiguous_weight(), stride=stride, padding=self.padding)
-            return super().forward(x)
-        throughout = kernel == 3 and (height, width) == (2, 2) and (stride == 2 or x.shape[2:] == (2, 2))
-        if not throughout and dtype not in self.BY_PRODUCT:
-            return super().forward(x)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if not throughout:
-            return GradientByProduct.apply(x, weight, stride)
-        x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)  # as channels_last has them in memory
-        if stride == 1:  # every output pixel sees every input pixel, so nothing of the product is wasted
-            y = F.linear(x.flatten(1), MatrixOf2x2.apply(weight))
-        else:
-            y = F.linear(SideBySide.apply(x, kernel, stride), weight.flatten(1))
-        return y.view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
+        to_2x2 = kernel == 3 and (height, width) == (2, 2) and (stride == 2 or x.shape[2:] == (2, 2))
+        if self.training:
+            if to_2x2:
+                y = F.linear(self._rows(x.to(dtype)), self._matrix(self.weight.to(dtype)))
+                return self._as_map(y)
+            if dtype in self.BY_PRODUCT:
+                return GradientByProduct.apply(x.to(dtype), self.weight.to(dtype), stride)
+        elif not (torch.is_grad_enabled() and self.weight.requires_grad):
+            if dtype == torch.float32 and self.CONTIGUOUS:
+                weight = self._kept(dtype, torch.Tensor.contiguous)
+                return F.conv2d(x.contiguous(), weight, stride=stride, padding=self.padding)
+            if dtype == torch.bfloat16 and to_2x2 and (stride == 1 or dtype in self.BY_PRODUCT):
+                rows, matrix = self._rows(x.to(dtype)), self._kept(dtype, self._matrix)
+                # All images' rows as the pixels of one.
+                y = F.conv2d(rows[None, :, None].permute(0, 3, 1, 2), matrix[:, :, None, None])
+                return self._as_map(y[0, :, :, 0].T)
+        return super().forward(x)
+
+    def _rows(self, x):
+        """(N, C, H, W) -> what the pixels of the result see, for `_matrix`: (N, 4 C), at stride 2 (4 N, 9 C)."""
+        x = x.permute(0, 2, 3, 1)  # as channels_last has it in memory
+        # At stride 1 every output pixel sees every input pixel, so nothing of the product is wasted.
+        return x.flatten(1) if self.stride[0] == 1 else SideBySide.apply(x, 3, 2).flatten(0, 2)
+
+    def _matrix(self, weight):
+        weight = weight.permute(0, 2, 3, 1)
+        return MatrixOf2x2.apply(weight) if self.stride[0] == 1 else weight.flatten(1)
+
+    def _as_map(self, y):
+        return y.reshape(-1, 2, 2, self.out_channels).permute(0, 3, 1, 2)
+
+    def _kept(self, dtype, change):
+        """``change`` of the weight in ``dtype``, made once for as long as the weight stays what it is."""
+        state = dtype, self.weight.data_ptr(), self.weight._version
+        if self.kept is None or self.kept[0] != state:
+            self.kept = state, change(self.weight.detach().to(dtype))
+        return self.kept[1]
 
 
 def with_plain_convolutions(model):

@@ -269,45 +269,88 @@ def test_small_maps_train_and_evaluate_as_with_plain_convolutions(name, count, b
 
 
 def convolved(network, images):
-    """The formats in which a network convolves (True: contiguous) and its features."""
-    formats = []
+    """What a network convolves, (shape, whether it is contiguous) by layer, and its features."""
+    inputs = []
 
     def seen(x, *more, convolve=F.conv2d, **named):
-        formats.append(x.is_contiguous())
+        inputs.append((tuple(x.shape), x.is_contiguous()))
         return convolve(x, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "conv2d", seen)
-        return formats, network.features(images)
+        return inputs, network.features(images)
+
+
+@pytest.fixture
+def network_and_images():
+    model = build_model("resnet18", "cifar10", 10).eval().to(memory_format=torch.channels_last)
+    return model, torch.randn(9, 3, 32, 32).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("contiguous", "layers"), [(True, 10), (False, 0)])
-def test_an_evaluation_in_float32_convolves_small_maps_in_contiguous_format(contiguous, layers, monkeypatch):
+def test_an_evaluation_in_float32_convolves_small_maps_in_contiguous_format(
+    contiguous, layers, network_and_images, monkeypatch
+):
     monkeypatch.setattr(SmallMapConv, "CONTIGUOUS", contiguous)
-    model = build_model("resnet18", "cifar10", 10).eval().to(memory_format=torch.channels_last)
-    images = torch.randn(9, 3, 32, 32).to(memory_format=torch.channels_last)
+    model, images = network_and_images
     with torch.no_grad():
-        formats, found = convolved(model, images)
+        inputs, found = convolved(model, images)
         torch.testing.assert_close(found, with_plain_convolutions(copy.deepcopy(model)).features(images))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not any(convolved(model, images)[0])
-    assert sum(formats) == layers  # of stages 3 and 4 eight convolutions of 3x3 and two of 1x1
-    formats, found = convolved(model, images)  # with gradients, as an attack on the network asks for them
+    assert sum(of_one for _, of_one in inputs) == layers  # of stages 3 and 4 eight convolutions of 3x3 and two of 1x1
+    inputs, found = convolved(model, images)  # with gradients, as an attack on the network asks for them
     found.sum().backward()
-    assert not any(formats) and all(weight.grad is not None for weight in model.layer4.parameters())
+    assert not any(of_one for _, of_one in inputs) and all(
+        weight.grad is not None for weight in model.layer4.parameters()
+    )
     for weight in model.parameters():
         weight.requires_grad_(False)
-    assert sum(convolved(model, images)[0]) == layers
+    assert sum(of_one for _, of_one in convolved(model, images)[0]) == layers
 
 
-def test_weights_that_change_between_two_evaluations_are_not_the_old_ones(monkeypatch):
+@pytest.mark.parametrize(
+    ("by_product", "shapes"), [(True, [(1, 2304, 36, 1), *[(1, 2048, 9, 1)] * 3]), (False, [(1, 2048, 9, 1)] * 3)]
+)
+def test_an_evaluation_in_bfloat16_convolves_maps_of_2x2_in_another_shape(
+    by_product, shapes, network_and_images, monkeypatch
+):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.bfloat16} if by_product else set())
+    model, images = network_and_images
+    plain = with_plain_convolutions(copy.deepcopy(model))
+    with torch.no_grad():
+        exact = plain.features(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs, found = convolved(model, images)
+            others = plain.features(images)
+    assert [shape for shape, _ in inputs if shape[0] == 1] == shapes
+    errors = [(of_one.float() - exact).norm() / exact.norm() for of_one in (found, others)]
+    assert found.dtype == others.dtype and errors[0] < 0.02 and errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, 2), (2, 4), (2, 3)])
+def test_maps_of_2x2_evaluated_in_bfloat16_are_those_of_the_convolution_at_any_batch_size(stride, size, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.bfloat16})
+    small = SmallMapConv(64, 48, 3, stride=stride, padding=1, bias=False).eval()
+    x = torch.randn(100, 64, size, size).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = small(x)
+        assert small.kept is not None
+        for count in (1, 7, 50):
+            assert torch.equal(torch.cat([small(part) for part in x.split(count)]), found)
+    expected = F.conv2d(x.float(), small.weight.bfloat16().float(), stride=stride, padding=1)
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_change_between_two_evaluations_are_not_the_old_ones(dtype, monkeypatch):
     monkeypatch.setattr(SmallMapConv, "CONTIGUOUS", True)
     small = SmallMapConv(6, 5, 3, padding=1, bias=False).eval()
-    x = torch.randn(7, 6, 4, 4)
+    x = torch.randn(7, 6, 2, 2)
 
     @torch.no_grad()
     def is_right(layer):
-        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = layer(x)
+        torch.testing.assert_close(found.float(), F.conv2d(x, layer.weight, padding=1), rtol=0.02, atol=0.1)
         return layer.kept[1]
 
     kept = is_right(small)
