@@ -123,9 +123,9 @@ def _gradients_by_product():
 
 
 class SmallMapConv(nn.Conv2d):
-    """A convolution, of padding kernel // 2 and without bias, whose result may have as few as 4x4 pixels or fewer, which oneDNN
-    convolves on a CPU at a fraction of its speed elsewhere: it computes with the padding too, is slow at the gradient of the
-    weights, and on AVX2 multiplies for that image by image. Such maps, in values that differ by rounding alone,
+    """A convolution, of padding kernel // 2 and without bias, that knows a faster way to results of up to 4x4 pixels on a CPU.
+    oneDNN reaches a fraction of its usual speed there: it computes with the padding too, is slow at the gradient of the
+    weights, and on AVX2 multiplies for that image by image. In values that differ by rounding alone, they
 
     - train as one matrix product where a 3x3 kernel makes 2x2 pixels, else with `GradientByProduct` where that is faster;
     - are evaluated in bfloat16 as a convolution of another shape where a 3x3 kernel makes 2x2 pixels, and in float32 in
@@ -151,8 +151,7 @@ class SmallMapConv(nn.Conv2d):
         to_2x2 = kernel == 3 and (height, width) == (2, 2) and (stride == 2 or x.shape[2:] == (2, 2))
         if self.training:
             if to_2x2:
-                y = F.linear(self._rows(x.to(dtype)), self._matrix(self.weight.to(dtype)))
-                return self._as_map(y)
+                return self._as_map(F.linear(self._rows(x.to(dtype)), self._matrix(self.weight.to(dtype))))
             if dtype in self.BY_PRODUCT:
                 return GradientByProduct.apply(x.to(dtype), self.weight.to(dtype), stride)
         elif not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -183,7 +182,8 @@ class SmallMapConv(nn.Conv2d):
         """``change`` of the weight in ``dtype``, made once for as long as the weight stays what it is."""
         state = dtype, self.weight.data_ptr(), self.weight._version
         if self.kept is None or self.kept[0] != state:
-            self.kept = state, change(self.weight.detach().to(dtype))
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of this call
+                self.kept = state, change(self.weight.detach().to(dtype))
         return self.kept[1]
 
 

@@ -370,6 +370,22 @@ def test_weights_that_change_between_two_evaluations_are_not_the_old_ones(dtype,
     assert small.train().kept is None and small.eval().kept is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_inference_has_kept_serves_a_gradient_of_the_images_too(dtype, monkeypatch):
+    monkeypatch.setattr(SmallMapConv, "CONTIGUOUS", True)
+    small = SmallMapConv(6, 5, 3, padding=1, bias=False).eval().requires_grad_(False)
+    x = torch.randn(7, 6, 2, 2, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.inference_mode():
+            small(x)
+            kept = small.kept[1]
+        y = small(x)
+    assert small.kept[1] is kept
+    upstream = torch.randn(7, 5, 2, 2)
+    expected = torch.autograd.grad(F.conv2d(x, small.weight, padding=1), x, upstream)
+    torch.testing.assert_close(torch.autograd.grad(y, x, upstream.to(y.dtype)), expected, rtol=0.02, atol=0.1)
+
+
 @pytest.mark.parametrize(("stride", "size", "kernel"), [(1, 2, 3), (2, 4, 3), (1, 4, 3), (2, 8, 3), (2, 8, 1)])
 def test_small_maps_in_bfloat16_are_as_near_to_the_exact_ones_as_plainly_convolved(stride, size, kernel, monkeypatch):
     monkeypatch.setattr(SmallMapConv, "BY_PRODUCT", {torch.bfloat16})
