@@ -1,6 +1,7 @@
 """Whole tables: cells, variants, their records, and the tables made of them beside the paper's figures."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -43,7 +44,9 @@ def words(data_root, tmp_path, monkeypatch, in_process):
             "--output_root", tmp_path / "runs", "--out", tmp_path / "results"]  # fmt: skip
 
 
-def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli):
+def test_a_tables_cells_are_run_recorded_and_not_run_again(words, tmp_path, cli, monkeypatch):
+    # Whether a network of one epoch shows a backdoor is up to the processor's rounding; here none does.
+    monkeypatch.setattr("utils.audit.POISONED_FROM", math.inf)
     said = cli("reproduce.py", *words)
     assert said.code == 0, said.err
     root, out = tmp_path / "runs/quick_seed0", tmp_path / "results"
