@@ -139,7 +139,7 @@ def test_a_mistake_ends_both_and_is_told(words, tmp_path):
     assert steps[1].said.startswith("finetune_attack_noTrans.py: error: process 1: no such file")
 
 
-@pytest.mark.parametrize("seconds", [0, 2])
+@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_torchrun_lets_the_first_process_say_what_is_wrong(words, tmp_path, seconds):
     late = tmp_path / "late.py"  # the first process comes to the mistake so much after the other
     late.write_text(

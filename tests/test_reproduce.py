@@ -480,7 +480,7 @@ def test_what_steps_are_forked_from_begins_before_anything_slow_is_imported(word
     assert done.stdout.split() == [str(begun), "False"], done.stderr
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_ends_reproduce_ends_the_step_too_which_says_so(tmp_path, alone):
     command = [sys.executable, "reproduce.py", "--preset", "quickstart", "--output_root", tmp_path, "--out", tmp_path]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
