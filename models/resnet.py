@@ -129,7 +129,8 @@ class SmallMapConv(nn.Conv2d):
 
     - train as one matrix product where a 3x3 kernel makes 2x2 pixels, else with `GradientByProduct` where that is faster;
     - are evaluated in bfloat16 as a convolution of another shape where a 3x3 kernel makes 2x2 pixels, and in float32 in
-      contiguous format. Neither has last bits that depend on the batch size, as those of a product do.
+      contiguous format. As with torch's own convolution, and other than of a product, the last bits are then the same at
+      any batch size, but in float32 at one of a few images.
     """
 
     LEAST = 64  # channels; what narrower ones gain is too little to see
