@@ -118,11 +118,11 @@ PRESETS["full"] = PRESETS["paper"] | {
     "train_extractor": PRESETS["paper"]["train_extractor"] + " --positives unsuspected",
     "train_classifier": PRESETS["paper"]["train_classifier"] + " --ascent_bound 10",
 }
-# The public board's network, with as many images as it can learn from in an hour of one core.
+# The public board's network, with as many images as it can learn from in an hour or two of two cores.
 PRESETS["board"] = PRESETS["long"] | {
     "attack": "--train_images 10000",
     "train_attack_noTrans": "--epochs 5 --lr 0.01 --batch_size 64 --eval_freq 0",
-    "train_attack_withTrans": "--epochs 16 --lr 0.01 --schedule 10 14 --batch_size 64 --eval_freq 0",
+    "train_attack_withTrans": "--epochs 32 --lr 0.01 --schedule 30 --batch_size 64 --eval_freq 0",
     "unlearn_relearn": "--epochs 10 --lr 0.0004 --batch_size 64 --unlearn_batch_size 32 --ascent_bound 20 --drop_doubtful --eval_freq 0",
     "train_extractor": "--epochs 15 --learning_rate 0.1 --temp 0.1 --cosine --batch_size 128",
 }
