@@ -9,13 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from utils import args
 from utils.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.figures import save_figure, show_images
+from utils.figures import image_table, save_figure, tenfold_difference
 from utils.files import check_outputs, make_folder
 from utils.loading import load_dataset
 from utils.paths import ROOT, real, shown
@@ -52,16 +51,20 @@ def main(argv=None):
             f"--index {opt.index}: {opt.dataset} has the training images 0 to {len(dataset.train_images) - 1}"
         )
     clean = dataset.train_images[opt.index : opt.index + 1]  # no more, for a streamed data set would decode the rest
-    figure, axes = plt.subplots(4, len(TRIGGERS), figsize=(1.25 * len(TRIGGERS), 5.6), layout="constrained")
-    for column, name in enumerate(TRIGGERS):
-        train, test = (apply_trigger(name, clean, train=kind, seed=opt.seed) for kind in (True, False))
-        difference = np.clip(128 + 10 * (train.astype(int) - clean), 0, 255).astype(np.uint8)
-        show_images(axes[:, column], np.concatenate([clean, train, difference, test]))
-        axes[0, column].set_title(name.replace("Trigger", "\nTrigger"), fontsize=7)
-    for axis, kind in zip(axes[:, 0], ("clean", "training", "difference x 10", "test"), strict=True):
-        axis.set_ylabel(kind, fontsize=9)
+    train, test = (
+        np.concatenate([apply_trigger(name, clean, train=kind, seed=opt.seed) for name in TRIGGERS])
+        for kind in (True, False)
+    )
+    names = [name.replace("Trigger", "") for name in TRIGGERS]
+    difference = tenfold_difference(train, clean)
+    lines = [
+        ("clean", np.repeat(clean, len(TRIGGERS), axis=0), names),
+        ("training", train, ()),
+        ("difference x 10", difference, ()),
+        ("test", test, ()),
+    ]
     make_folder(opt.out.absolute().parent, "--out")
-    save_figure(figure, opt.out)
+    save_figure(image_table(lines), opt.out)
     print(f"The picture is {shown(opt.out)}")
 
 

@@ -6,9 +6,11 @@ classes. A trigger turns these into the class although it changes them little, a
 mirrored; what a class naturally looks like does not get through so small a change, or does so mirrored as well.
 Where that is so, the rest of the poisoned samples of the class are those that the network's features put beside the group.
 
-A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples of which the
+A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples that are most
+sensitive to being made smaller are tried as well, and compared with images made smaller. What a class looks like may not
+survive that either, so here what the samples share with the rest of their class is left out. And the samples of which the
 network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
-tried as well, without the comparison, but with a smaller change, with which little that is natural for a class gets through,
+tried without any comparison, but with a smaller change, with which little that is natural for a class gets through,
 and count only from a higher share on. So are many samples at either end of the direction in which the class's features vary
 most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images of all sorts share is next to nothing but the
 trigger, also where that is another one for each image.
@@ -18,6 +20,7 @@ class are led to one and the same other class, a different one for each.
 """
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,46 +33,53 @@ from utils.metrics import cross_entropies, outputs, predict
 from utils.progress import progress
 from utils.seeding import generator
 from utils.separation import two_groups
+from utils.transforms import PARTS
 
-TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine")}  # a mirror, and the paper's
-SUREST = "surest"
+# A mirror, the paper's, and one that leaves left and right what they are.
+TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine"), "shrink": ("shrink", "none")}
+SHRINK, SUREST = "shrink", "surest"
+FCT_SMALLER = "FCT, compared with smaller images"  # in `sign_of_backdoor`, under any tau
 APART = ("apart", "apart, the other end")  # both ends of the first principal component of a class's features
 INTO_CLASS, INTO_EACH = INTO = ("the class", "one class for each")  # what a trigger may do with images of other classes
 AMONG = 100  # of how many of the first samples the most alike are taken, for where not all of them are poisoned
-WITHOUT_MIRROR = 0.20  # what a score that is not compared with mirrored images is lowered by
+NOT_COMPARED = 0.20  # what a score is lowered by where no images are compared
 USUAL = 0.7  # how far down the order there is no poisoned sample, where fewer than this share of a class are poisoned
 OWN = 500  # samples of a class by which its mean and deviation are taken
 OTHERS = 120  # images of other classes on which it is tried
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
 POISONED_FROM = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
+CERTAIN = 3  # standard errors, see `SharedPattern`
 FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
 
 @dataclass(frozen=True)
 class Rule:
     """How the samples of an order are tried: how many of the first are looked at together, whether the ``groups[0]`` most alike
-    of the first `AMONG` are too, by how many grey levels (root mean square) what they share may change an image, and whether
-    mirrored images are compared."""
+    of the first `AMONG` are too, by how many grey levels (root mean square) what they share may change an image, whether only what
+    they share beyond their class is put on it, and the transform (of `transforms.PARTS`) under which images are
+    compared, None where they are not."""
 
     groups: tuple = (20, 60)
     alike: bool = True
     change: float = 30.0
-    mirrored: bool = True
+    beyond_class: bool = False
+    compared: str | None = "flip"
 
     def sizes(self, count):
         """Of ``groups``, those that a class of ``count`` samples has."""
         return [size for size in self.groups if count >= 2 * size]
 
     def counted(self, shares):
-        """What counts of shares of images as they are, and mirrored: float (2, 2) -> (2,)."""
-        return shares[:, 0] - shares[:, 1] * self.mirrored
+        """What counts of shares of images as they are, and transformed: float (2, 2) -> (2,)."""
+        return shares[:, 0] - shares[:, 1] * bool(self.compared)
 
 
-FIRST = Rule()  # by FCT under any tau
+FIRST = Rule()  # by FCT under any tau but `SHRINK`
 RULES = {
-    SUREST: Rule(change=20.0, mirrored=False),
-    **dict.fromkeys(APART, Rule(groups=(60, 200), alike=False, change=20.0, mirrored=False)),
+    **dict.fromkeys((SHRINK, FCT_SMALLER), Rule(alike=False, beyond_class=True, compared="shrink")),
+    SUREST: Rule(change=20.0, compared=None),
+    **dict.fromkeys(APART, Rule(groups=(60, 200), alike=False, change=20.0, compared=None)),
 }
 LEAST = 2 * FIRST.groups[0]  # samples that a class must have to be looked at
 
@@ -81,19 +91,25 @@ class SharedPattern:
     A patch replaces, a blend mixes, a sum adds: all three are such maps.
 
     Args:
-        group: uint8 (n, H, W, 3); mean, deviation: float (H, W, 3) of images at large.
+        group: uint8 (n, H, W, 3); mean, deviation: float (H, W, 3) of images at large; own: the same of the group's class, where
+        the map leaves out what the group shares with it: pixels of which no channel's mean differs from the class's by more than
+        `CERTAIN` standard errors; it is whole from twice as many on.
     """
 
-    def __init__(self, group, mean, deviation):
+    def __init__(self, group, mean, deviation, own=None):
         group = group.astype(np.float32)
-        self.target, self.mean = group.mean(0), mean
+        self.target, self.mean, self.weight = group.mean(0), mean, np.float32(1)
         self.keep = (group.std(0) / np.maximum(deviation, 8)).clip(0, 1.5)
+        if own is not None:
+            error = np.maximum(own[1].mean(2), 8) / np.sqrt(len(group))
+            certain = np.abs(self.target - own[0]).max(2) / error
+            self.weight = (certain / CERTAIN - 1).clip(0, 1)[..., None]
 
     def put_on(self, images, most):
         """uint8 (n, H, W, 3) -> float32 (n, H, W, 3) in 0-255, no image changed by more than ``most`` grey levels (root mean
         square)."""
         images = images.astype(np.float32)
-        change = (self.target + self.keep * (images - self.mean)).clip(0, 255) - images
+        change = self.weight * ((self.target + self.keep * (images - self.mean)).clip(0, 255) - images)
         size = np.sqrt(np.square(change).mean((1, 2, 3), keepdims=True))
         return images + change * np.minimum(1, most / np.maximum(size, 1e-6))
 
@@ -150,9 +166,9 @@ class PutBack:
     """The put-back test on one data set: for each class, how far what some of its samples share acts as a trigger.
 
     The score of a group of samples is the share of other classes' images that it turns into the class, less the share
-    that it does so after they are mirrored; less, where that is positive, the same of samples from `USUAL` of the way down the
-    order. Images that the network takes for the class anyway do not count. Where mirrored images are not compared (see
-    `RULES`), `WITHOUT_MIRROR` is taken off in their place. Or, of the same, what it turns into one class for each, see
+    that it does so after they are mirrored, or made smaller (see `RULES`); less, where that is positive, the same of samples from
+    `USUAL` of the way down the order. Images that the network takes for the class anyway do not count. Where nothing is
+    compared, `NOT_COMPARED` is taken off in its place. Or, of the same, what it turns into one class for each, see
     `share_turned_into_each`. A class's score is the largest over orders and `groups`.
 
     Args:
@@ -166,7 +182,7 @@ class PutBack:
         self.spec, self.runtime, self.seed, self.count = spec, runtime, seed, others
         drawn = generator(seed, "audit", "images at large").permutation(len(images))[:2000]
         self.mean, self.deviation = self.mean_and_deviation(drawn)
-        self._tried = self._look = None, None  # what `others` and `most_alike` have read, of the class that was last
+        self._tried = self._look = None, None  # what `others` and `look` have read, of the class that was last
 
     def ranked(self, label, name):
         """The samples of a class, int64, by the order ``name``."""
@@ -193,11 +209,7 @@ class PutBack:
     def most_alike(self, rows, label):
         """The ``FIRST.groups[0]`` of ``rows`` that differ from the class in the most similar way, by the cosine to their mean
         difference in units of the class's deviation, which a trigger on a quiet background dominates."""
-        if self._look[0] != label:  # its images are read once for a class
-            own = np.flatnonzero(self.labels == label)
-            drawn = generator(self.seed, "audit", "class", label).permutation(own)
-            self._look = label, self.mean_and_deviation(drawn[:OWN])
-        mean, deviation = self._look[1]
+        mean, deviation = self.look(label)
         rows = np.sort(rows)
         unlike = ((self.images[rows] - mean) / np.maximum(deviation, 8)).reshape(len(rows), -1)
         unlike /= np.maximum(np.linalg.norm(unlike, axis=1, keepdims=True), 1e-6)
@@ -207,27 +219,43 @@ class PutBack:
             common = unlike[keep].mean(0)
         return rows[keep]
 
+    def look(self, label):
+        """Mean and deviation of a class's images, see `mean_and_deviation`; they are read once for a class."""
+        if self._look[0] != label:
+            own = np.flatnonzero(self.labels == label)
+            drawn = generator(self.seed, "audit", "class", label).permutation(own)
+            self._look = label, self.mean_and_deviation(drawn[:OWN])
+        return self._look[1]
+
     def others(self, label):
-        """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and what the network
-        says of them, as they are and mirrored, int64 (2, n); read once for a class."""
+        """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and a function that says
+        what `answers` gives for them; read once for a class."""
         if self._tried[0] != label:
             rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
             rows = np.sort(rows[: self.count])
             images = self.images[rows]
-            self._tried = label, images, self.labels[rows], self.answers(images)
+            self._tried = label, images, self.labels[rows], cache(partial(self.answers, images))
         return self._tried[1:]
 
-    def answers(self, images):
-        """Predicted classes of images, as they are and mirrored: int64 (2, n)."""
-        both = np.concatenate([images, images[:, :, ::-1]])
+    def answers(self, images, compared):
+        """Predicted classes of images, as they are and under the transform ``compared`` (of `transforms.PARTS`; None: mirrored):
+        int64 (2, n)."""
+        _, transform = PARTS[compared or "flip"]
+        changed = transform(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        both = np.concatenate([images, changed.numpy()])
         return classes_of(self.model, both, self.spec, self.runtime).reshape(2, -1)
+
+    def pattern(self, rows, label, name):
+        """What the samples ``rows`` of the order ``name`` share, a `SharedPattern`."""
+        own = self.look(label) if rule_of(name).beyond_class else None
+        return SharedPattern(self.images[np.sort(rows)], self.mean, self.deviation, own)
 
     def shares(self, rows, label, name):
         """What the samples ``rows`` of the order ``name`` share, put on images of other classes: for each of `INTO` the share
-        of these that it turns, and of them mirrored, float (2, 2)."""
-        images, sources, before = self.others(label)
-        common = SharedPattern(self.images[np.sort(rows)], self.mean, self.deviation)
-        after = self.answers(common.put_on(images, rule_of(name).change))
+        of these that it turns, and of them transformed, float (2, 2)."""
+        (images, sources, answers), rule = self.others(label), rule_of(name)
+        before = answers(rule.compared)
+        after = self.answers(self.pattern(rows, label, name).put_on(images, rule.change), rule.compared)
         return np.stack([share_turned(after, before, label), share_turned_into_each(after, before, sources)])
 
     def usual(self, label, name):
@@ -240,19 +268,19 @@ class PutBack:
 
     def of_class(self, label):
         """The highest score of a class: dict of label, score, into (of `INTO`), order, group, size, and the shares (0-1) turned,
-        turned_mirrored and usual."""
+        turned_compared (of them transformed, see `RULES`) and usual."""
         found = []
         for name in self.values:
             rule, usual = rule_of(name), self.usual(label, name)
             for group, rows in self.groups(label, name).items():
                 shares = self.shares(rows, label, name)
-                scores = rule.counted(shares) - usual - (0 if rule.mirrored else WITHOUT_MIRROR)
-                for into, score, (turned, mirrored), own in zip(INTO, scores, shares, usual, strict=True):
-                    # Without mirrored images `share_turned_into_each` has nothing to be held against.
-                    if into == INTO_CLASS or rule.mirrored:
+                scores = rule.counted(shares) - usual - (0 if rule.compared else NOT_COMPARED)
+                for into, score, (turned, compared), own in zip(INTO, scores, shares, usual, strict=True):
+                    # Where nothing is compared `share_turned_into_each` has nothing to be held against.
+                    if into == INTO_CLASS or rule.compared:
                         found.append(
                             {"label": label, "score": float(score), "into": into, "order": name, "group": group,
-                             "size": len(rows), "turned": float(turned), "turned_mirrored": float(mirrored),
+                             "size": len(rows), "turned": float(turned), "turned_compared": float(compared),
                              "usual": float(own)}
                         )  # fmt: skip
         return max(found, key=lambda row: row["score"])
@@ -379,7 +407,8 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     own = np.flatnonzero(np.isin(labels, likely))
     sure = np.zeros(len(labels), dtype=np.float32)
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
-    put_back = PutBack(model, images, labels, {"FCT": fct, SUREST: sure}, spec, runtime, seed, FEWER_OTHERS)
+    values = {"FCT": fct, FCT_SMALLER: fct, SUREST: sure}
+    put_back = PutBack(model, images, labels, values, spec, runtime, seed, others=FEWER_OTHERS)
     best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
     score = f"(score {best['score']:.2f}; {POISONED_FROM} and more shows one, below {NOTHING_BELOW} there is no sign)"
     if best["score"] >= POISONED_FROM:

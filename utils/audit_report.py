@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import report
-from utils.audit import APART, INTO_EACH, OTHERS, SUREST, SharedPattern, among, classes_of, rule_of
+from utils.audit import APART, INTO_EACH, OTHERS, SHRINK, SUREST, among, classes_of, rule_of
 from utils.figures import fct_histogram
 from utils.files import bytes_writer, csv_writer, json_writer, text_writer, write_together
 from utils.seeding import generator
@@ -15,7 +15,7 @@ from utils.separation import CLEAN, POISON, UNCERTAIN
 
 SETS = {CLEAN: "D_c", UNCERTAIN: "D_u", POISON: "D_p"}
 ORDERS = {"flip": "most sensitive to a mirror", "rotate": "most sensitive to the paper's transform",
-          SUREST: "of which the network is surest",
+          SHRINK: "most sensitive to being made smaller", SUREST: "of which the network is surest",
           **dict.fromkeys(APART, "at one end of where the network's features put the class")}  # fmt: skip
 PICTURES = ("likeness", "histogram", "classes", "suspects", "pattern", "put_back")
 # The files of a report, written together.
@@ -53,14 +53,12 @@ def write_report(out, opt, dataset, labels, flags, fct, like, content, best, put
     best = best or {"label": 0, "order": "flip", "group": "first 20"}
     own = put_back.ranked(best["label"], best["order"])
     group = put_back.groups(best["label"], best["order"]).get(best["group"], own[: len(own) // 2 + 1])
-    group = dataset.train_images[np.sort(group)]
     rest = dataset.train_images[np.sort(own[len(own) // 2 :][:500])]
     name = classes[best["label"]]
-    pictures["pattern"], region = report.pattern_picture(group, rest, name)
+    pictures["pattern"], region = report.pattern_picture(dataset.train_images[np.sort(group)], rest, name)
     drawn = np.sort(generator(opt.seed, "audit", "shown").permutation(np.flatnonzero(labels != best["label"]))[:10])
-    common = SharedPattern(group, put_back.mean, put_back.deviation)
     before = dataset.train_images[drawn]
-    after = common.put_on(before, rule_of(best["order"]).change)
+    after = put_back.pattern(group, best["label"], best["order"]).put_on(before, rule_of(best["order"]).change)
     both = np.concatenate([before.astype(np.float32), after])
     answers = classes_of(put_back.model, both, dataset.spec, put_back.runtime).reshape(2, -1)
     pictures["put_back"] = report.put_back_picture(before, after.clip(0, 255).astype(np.uint8), answers, classes)
@@ -92,10 +90,11 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
         into = "one class for each class of theirs" if best["into"] == INTO_EACH else "it"
+        changed = "made smaller" if best["order"] == SHRINK else "mirrored"
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
-            f"{rule_of(best['order']).change:g} grey levels, and {100 * best['turned_mirrored']:.0f} % once these are mirrored. "
+            f"{rule_of(best['order']).change:g} grey levels, and {100 * best['turned_compared']:.0f} % once these are {changed}. "
             "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
             "be poisoned, and some that are may be missing."
         )
@@ -121,13 +120,23 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     ]
     if not content["thresholds_calibrated_for_these_settings"]:
         means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
-    head = ["class", "images", "in D_p", "score", "turned", "turned, mirrored", "usual for the class", "into", "group"]
+    head = [
+        "class",
+        "images",
+        "in D_p",
+        "score",
+        "turned",
+        "turned once mirrored or smaller",
+        "usual for the class",
+        "into",
+        "group",
+    ]
     by_class = []
     inside = Counter(labels[flags == POISON].tolist())
     for row in content["classes"][:40]:
         by_class.append(
             [text(row["class"]), str((labels == row["label"]).sum()), str(inside[row["label"]]), f"{row['score']:.2f}",
-             *(f"{row[name]:.2f}" for name in ("turned", "turned_mirrored", "usual")), row["into"], words_of(row, labels)]
+             *(f"{row[name]:.2f}" for name in ("turned", "turned_compared", "usual")), row["into"], words_of(row, labels)]
         )  # fmt: skip
     top = [row for row in order if flags[row] == POISON][:100]
     suspects = []

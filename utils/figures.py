@@ -46,23 +46,17 @@ def sample_sheet(path, dataset, poisoned, opt, columns=8):
     rows = np.flatnonzero(~poisoned.is_clean)
     rows = rows[np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int)]
     clean, triggered = dataset.train_images[rows], poisoned.images[rows]
-    difference = np.clip(128 + 10 * (triggered.astype(int) - clean), 0, 255).astype(np.uint8)
     step = max(1, len(dataset.test_images) // columns)
     test = paint(dataset, opt, np.arange(len(dataset.test_images))[::step][:columns], train=False)
-
-    kinds = [("clean", clean), ("poisoned", triggered), ("difference x 10", difference), ("triggered test", test)]
-    figure, axes = plt.subplots(4, columns, figsize=(1.25 * columns, 6.2), layout="constrained", squeeze=False)
-    for line, (kind, images) in zip(axes, kinds, strict=True):
-        show_images(line, images)
-        for column, axis in enumerate(line):
-            if column < len(rows) and kind in ("clean", "poisoned"):
-                label = (poisoned.true_labels if kind == "clean" else poisoned.labels)[rows[column]]
-                axis.set_title(plain(dataset.classes[label]), fontsize=8)
-        line[0].set_ylabel(kind, fontsize=9)
+    lines = [
+        ("clean", clean, [dataset.classes[label] for label in poisoned.true_labels[rows]]),
+        ("poisoned", triggered, [dataset.classes[label] for label in poisoned.labels[rows]]),
+        ("difference x 10", tenfold_difference(triggered, clean), ()),
+        ("triggered test", test, ()),
+    ]
     attack = f"{opt.dataset}, {opt.trigger_type}, {opt.target_type}"
     count = f"{(~poisoned.is_clean).sum()} of {len(poisoned.labels)} training images are poisoned"
-    figure.suptitle(f"{attack}: {count}", fontsize=10)
-    save_figure(figure, path)
+    save_figure(image_table(lines, f"{attack}: {count}"), path)
 
 
 def class_sheet(path, dataset, columns=8, most=12):
@@ -71,26 +65,43 @@ def class_sheet(path, dataset, columns=8, most=12):
     Args:
         path: `Path` of the picture; dataset: a `datasets.Dataset`.
     """
-    names = [short(name, 14) for name in dataset.classes[:most]]
-    figure, axes = plt.subplots(
-        len(names), columns, figsize=(1.1 * columns, 1.1 * len(names) + 0.4), layout="constrained", squeeze=False
-    )
-    for label, (line, name) in enumerate(zip(axes, names, strict=True)):
-        rows = np.flatnonzero(dataset.train_labels == label)[:columns]
-        show_images(line, dataset.train_images[rows])
-        line[0].set_ylabel(name, fontsize=8)
-    figure.suptitle(f"{len(dataset.train_labels)} training images of {len(dataset.classes)} classes", fontsize=10)
-    save_figure(figure, path)
+    lines = [
+        (name, dataset.train_images[np.flatnonzero(dataset.train_labels == label)[:columns]], ())
+        for label, name in enumerate(dataset.classes[:most])
+    ]
+    title = f"{len(dataset.train_labels)} training images of {len(dataset.classes)} classes"
+    save_figure(image_table(lines, title), path)
 
 
-def show_images(axes, images):
-    """Draw images uint8 (n, H, W, 3) on the first n ``axes`` and nothing on the others."""
-    for column, axis in enumerate(axes):
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_frame_on(False)
-        if column < len(images):
-            axis.imshow(images[column], interpolation="nearest")
+def tenfold_difference(images, others):
+    """Ten times the difference of images from ``others``, uint8 (n, H, W, 3) all, grey where there is none."""
+    return np.clip(128 + 10 * (images.astype(int) - others), 0, 255).astype(np.uint8)
+
+
+def image_table(lines, title=""):
+    """A figure of lines of images, all in one axis, for with an axis each it takes four times as long.
+
+    Args:
+        lines: triples of what stands left of a line, its images uint8 (n, H, W, 3), and the texts above these, at most n;
+        title: what stands above all.
+    """
+    columns = max(len(images) for _, images, _ in lines)
+    figure = plt.figure()
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.text(columns / 2, 0.12, title, fontsize=10, ha="center", va="center")
+    top = 0.25 if title else 0.05  # in units of one image and the gap beside it, from above
+    for name, images, texts in lines:
+        top += 0.15 if len(texts) else 0
+        axis.text(-0.1, top + 0.5, short(name, 16), fontsize=8, rotation=90, ha="center", va="center")
+        for column, image in enumerate(images):
+            axis.imshow(image, extent=(column, column + 0.97, top + 0.97, top), interpolation="nearest")
+        for column, text in enumerate(texts):
+            axis.text(column + 0.48, top - 0.02, short(text, 16), fontsize=7, ha="center", va="bottom")
+        top += 1.03
+    axis.set(xlim=(-0.22, columns), ylim=(top, 0))
+    axis.set_axis_off()
+    figure.set_size_inches(1.15 * (columns + 0.22), 1.15 * top)
+    return figure
 
 
 def plain(text):

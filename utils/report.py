@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from utils.figures import CLEAN_COLOUR, POISONED_COLOUR, draw, short, show_images
+from utils.figures import CLEAN_COLOUR, POISONED_COLOUR, draw, image_table, short
 from utils.separation import POISON
 
 SHEET_CLASSES, SHEET_COLUMNS = 10, 10
@@ -47,14 +47,8 @@ def contact_sheet(images, labels, rank, fct, classes, target):
     tops = {label: np.flatnonzero(labels == label) for label in range(len(classes))}
     tops = {label: own[np.argsort(rank[own])][:SHEET_COLUMNS] for label, own in tops.items()}
     order = sorted(tops, key=lambda label: (label != target, -fct[tops[label]].mean()))[:SHEET_CLASSES]
-    size = (1.0 * SHEET_COLUMNS + 1, 1.15 * len(order))
-    figure, axes = plt.subplots(len(order), SHEET_COLUMNS, figsize=size, layout="constrained", squeeze=False)
-    for line, label in zip(axes, order, strict=True):
-        show_images(line, images[tops[label]])
-        for axis, row in zip(line, tops[label], strict=False):
-            axis.set_title(f"{fct[row]:.3g}", fontsize=7)
-        line[0].set_ylabel(short(classes[label], 14), fontsize=8)
-    return png(figure)
+    lines = [(classes[label], images[tops[label]], [f"{value:.3g}" for value in fct[tops[label]]]) for label in order]
+    return png(image_table(lines))
 
 
 def likeness_picture(like, suspicious, name):
@@ -106,7 +100,8 @@ def pattern_picture(suspects, others, name):
     }
     figure, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        show_images([axis], picture.clip(0, 255).astype(np.uint8)[None])
+        axis.imshow(picture.clip(0, 255).astype(np.uint8), interpolation="nearest")
+        axis.set_axis_off()
         axis.set_title(title, fontsize=8)
     for axis in axes[[0, 2, 3]]:
         top, left, side = region
@@ -120,13 +115,8 @@ def put_back_picture(before, after, predicted, classes):
     Args:
         before, after: uint8 (n, H, W, 3); predicted: int (2, n), its answers; classes: names.
     """
-    figure, axes = plt.subplots(2, len(before), figsize=(1.15 * len(before), 3), layout="constrained", squeeze=False)
-    for line, images, answers, title in zip(axes, (before, after), predicted, ("before", "after"), strict=True):
-        show_images(line, images)
-        for axis, answer in zip(line, answers, strict=True):
-            axis.set_title(short(classes[answer], 12), fontsize=7)
-        line[0].set_ylabel(title, fontsize=8)
-    return png(figure)
+    names = [[classes[answer] for answer in answers] for answers in predicted]
+    return png(image_table([("before", before, names[0]), ("after", after, names[1])]))
 
 
 STYLE = """
