@@ -410,7 +410,7 @@ def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipelin
 
     np.savez(tmp_path / "four.npz", x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=[0, 0, 1, 1])
     one_class = []
-    for seed in range(12):
+    for seed in range(8):
         own = ["--dataset", "npz", "--data_root", tmp_path / "four.npz", "--model", "resnet10", "--seed", seed, "--output_root",
                tmp_path / str(seed), "--batch_size", 2, "--epochs", 1]  # fmt: skip
         assert cli("train_attack_noTrans.py", *own).code == 0
@@ -418,7 +418,7 @@ def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipelin
         one_class.append(said.code == 2)
         if said.code == 2:
             refused(said, "every batch holds a single class", "--batch_size")
-    assert 0 < sum(one_class) < 12  # a third, by chance
+    assert 0 < sum(one_class) < 8  # a third, by chance
 
 
 @pytest.mark.parametrize(

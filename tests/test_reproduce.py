@@ -437,18 +437,27 @@ def test_an_interrupted_training_of_other_options_or_a_damaged_one_begins_anew(
 # Steps in processes of their own
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])  # on Linux; elsewhere
-def test_a_step_run_apart_is_the_command_that_is_printed(method, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.forked.context", multiprocessing.get_context(method))
-    more = ["--epochs", "1", "--batch_size", "64", "--precision", "float32"]
-    assert run_apart("train_clean_withTrans.py", [*words(tmp_path / "apart"), *more], tmp_path / "log") == 0
-    said = re.sub("seconds [0-9.]+", "", (tmp_path / "log").read_text())
-    command = [sys.executable, "train_clean_withTrans.py", *map(str, words(tmp_path / "typed")), *more]
+CLEAN_TRAINING = ["--epochs", "1", "--batch_size", "64", "--precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def typed(words, tmp_path_factory):
+    """A clean training as a user types it: (its output root, what it said)."""
+    root = tmp_path_factory.mktemp("typed")
+    command = [sys.executable, "train_clean_withTrans.py", *map(str, words(root)), *CLEAN_TRAINING]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert re.sub("seconds [0-9.]+", "", done.stdout.replace(str(tmp_path / "typed"), str(tmp_path / "apart"))) == said
-    made = [next((tmp_path / name).rglob("0.tar")) for name in ("apart", "typed")]
-    assert same_weights(*made)
+    return root, done.stdout
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])  # on Linux; elsewhere
+def test_a_step_run_apart_is_the_command_that_is_printed(method, typed, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.forked.context", multiprocessing.get_context(method))
+    assert run_apart("train_clean_withTrans.py", [*words(tmp_path), *CLEAN_TRAINING], tmp_path / "log") == 0
+    of_typed = typed[1].replace(str(typed[0]), str(tmp_path))
+    said, expected = (re.sub("seconds [0-9.]+", "", text) for text in ((tmp_path / "log").read_text(), of_typed))
+    assert said == expected
+    assert same_weights(*(next(root.rglob("0.tar")) for root in (tmp_path, typed[0])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="steps are forked on Linux")

@@ -1,5 +1,6 @@
 """The triggers against a slow loop over pixels, written from the table of attacks alone."""
 
+import io
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from utils import triggers
 from utils.errors import UserError
+from utils.figures import draw, image_table
 from utils.seeding import generator
 from utils.triggers import TRIGGERS, apply_trigger
 
@@ -267,3 +269,17 @@ def test_a_trigger_changes_the_smallest_images_that_it_takes(name):
 def test_an_unknown_trigger_is_refused_and_the_known_are_named():
     with pytest.raises(ValueError, match=r"noSuchTrigger.*gridTrigger"):
         apply_trigger("noSuchTrigger", pictures(1, 32, 32), train=True)
+
+
+def test_a_table_of_images_shows_each_in_its_place():
+    colours = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+    first, second = np.broadcast_to(colours[:, :, None, None], (2, 3, 8, 8, 3))
+    buffer = io.BytesIO()
+    draw(image_table([("one", first, ["a", "b"]), ("two", second[:2], ())], "all"), buffer, "png", dpi=100)
+    with Image.open(buffer) as picture:
+        page = np.asarray(picture.convert("RGB"))
+    assert page.shape[:2] == (282, 370)
+    for column in range(3):
+        across = 80 + 115 * column
+        assert (page[102, across] == colours[0, column]).all()
+        assert (page[220, across] == (colours[1, column] if column < 2 else 255)).all()

@@ -126,7 +126,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         "in D_p",
         "score",
         "turned",
-        "turned once mirrored or smaller",
+        "mirrored or smaller",
         "usual for the class",
         "into",
         "group",
