@@ -8,8 +8,8 @@ Where that is so, the rest of the poisoned samples of the class are those that t
 
 A trigger that is its own mirror image escapes both FCT under a mirror and that comparison. So the samples that are most
 sensitive to being made smaller are tried as well, and compared with images made smaller. What a class looks like may not
-survive that either, so here what the samples share with the rest of their class is left out. And the samples of which the
-network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
+survive that either, so here only the few pixels count in which the samples differ most from their class. And the samples of
+which the network is surest, which carry the trigger in a poisoned class too (Li et al., Anti-Backdoor Learning, NeurIPS 2021), are
 tried without any comparison, but with a smaller change, with which little that is natural for a class gets through,
 and count only from a higher share on. So are many samples at either end of the direction in which the class's features vary
 most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images of all sorts share is next to nothing but the
@@ -49,7 +49,7 @@ OTHERS = 120  # images of other classes on which it is tried
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
 POISONED_FROM = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
-CERTAIN = 3  # standard errors, see `SharedPattern`
+CERTAIN, PART = 3, 0.06  # standard errors, and share of the pixels, see `SharedPattern`
 FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
 
@@ -92,8 +92,9 @@ class SharedPattern:
 
     Args:
         group: uint8 (n, H, W, 3); mean, deviation: float (H, W, 3) of images at large; own: the same of the group's class, where
-        the map leaves out what the group shares with it: pixels of which no channel's mean differs from the class's by more than
-        `CERTAIN` standard errors; it is whole from twice as many on.
+        the map leaves out what the group shares with it, and what parts of a class share: only those pixels change whose mean
+        differs from the class's, in some channel, by more than `CERTAIN` standard errors, wholly from twice as many on, and of
+        these the most certain, `PART` of all pixels.
     """
 
     def __init__(self, group, mean, deviation, own=None):
@@ -103,7 +104,8 @@ class SharedPattern:
         if own is not None:
             error = np.maximum(own[1].mean(2), 8) / np.sqrt(len(group))
             certain = np.abs(self.target - own[0]).max(2) / error
-            self.weight = (certain / CERTAIN - 1).clip(0, 1)[..., None]
+            few = certain >= np.quantile(certain, 1 - PART)
+            self.weight = (few * (certain / CERTAIN - 1).clip(0, 1))[..., None]
 
     def put_on(self, images, most):
         """uint8 (n, H, W, 3) -> float32 (n, H, W, 3) in 0-255, no image changed by more than ``most`` grey levels (root mean
