@@ -35,9 +35,9 @@ from utils.seeding import generator
 from utils.separation import two_groups
 from utils.transforms import PARTS
 
-# A mirror, the paper's, and one that leaves left and right what they are.
-TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine"), "shrink": ("shrink", "none")}
 SHRINK, SUREST = "shrink", "surest"
+# A mirror, the paper's, and one that leaves left and right what they are.
+TAUS = {"flip": ("flip", "none"), "rotate": ("rotate", "affine"), SHRINK: (SHRINK, "none")}
 FCT_SMALLER = "FCT, compared with smaller images"  # in `sign_of_backdoor`, under any tau
 APART = ("apart", "apart, the other end")  # both ends of the first principal component of a class's features
 INTO_CLASS, INTO_EACH = INTO = ("the class", "one class for each")  # what a trigger may do with images of other classes
@@ -240,9 +240,8 @@ class PutBack:
         return self._tried[1:]
 
     def answers(self, images, compared):
-        """Predicted classes of images, as they are and under the transform ``compared`` (of `transforms.PARTS`; None: mirrored):
-        int64 (2, n)."""
-        _, transform = PARTS[compared or "flip"]
+        """Predicted classes of images, as they are and under the transform ``compared`` (of `transforms.PARTS`): int64 (2, n)."""
+        _, transform = PARTS[compared]
         changed = transform(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         both = np.concatenate([images, changed.numpy()])
         return classes_of(self.model, both, self.spec, self.runtime).reshape(2, -1)
@@ -256,8 +255,9 @@ class PutBack:
         """What the samples ``rows`` of the order ``name`` share, put on images of other classes: for each of `INTO` the share
         of these that it turns, and of them transformed, float (2, 2)."""
         (images, sources, answers), rule = self.others(label), rule_of(name)
-        before = answers(rule.compared)
-        after = self.answers(self.pattern(rows, label, name).put_on(images, rule.change), rule.compared)
+        compared = rule.compared or "flip"  # which is then reported, and does not count
+        after = self.answers(self.pattern(rows, label, name).put_on(images, rule.change), compared)
+        before = answers(compared)
         return np.stack([share_turned(after, before, label), share_turned_into_each(after, before, sources)])
 
     def usual(self, label, name):

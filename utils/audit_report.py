@@ -90,11 +90,12 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     score = "–" if content["statistic"] is None else f"{content['statistic']:.2f}"
     if verdict == "poisoned":
         into = "one class for each class of theirs" if best["into"] == INTO_EACH else "it"
-        changed = "made smaller" if best["order"] == SHRINK else "mirrored"
+        rule = rule_of(best["order"])
+        changed = "made smaller" if rule.compared == SHRINK else "mirrored"
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
-            f"{rule_of(best['order']).change:g} grey levels, and {100 * best['turned_compared']:.0f} % once these are {changed}. "
+            f"{rule.change:g} grey levels, and {100 * best['turned_compared']:.0f} % once these are {changed}. "
             "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
             "be poisoned, and some that are may be missing."
         )
@@ -120,17 +121,8 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
     ]
     if not content["thresholds_calibrated_for_these_settings"]:
         means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
-    head = [
-        "class",
-        "images",
-        "in D_p",
-        "score",
-        "turned",
-        "mirrored or smaller",
-        "usual for the class",
-        "into",
-        "group",
-    ]
+    head = ["class", "images", "in D_p", "score", "turned", "mirrored or smaller", "usual for the class", "into",
+            "group"]  # fmt: skip
     by_class = []
     inside = Counter(labels[flags == POISON].tolist())
     for row in content["classes"][:40]:
