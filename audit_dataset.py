@@ -66,7 +66,7 @@ TAU, CLEAN_RATIO = "flip", "0.2"  # of the first FCT, and of D_c
 ENOUGH = 1000  # images; fewer teach the network too little
 WORDS = {
     "poisoned": "Poisoned, likely target class {name}",
-    f"poisoned, {INTO_EACH}": "Poisoned, images of each class are led to one of its own, among them {name}",
+    f"poisoned, {INTO_EACH}": "Poisoned, images of each class are led to one of its own; the targets are {name}",
     "no evidence": "No evidence of poisoned samples",
     "cannot tell": "Cannot tell: {reason}",
 }

@@ -58,7 +58,7 @@ def main(argv=None):
     if order is not None:
         count = int((order >= 0).sum())
         print(
-            f"{count} samples of the class are like those that show it. To take these as D_p, in place of FCT (not in the paper), "
+            f"{count} samples are like those that show it. To take these as D_p, in place of FCT (not in the paper), "
             f"with the same --poison_ratio in the steps after it:"
         )
         options = f"{args.attack_arguments(opt)}{args.fct_arguments(vars(opt))}"

@@ -97,7 +97,7 @@ def found_alike(path, opt, dataset):
     source, order = require_file(fct_path(path, "fct.json"), command), fct_path(path, "order.npy")
     record = step_3_record(path, opt, dataset.record)
     if record and order.name not in record.get("outputs", {}):
-        print("Step 3 saw no backdoor with one target class here, so nothing is like one; D_p is by FCT alone")
+        print("Step 3 saw no backdoor here, so nothing is like one; D_p is by FCT alone")
         return None
     if not record or not as_written(record, order):
         raise UserError(

@@ -347,7 +347,7 @@ def test_poison_classes_and_gamma_high_exclude_one_another(cli, words, tmp_path)
 
 
 def scores(*values):
-    return [{"label": label, "score": value} for label, value in enumerate(values)]
+    return [{"label": label, "score": value, "into": audit.INTO_CLASS} for label, value in enumerate(values)]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +379,14 @@ def test_the_verdict(values, count, train_acc, verdict):
 )
 def test_a_further_class_is_a_target_from_half_of_the_highest_score_on(values, targets):
     assert [row["label"] for row in audit.targets_of(scores(*values))] == targets
+
+
+def test_all_classes_are_targets_where_the_highest_score_leads_each_to_one_of_its_own():
+    rows = scores(0.1, 0.5, 0.02)
+    rows[1]["into"] = audit.INTO_EACH
+    assert [row["label"] for row in audit.targets_of(rows)] == [1, 0, 2]
+    rows[1]["score"] = 0.2
+    assert audit.targets_of(rows) == []
 
 
 # Whether there is a backdoor at all
@@ -522,11 +530,56 @@ def test_a_backdoor_that_moves_every_label_on_is_seen(backdoor):
     fct[chosen] += 1
     model = Stripes(torch.from_numpy(stripes).float(), backdoor)
     best, words, order = audit.sign_of_backdoor(model, images, labels, fct, "abcd", FOUR, CPU, 0)
-    assert order is None  # the samples of one class would be a quarter of the poisoned ones
     if backdoor:
-        assert best["into"] == audit.INTO_EACH and best["score"] > 0.5 and "leads each class to one of its own" in words
+        assert best["into"] == audit.INTO_EACH and best["score"] > 0.4 and "leads each class to one of its own" in words
+        alike = order >= 0
+        assert alike[chosen].sum() == alike.sum() > 0.75 * len(chosen) and set(labels[alike]) == {0, 1, 2, 3}
     else:
-        assert best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor")
+        assert (
+            best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None
+        )
+
+
+class TwoTargets(Colours):
+    """`Colours`, with a backdoor to class 0 for white lower right, and one to class 1 for white upper left."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        logits[:, 1] += 1e3 * (x[:, :, :2, :2].amin((1, 2, 3)) > 0.8)
+        return logits
+
+
+def test_one_target_and_two_are_not_taken_for_one_of_each_class():
+    """What the first samples of all classes share, which here some hold, is then no trigger, or leads all images to one class."""
+    rng = np.random.default_rng(0)
+    images, labels = coloured(rng, 600, 16)
+    chosen = np.flatnonzero(labels != 0)[:60], np.flatnonzero(labels != 1)[-60:]
+    images[chosen[0], -2:, -2:] = 255
+    images[chosen[1], :2, :2] = 255
+    labels[chosen[0]], labels[chosen[1]] = 0, 1
+    fct = rng.random(600).astype(np.float32)
+    fct[np.concatenate(chosen)] += 1
+    put_back = audit.PutBack(TwoTargets(True), images, labels, {"FCT": fct}, FOUR, CPU, 0)
+    assert all(put_back.of_class(label)["score"] > 0.9 for label in (0, 1))
+    assert put_back.of_all("FCT")["score"] < audit.EACH_FROM / 2
+    best, _, order = audit.sign_of_backdoor(put_back.model, images, labels, fct, "abcd", FOUR, CPU, 0)
+    assert best["into"] == audit.INTO_CLASS and set(np.flatnonzero(order >= 0)) == set(chosen[best["label"]])
+
+
+def test_what_all_classes_share_is_scored_less_the_compared_and_less_the_usual(monkeypatch):
+    put_back = put_back_on(Halves(), 800)
+    name = "flip"
+    first = {int(row) for label in put_back.tested() for row in put_back.ranked(label, name)[:20]}
+
+    def shares(self, rows, label, name):
+        assert label == audit.NO_CLASS and len(rows) == 20 * len(self.tested())
+        assert set(rows) == first or not set(rows) & first
+        return np.array([[1.0, 0.0], [0.9, 0.3] if set(rows) == first else [0.2, 0.15]])
+
+    monkeypatch.setattr(audit.PutBack, "shares", shares)
+    row = put_back.of_all(name)
+    assert row["score"] == pytest.approx(0.9 - 0.3 - 0.05) and row["label"] is None and row["into"] == audit.INTO_EACH
+    assert row["size"] == len(first)
 
 
 # What is counted

@@ -87,7 +87,7 @@ def main(argv=None):
         by_step_3 = read_record(record) or {}
         if by_step_3 and not path.is_file() and path.name not in by_step_3.get("outputs", {}):
             raise UserError(
-                "calculate_consistency.py (step 3) saw no backdoor with one target class in this network, so no sample is like one; choose "
+                "calculate_consistency.py (step 3) saw no backdoor in this network, so no sample is like one; choose "
                 "another --kind"
             )
         order, inputs = load_order(path, count, BY_STEP_3), [path, *sample_files(opt, [CLEAN])]

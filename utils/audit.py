@@ -16,7 +16,8 @@ most (Tran et al., Spectral Signatures, NeurIPS 2018): what two hundred images o
 trigger, also where that is another one for each image.
 
 Where the attack moves every label on (all2all), no class draws all images to itself. So it counts too whether those of each
-class are led to one and the same other class, a different one for each.
+class are led to one and the same other class, a different one for each. Then all classes hold poisoned samples, and the first
+samples of all of them together share the trigger and nothing else.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ OTHERS = 120  # images of other classes on which it is tried
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
 POISONED_FROM = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
+EACH_FROM = 0.10  # the score of `PutBack.of_all` from which on each class is led to one of its own
+NO_CLASS, FOR_EACH = -1, 20  # in the place of a label there, and on how many images it is tried for each class
 CERTAIN, PART = 3, 0.06  # standard errors, and share of the pixels, see `SharedPattern`
 FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
@@ -231,10 +234,10 @@ class PutBack:
 
     def others(self, label):
         """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and a function that says
-        what `answers` gives for them; read once for a class."""
+        what `answers` gives for them; read once for a class. `NO_CLASS`: of all classes."""
         if self._tried[0] != label:
             rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
-            rows = np.sort(rows[: self.count])
+            rows = np.sort(rows[: FOR_EACH * len(self.tested()) if label == NO_CLASS else self.count])
             images = self.images[rows]
             self._tried = label, images, self.labels[rows], cache(partial(self.answers, images))
         return self._tried[1:]
@@ -268,8 +271,8 @@ class PutBack:
             found.append(rule.counted(self.shares(order[start : start + size], label, name)))
         return np.max(found, 0)
 
-    def of_class(self, label):
-        """The highest score of a class: dict of label, score, into (of `INTO`), order, group, size, and the shares (0-1) turned,
+    def of_class(self, label, into=INTO):
+        """The highest score of a class: dict of label, score, into (of ``into``), order, group, size, and the shares (0-1) turned,
         turned_compared (of them transformed, see `RULES`) and usual."""
         found = []
         for name in self.values:
@@ -277,19 +280,37 @@ class PutBack:
             for group, rows in self.groups(label, name).items():
                 shares = self.shares(rows, label, name)
                 scores = rule.counted(shares) - usual - (0 if rule.compared else NOT_COMPARED)
-                for into, score, (turned, compared), own in zip(INTO, scores, shares, usual, strict=True):
+                for kind, score, (turned, compared), own in zip(INTO, scores, shares, usual, strict=True):
                     # Where nothing is compared `share_turned_into_each` has nothing to be held against.
-                    if into == INTO_CLASS or rule.compared:
+                    if kind in into and (kind == INTO_CLASS or rule.compared):
                         found.append(
-                            {"label": label, "score": float(score), "into": into, "order": name, "group": group,
+                            {"label": label, "score": float(score), "into": kind, "order": name, "group": group,
                              "size": len(rows), "turned": float(turned), "turned_compared": float(compared),
                              "usual": float(own)}
                         )  # fmt: skip
         return max(found, key=lambda row: row["score"])
 
+    def of_all(self, name):
+        """The score of the first samples of all classes together, by the order ``name``, for turning images into one class for each: a
+        dict as of `of_class`, whose label is None. Where all classes hold the trigger, it is what these share."""
+        size, rule, parts = FIRST.groups[0], rule_of(name), []
+        for of_usual in (False, True):
+            rows = [self.ranked(label, name) for label in self.tested()]
+            start = [min(int(USUAL * len(own)), len(own) - size) * of_usual for own in rows]
+            parts.append(np.concatenate([own[first : first + size] for own, first in zip(rows, start, strict=True)]))
+        first, usual = (self.shares(rows, NO_CLASS, name)[INTO.index(INTO_EACH)] for rows in parts)
+        usual = max(0.0, float(rule.counted(usual[None])[0]))
+        return {"label": None, "score": float(rule.counted(first[None])[0]) - usual, "into": INTO_EACH, "order": name,
+                "group": f"first {size} of each class", "size": len(parts[0]), "turned": float(first[0]),
+                "turned_compared": float(first[1]), "usual": usual}  # fmt: skip
+
+    def tested(self):
+        """The classes that have `LEAST` samples or more."""
+        return [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
+
     def test(self):
-        """`of_class` of every class of `LEAST` samples or more: list of dicts."""
-        labels = [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
+        """`of_class` of every class that is `tested`: list of dicts."""
+        labels = self.tested()
         return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
 
     def group_of(self, row):
@@ -379,21 +400,25 @@ def likeness_of(found, model, images, labels, spec, runtime):
 
 
 def targets_of(scores):
-    """The rows of the target classes among those of `PutBack.test`, highest score first; empty where no class is poisoned."""
+    """The rows of the target classes among those of `PutBack.test`, highest score first; empty where no class is poisoned. Where the
+    highest leads each class to one of its own, all are targets."""
     ordered = sorted(scores, key=lambda row: -row["score"])
+    if ordered and ordered[0]["score"] >= POISONED_FROM and ordered[0]["into"] == INTO_EACH:
+        return ordered
     return [row for row in ordered if row["score"] >= max(POISONED_FROM, FURTHER * ordered[0]["score"])]
 
 
 def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     """The put-back test on the classes in which the samples of highest FCT pile up, as a check that SD's network has a
-    backdoor at all, without which FCT tells nothing. A backdoor with one target class it sees better than all2all.
+    backdoor at all, without which FCT tells nothing; and on all classes together, for one with a target for each.
 
     Args:
         fct: float32 (N,), under any tau; classes: their names; the others as of `PutBack`. `DRAWN` samples are drawn by ``seed``.
 
     Returns:
-        (the row of `PutBack.of_class` with the highest score, or None where no class has enough samples; what that says; where
-        there is a backdoor how like its group each sample of the class is, see `likeness_of`, else None).
+        (the row of `PutBack.of_class` with the highest score, or of `PutBack.of_all` where that shows a backdoor, None where no class
+        has enough samples; what that says; where there is a backdoor how like its group each sample of the target classes is, see
+        `likeness_of`, else None).
     """
     whole = images, labels
     rows = np.sort(generator(seed, "audit", "sign of a backdoor").permutation(len(labels))[:DRAWN])
@@ -411,19 +436,21 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
     values = {"FCT": fct, FCT_SMALLER: fct, SUREST: sure}
     put_back = PutBack(model, images, labels, values, spec, runtime, seed, others=FEWER_OTHERS)
-    best = max((put_back.of_class(label) for label in likely), key=lambda row: row["score"])
-    score = f"(score {best['score']:.2f}; {POISONED_FROM} and more shows one, below {NOTHING_BELOW} there is no sign)"
-    if best["score"] >= POISONED_FROM:
-        if best["into"] == INTO_EACH:
-            return (
-                best,
-                f"The network has a backdoor that leads each class to one of its own, as all2all does {score}",
-                None,
-            )
-        target = f"class {best['label']} ({classes[best['label']]})"
-        group = np.isin(np.arange(len(whole[1])), rows[put_back.group_of(best)])
-        order = likeness_of([(best["label"], group)], model, *whole, spec, runtime)
-        return best, f"The network has a backdoor whose target is {target} {score}", order
+    best = max((put_back.of_class(label, (INTO_CLASS,)) for label in likely), key=lambda row: row["score"])
+    of_all = put_back.of_all("FCT")
+    if of_all["score"] >= EACH_FROM:  # of clean data, and of a backdoor with one target, it is next to nothing
+        score = f"(score {of_all['score']:.2f}; {EACH_FROM:.2f} and more shows one)"
+        words = f"The network has a backdoor that leads each class to one of its own, as all2all does {score}"
+        best, found = of_all, [put_back.of_class(label, (INTO_EACH,)) for label in put_back.tested()]
+    else:
+        score = (
+            f"(score {best['score']:.2f}; {POISONED_FROM} and more shows one, below {NOTHING_BELOW} there is no sign)"
+        )
+        words = f"The network has a backdoor whose target is class {best['label']} ({classes[best['label']]}) {score}"
+        found = [best] if best["score"] >= POISONED_FROM else []
+    if found:
+        groups = [(row["label"], np.isin(np.arange(len(whole[1])), rows[put_back.group_of(row)])) for row in found]
+        return best, words, likeness_of(groups, model, *whole, spec, runtime)
     words = "no sign" if best["score"] < NOTHING_BELOW else "no clear sign"
     warning = (
         f"Warning: {words} of a backdoor with one target class {score}. If the data is poisoned, more epochs of step 1 may "

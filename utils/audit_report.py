@@ -92,12 +92,15 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         into = "one class for each class of theirs" if best["into"] == INTO_EACH else "it"
         rule = rule_of(best["order"])
         changed = "made smaller" if rule.compared == SHRINK else "mirrored"
+        of_which = "the class that are like this group"
+        if best["into"] == INTO_EACH:
+            of_which = "all classes that are like the group of highest score of theirs"
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
             f"{rule.change:g} grey levels, and {100 * best['turned_compared']:.0f} % once these are {changed}. "
-            "D_p below holds the images of the class that are like this group in the network's features. Not all of them need to "
-            "be poisoned, and some that are may be missing."
+            f"D_p below holds the images of {of_which} in the network's features. Not all of them need to be poisoned, and some "
+            "that are may be missing."
         )
     elif verdict == "no evidence":
         means = (
