@@ -309,9 +309,15 @@ class PutBack:
         return [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
 
     def test(self):
-        """`of_class` of every class that is `tested`: list of dicts."""
+        """`of_class` of every class that is `tested`: list of dicts. Where all classes together say, by the first order, that each is
+        led to one of its own, and one of them does, no class counts as the target of all others."""
         labels = self.tested()
-        return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
+        rows = [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
+        if labels and self.of_all(next(iter(self.values)))["score"] >= EACH_FROM:
+            each = [self.of_class(label, (INTO_EACH,)) for label in progress(labels, "one class for each", len(labels))]
+            if max(row["score"] for row in each) >= POISONED_FROM:
+                return each
+        return rows
 
     def group_of(self, row):
         """The samples, int64, that a row of `of_class` is about."""
