@@ -534,6 +534,8 @@ def test_a_backdoor_that_moves_every_label_on_is_seen(backdoor):
         assert best["into"] == audit.INTO_EACH and best["score"] > 0.4 and "leads each class to one of its own" in words
         alike = order >= 0
         assert alike[chosen].sum() == alike.sum() > 0.75 * len(chosen) and set(labels[alike]) == {0, 1, 2, 3}
+        rows = audit.PutBack(model, images, labels, {"flip": fct}, FOUR, CPU, 0).test()
+        assert {row["into"] for row in rows} == {audit.INTO_EACH} and len(audit.targets_of(rows)) == 4
     else:
         assert (
             best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None
@@ -572,7 +574,7 @@ def test_what_all_classes_share_is_scored_less_the_compared_and_less_the_usual(m
     first = {int(row) for label in put_back.tested() for row in put_back.ranked(label, name)[:20]}
 
     def shares(self, rows, label, name):
-        assert label == audit.NO_CLASS and len(rows) == 20 * len(self.tested())
+        assert label == audit.NO_CLASS and len(rows) == 20 * len(self.together())
         assert set(rows) == first or not set(rows) & first
         return np.array([[1.0, 0.0], [0.9, 0.3] if set(rows) == first else [0.2, 0.15]])
 
@@ -723,7 +725,7 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path,
     )  # of step 3
     assert run_cli(*shlex.split(line)[1:], "--output_root", tmp_path / "proposed") == 0
     taken = np.load(next((tmp_path / "proposed").rglob("poison_samples.npy")))
-    assert f"{len(taken)} samples of the class are like those that show it" in result.out
+    assert f"{len(taken)} samples are like those that show it" in result.out
     like = np.load(tmp_path / "re port/order.npy")  # of the audit itself, held against the poisoned files below
     assert len(taken) >= 180 and (like[taken["index"]] >= 0).mean() >= 0.95
     region = found["strongest_region"]
@@ -1068,6 +1070,20 @@ def test_a_score_is_what_is_turned_less_the_mirrored_or_a_fixed_share_and_less_t
     found = put_back.of_class(2)
     assert found["score"] == pytest.approx(score) and found["into"] == audit.INTO_CLASS and found["order"] == name
     assert (found["turned"], found["turned_compared"]) == (0.95, 0.30)
+
+
+def test_of_many_classes_ten_are_looked_at_together():
+    labels = np.concatenate([np.repeat(np.arange(30), 40), np.repeat(30, 39)])  # the last is too small
+    images = np.zeros((len(labels), 4, 4, 3), dtype=np.uint8)
+    images[..., 0] = labels[:, None, None]
+    spec = SimpleNamespace(num_classes=31)
+    drawn = [audit.PutBack(torch.nn.Identity(), images, labels, {}, spec, CPU, seed) for seed in (0, 0, 1)]
+    chosen = [put_back.together() for put_back in drawn]
+    assert (
+        len(set(chosen[0])) == 10 and chosen[0] == sorted(chosen[0]) == chosen[1] != chosen[2] and 30 not in chosen[0]
+    )
+    tried, sources, _ = drawn[0].others(audit.NO_CLASS)
+    assert len(tried) == 200 and set(sources) == set(chosen[0]) and (tried[:, 0, 0, 0] == sources).all()
 
 
 @pytest.mark.parametrize("sees", audit.TAUS)

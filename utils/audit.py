@@ -50,8 +50,12 @@ OTHERS = 120  # images of other classes on which it is tried
 DRAWN, LIKELY, FEWER_OTHERS = 10_000, 3, 40  # samples, classes and images of others of `sign_of_backdoor`, to be quick
 POISONED_FROM = 0.22  # the score from which on a class is poisoned (README, "The test, and how often it errs")
 NOTHING_BELOW = 0.15  # and below which there is no evidence
-EACH_FROM = 0.10  # the score of `PutBack.of_all` from which on each class is led to one of its own
-NO_CLASS, FOR_EACH = -1, 20  # in the place of a label there, and on how many images it is tried for each class
+EACH_FROM = 0.15  # the score of `PutBack.of_all` from which on each class is led to one of its own
+NO_CLASS, MOST_CLASSES, FOR_EACH = (
+    -1,
+    10,
+    20,
+)  # in the place of a label there, of how many classes, and tried on how many images of each
 CERTAIN, PART = 3, 0.06  # standard errors, and share of the pixels, see `SharedPattern`
 FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
@@ -234,10 +238,13 @@ class PutBack:
 
     def others(self, label):
         """The images of other classes on which it is tried, uint8 (n, H, W, 3), their labels, int64 (n,), and a function that says
-        what `answers` gives for them; read once for a class. `NO_CLASS`: of all classes."""
+        what `answers` gives for them; read once for a class. `NO_CLASS`: of those that are `together`."""
         if self._tried[0] != label:
-            rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(self.labels != label))
-            rows = np.sort(rows[: FOR_EACH * len(self.tested()) if label == NO_CLASS else self.count])
+            from_, count = self.labels != label, self.count
+            if label == NO_CLASS:
+                from_, count = np.isin(self.labels, self.together()), FOR_EACH * len(self.together())
+            rows = generator(self.seed, "audit", "others", label).permutation(np.flatnonzero(from_))
+            rows = np.sort(rows[:count])
             images = self.images[rows]
             self._tried = label, images, self.labels[rows], cache(partial(self.answers, images))
         return self._tried[1:]
@@ -291,11 +298,11 @@ class PutBack:
         return max(found, key=lambda row: row["score"])
 
     def of_all(self, name):
-        """The score of the first samples of all classes together, by the order ``name``, for turning images into one class for each: a
-        dict as of `of_class`, whose label is None. Where all classes hold the trigger, it is what these share."""
+        """The score of the first samples of all classes `together`, by the order ``name``, for turning images into one class for each:
+        a dict as of `of_class`, whose label is None. Where all classes hold the trigger, it is what these share."""
         size, rule, parts = FIRST.groups[0], rule_of(name), []
         for of_usual in (False, True):
-            rows = [self.ranked(label, name) for label in self.tested()]
+            rows = [self.ranked(label, name) for label in self.together()]
             start = [min(int(USUAL * len(own)), len(own) - size) * of_usual for own in rows]
             parts.append(np.concatenate([own[first : first + size] for own, first in zip(rows, start, strict=True)]))
         first, usual = (self.shares(rows, NO_CLASS, name)[INTO.index(INTO_EACH)] for rows in parts)
@@ -307,6 +314,10 @@ class PutBack:
     def tested(self):
         """The classes that have `LEAST` samples or more."""
         return [label for label in range(self.spec.num_classes) if (self.labels == label).sum() >= LEAST]
+
+    def together(self):
+        """Of the classes that are `tested` at most `MOST_CLASSES`, which are enough, by the seed."""
+        return sorted(generator(self.seed, "audit", "together").permutation(self.tested())[:MOST_CLASSES].tolist())
 
     def test(self):
         """`of_class` of every class that is `tested`: list of dicts. Where all classes together say, by the first order, that each is
