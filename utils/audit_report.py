@@ -94,7 +94,7 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         changed = "made smaller" if rule.compared == SHRINK else "mirrored"
         of_which = "the class that are like this group"
         if best["into"] == INTO_EACH:
-            of_which = "all classes that are like the group of highest score of theirs"
+            of_which = "all classes that are like the group of highest score of their class"
         means = (
             f"What some images of the class {classes[content['target_label']]} share ({words_of(best, labels)}) turns "
             f"{100 * best['turned']:.0f} % of {OTHERS} images of other classes into {into}, though it changes them by no more than "
