@@ -534,8 +534,10 @@ def test_a_backdoor_that_moves_every_label_on_is_seen(backdoor):
         assert best["into"] == audit.INTO_EACH and best["score"] > 0.4 and "leads each class to one of its own" in words
         alike = order >= 0
         assert alike[chosen].sum() == alike.sum() > 0.75 * len(chosen) and set(labels[alike]) == {0, 1, 2, 3}
-        rows = audit.PutBack(model, images, labels, {"flip": fct}, FOUR, CPU, 0).test()
+        values = {"FCT": fct, audit.FCT_SMALLER: fct}
+        rows = audit.PutBack(model, images, labels, values, FOUR, CPU, 0, others=audit.FEWER_OTHERS).test()
         assert {row["into"] for row in rows} == {audit.INTO_EACH} and len(audit.targets_of(rows)) == 4
+        assert max(row["score"] for row in rows) > 0.5
     else:
         assert (
             best["score"] < audit.NOTHING_BELOW and words.startswith("Warning: no sign of a backdoor") and order is None

@@ -274,8 +274,7 @@ class PutBack:
         """For each of `INTO`, the largest of the same of samples from `USUAL` of the way down the order, at least 0: float (2,)."""
         order, rule, found = self.ranked(label, name), rule_of(name), [np.zeros(len(INTO))]
         for size in rule.sizes(len(order)):
-            start = min(int(USUAL * len(order)), len(order) - size)
-            found.append(rule.counted(self.shares(order[start : start + size], label, name)))
+            found.append(rule.counted(self.shares(far_down(order, size), label, name)))
         return np.max(found, 0)
 
     def of_class(self, label, into=INTO):
@@ -283,33 +282,32 @@ class PutBack:
         turned_compared (of them transformed, see `RULES`) and usual."""
         found = []
         for name in self.values:
-            rule, usual = rule_of(name), self.usual(label, name)
+            rule = rule_of(name)
+            # Where nothing is compared `share_turned_into_each` has nothing to be held against.
+            counted = [kind for kind in into if kind == INTO_CLASS or rule.compared]
+            if not counted:
+                continue
+            usual = self.usual(label, name)
             for group, rows in self.groups(label, name).items():
                 shares = self.shares(rows, label, name)
                 scores = rule.counted(shares) - usual - (0 if rule.compared else NOT_COMPARED)
-                for kind, score, (turned, compared), own in zip(INTO, scores, shares, usual, strict=True):
-                    # Where nothing is compared `share_turned_into_each` has nothing to be held against.
-                    if kind in into and (kind == INTO_CLASS or rule.compared):
-                        found.append(
-                            {"label": label, "score": float(score), "into": kind, "order": name, "group": group,
-                             "size": len(rows), "turned": float(turned), "turned_compared": float(compared),
-                             "usual": float(own)}
-                        )  # fmt: skip
+                for place in map(INTO.index, counted):
+                    found.append(
+                        as_row(label, scores[place], INTO[place], name, group, rows, shares[place], usual[place])
+                    )
         return max(found, key=lambda row: row["score"])
 
     def of_all(self, name):
         """The score of the first samples of all classes `together`, by the order ``name``, for turning images into one class for each:
         a dict as of `of_class`, whose label is None. Where all classes hold the trigger, it is what these share."""
-        size, rule, parts = FIRST.groups[0], rule_of(name), []
-        for of_usual in (False, True):
-            rows = [self.ranked(label, name) for label in self.together()]
-            start = [min(int(USUAL * len(own)), len(own) - size) * of_usual for own in rows]
-            parts.append(np.concatenate([own[first : first + size] for own, first in zip(rows, start, strict=True)]))
-        first, usual = (self.shares(rows, NO_CLASS, name)[INTO.index(INTO_EACH)] for rows in parts)
-        usual = max(0.0, float(rule.counted(usual[None])[0]))
-        return {"label": None, "score": float(rule.counted(first[None])[0]) - usual, "into": INTO_EACH, "order": name,
-                "group": f"first {size} of each class", "size": len(parts[0]), "turned": float(first[0]),
-                "turned_compared": float(first[1]), "usual": usual}  # fmt: skip
+        size, rule, each = FIRST.groups[0], rule_of(name), INTO.index(INTO_EACH)
+        orders = [self.ranked(label, name) for label in self.together()]
+        first = np.concatenate([order[:size] for order in orders])
+        far = np.concatenate([far_down(order, size) for order in orders])
+        shares = self.shares(first, NO_CLASS, name)
+        usual = max(0.0, rule.counted(self.shares(far, NO_CLASS, name))[each])
+        score = rule.counted(shares)[each] - usual
+        return as_row(None, score, INTO_EACH, name, f"first {size} of each class", first, shares[each], usual)
 
     def tested(self):
         """The classes that have `LEAST` samples or more."""
@@ -323,16 +321,27 @@ class PutBack:
         """`of_class` of every class that is `tested`: list of dicts. Where all classes together say, by the first order, that each is
         led to one of its own, and one of them does, no class counts as the target of all others."""
         labels = self.tested()
-        rows = [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
         if labels and self.of_all(next(iter(self.values)))["score"] >= EACH_FROM:
             each = [self.of_class(label, (INTO_EACH,)) for label in progress(labels, "one class for each", len(labels))]
             if max(row["score"] for row in each) >= POISONED_FROM:
                 return each
-        return rows
+        return [self.of_class(label) for label in progress(labels, "put-back test", len(labels))]
 
     def group_of(self, row):
         """The samples, int64, that a row of `of_class` is about."""
         return self.groups(row["label"], row["order"])[row["group"]]
+
+
+def as_row(label, score, into, order, group, rows, shares, usual):
+    """What `PutBack.of_class` and `PutBack.of_all` return, of the samples ``rows`` and their ``shares``, float (2,)."""
+    return {"label": label, "score": float(score), "into": into, "order": order, "group": group, "size": len(rows),
+            "turned": float(shares[0]), "turned_compared": float(shares[1]), "usual": float(usual)}  # fmt: skip
+
+
+def far_down(order, size):
+    """``size`` samples of an ``order`` (int64) from `USUAL` of the way down."""
+    start = min(int(USUAL * len(order)), len(order) - size)
+    return order[start : start + size]
 
 
 def share_turned(after, before, wanted, counted=True):
@@ -453,13 +462,13 @@ def sign_of_backdoor(model, images, labels, fct, classes, spec, runtime, seed):
     sure[own] = sureness(model, rows_of(images, own), labels[own], spec, runtime)
     values = {"FCT": fct, FCT_SMALLER: fct, SUREST: sure}
     put_back = PutBack(model, images, labels, values, spec, runtime, seed, others=FEWER_OTHERS)
-    best = max((put_back.of_class(label, (INTO_CLASS,)) for label in likely), key=lambda row: row["score"])
-    of_all = put_back.of_all("FCT")
-    if of_all["score"] >= EACH_FROM:  # of clean data, and of a backdoor with one target, it is next to nothing
-        score = f"(score {of_all['score']:.2f}; {EACH_FROM:.2f} and more shows one)"
+    best = put_back.of_all("FCT")
+    if best["score"] >= EACH_FROM:  # of clean data, and of a backdoor with one target, it is next to nothing
+        score = f"(score {best['score']:.2f}; {EACH_FROM:.2f} and more shows one)"
         words = f"The network has a backdoor that leads each class to one of its own, as all2all does {score}"
-        best, found = of_all, [put_back.of_class(label, (INTO_EACH,)) for label in put_back.tested()]
+        found = [put_back.of_class(label, (INTO_EACH,)) for label in put_back.tested()]
     else:
+        best = max((put_back.of_class(label, (INTO_CLASS,)) for label in likely), key=lambda row: row["score"])
         score = (
             f"(score {best['score']:.2f}; {POISONED_FROM} and more shows one, below {NOTHING_BELOW} there is no sign)"
         )
