@@ -29,10 +29,11 @@ from utils.audit import (
     INTO_EACH,
     LEAST,
     NOTHING_BELOW,
-    POISONED_FROM,
+    SURE_FROM,
     TAUS,
     PutBack,
     likeness_of,
+    poisoned_from,
     suspicion,
     targets_of,
 )
@@ -62,6 +63,8 @@ from utils.steps import Step, run, say_where
 EPOCHS = 6  # what the thresholds of `utils.audit` were found with, on resnet10
 SMALL = 20_000  # images; in fewer, batches of 128 are too few steps to plant a backdoor of 1 %
 BATCH_AND_LR = {True: (64, 0.03), False: (128, 0.05)}  # by whether there are fewer
+# The sets of tools/calibrate_audit.py.
+CALIBRATED = {"side": 32, "classes": range(3, 11), "images": range(2900, 10_001)}
 TAU, CLEAN_RATIO = "flip", "0.2"  # of the first FCT, and of D_c
 ENOUGH = 1000  # images; fewer teach the network too little
 WORDS = {
@@ -171,17 +174,27 @@ def plan(opt, resolved, words, where, poisoned):
     return steps
 
 
+def has_learnt_too_little(labels, train_acc):
+    """Whether a network's training accuracy (per cent) is little above that of always naming the commonest class."""
+    return train_acc < min(90, 100 * np.bincount(labels).max() / len(labels) + 15)
+
+
+def threshold_of(dataset, labels, train_acc):
+    """The score from which on the data is poisoned: higher where little is known of what clean data gives."""
+    unsure = len(labels) < ENOUGH or has_learnt_too_little(labels, train_acc)
+    return SURE_FROM if unsure else poisoned_from(len(dataset.classes))
+
+
 def decide(scores, dataset, labels, train_acc):
     """(verdict, the row of the highest score or None, why nothing can be told or None)."""
     best = max(scores, key=lambda row: row["score"], default=None)
-    if len(scores) >= 2 and best["score"] >= POISONED_FROM:
+    if len(scores) >= 2 and best["score"] >= threshold_of(dataset, labels, train_acc):
         return "poisoned", best, None
-    commonest = 100 * np.bincount(labels).max() / len(labels)
     if len(labels) < ENOUGH:
         reason = f"{len(labels)} images are too few, {ENOUGH} are needed"
     elif len(scores) < 2:
         reason = f"{len(scores)} of the {len(dataset.classes)} classes have the {LEAST} images that a class needs"
-    elif train_acc < min(90, commonest + 15):
+    elif has_learnt_too_little(labels, train_acc):
         reason = f"the network has learnt too little ({train_acc:.1f} % of its own training images); try more --epochs"
     elif best["score"] >= NOTHING_BELOW:
         reason = f"the score of the class {dataset.classes[best['label']]!r} lies between the thresholds"
@@ -281,7 +294,11 @@ def check_clean(opt):
     for name in ("out", "output_root"):
         if real(getattr(opt, name)).is_relative_to(real(target)):
             raise UserError(f"--{name} would lie in the copy that is --write_clean {shown(target)}; give another place")
-    if real(target).is_relative_to(real(opt.data_root)):
+    folders = [
+        opt.data_root,
+        *(opt.data_root / split for split in ("train", "test", "val")),
+    ]  # one may be a link elsewhere
+    if any(real(target).is_relative_to(real(folder)) for folder in folders):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")
 
@@ -373,12 +390,12 @@ def main(argv=None):
         flags[np.load(file, allow_pickle=False, mmap_mode="r")["index"]] = flag
 
     commands = defences(words, where, poison_ratio, dataset) if verdict == "poisoned" else {}
-    content = summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands)
+    content = summary(opt, dataset, labels, flags, scores, verdict, targets, reason, tau, train_acc, commands)
     content["samples"] = sha256(separate.record)
     write_report(out, opt, dataset, labels, flags, fct, like, content, best, put_back)
     print(f"\n{content['headline']}")
     if best:
-        limits = f"(poisoned from {POISONED_FROM}, no evidence below {NOTHING_BELOW})"
+        limits = f"(poisoned from {content['threshold']}, no evidence below {NOTHING_BELOW})"
         print(f"Score {best['score']:.2f} of the class {classes[best['label']]} {limits}")
     if opt.write_clean:
         if verdict != "poisoned":
@@ -387,7 +404,7 @@ def main(argv=None):
     print(f"The report is {shown(out / 'report.html')} ({(time.perf_counter() - started) / 60:.1f} min)")
 
 
-def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_acc, commands):
+def summary(opt, dataset, labels, flags, scores, verdict, targets, reason, tau, train_acc, commands):
     """What verdict.json holds."""
     names = [dataset.classes[label] for label in targets]
     options, scores = plain_options(opt), sorted(scores, key=lambda row: -row["score"])
@@ -401,11 +418,14 @@ def summary(opt, dataset, flags, scores, verdict, targets, reason, tau, train_ac
         "target_label": targets[0] if targets else None,
         "target_classes": names,
         "statistic": scores[0]["score"] if scores else None,
-        "threshold": POISONED_FROM,
+        "threshold": threshold_of(dataset, labels, train_acc),
         "no_evidence_below": NOTHING_BELOW,
         "thresholds_calibrated_for_these_settings": opt.model == "resnet10"
         and opt.epochs == EPOCHS
-        and (batch_size, lr) == BATCH_AND_LR[len(flags) < SMALL],
+        and (batch_size, lr) == BATCH_AND_LR[True]
+        and dataset.spec.size == CALIBRATED["side"]
+        and len(dataset.classes) in CALIBRATED["classes"]
+        and len(flags) in CALIBRATED["images"],
         "counts": {
             "images": len(flags),
             "classes": len(dataset.classes),

@@ -38,8 +38,7 @@ def get_parser():
 
 
 def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    runtime = fct_runtime(opt, runtime)
+    opt, runtime = args.start(get_parser(), argv, fct_runtime)
     path, command = sd_checkpoint(opt)
     digest = sha256(path)  # now: a later run may replace it
 

@@ -9,7 +9,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import latest_checkpoint, load_checkpoint
+from utils.checkpoints import latest_checkpoint, load_checkpoint, load_schedule, refuse_rising_rate
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import UserError, run_script
@@ -58,6 +58,8 @@ def main(argv=None):
 
     of_step_1 = relative(path, folder)
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record, checkpoint_load=of_step_1)
+    load_schedule(schedule, checkpoint["schedule"], path)
+    refuse_rising_rate(schedule, opt.epochs - (checkpoint["epoch"] + 1) * (checkpoint["step"] == STEP), path)
     spec = dataset.spec
     del dataset  # in memory the training images are held once, as the victim gets them
     first = run.resume(checkpoint, path, model, optimizer, schedule)

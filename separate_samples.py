@@ -10,14 +10,24 @@ import numpy as np
 from utils import args
 from utils.errors import UserError, require_file, run_script
 from utils.fct import fct_path, fct_runtime, saved_or_new_fct, sd_checkpoint, settle_fct_precision, step_3_record
-from utils.files import json_writer, sha256, write_together
+from utils.files import json_writer, read_record, sha256, write_together
 from utils.manifest import as_written, write_options
 from utils.metrics import detection_quality
 from utils.paths import python, quoted, relative, separated_folder, shown
 from utils.poisoning import poison_training_set
 from utils.run import claim
 from utils.samples import load_order, sample_writers
-from utils.separation import CLEAN, POISON, UNCERTAIN, confine, gammas_of_ratios, of_classes, separate, with_alike
+from utils.separation import (
+    CLEAN,
+    POISON,
+    UNCERTAIN,
+    clean_of_labels,
+    confine,
+    gammas_of_ratios,
+    of_classes,
+    separate,
+    with_alike,
+)
 
 
 def get_parser():
@@ -107,8 +117,7 @@ def found_alike(path, opt, dataset):
 
 
 def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    runtime = fct_runtime(opt, runtime)
+    opt, runtime = args.start(get_parser(), argv, fct_runtime)
     refuse_contradictions(opt)
     path, command = sd_checkpoint(opt)
     inputs = {path: sha256(path)}  # now: a later run may replace it
@@ -142,6 +151,8 @@ def main(argv=None):
         flags = with_alike(flags, fct, alike, opt.poison_ratio, opt.seed)
         rest = fct[(flags == POISON) & ~alike]
         poison_rule = f"{alike.sum()} alike" + (f", {len(rest)} of FCT >= {rest.min():g}" if len(rest) else "")
+    if opt.clean_per_class:  # of what this D_p leaves
+        flags = clean_of_labels(flags, fct, poisoned.labels, opt.clean_ratio, opt.seed, opt.clean_even)
     per_class = np.bincount(poisoned.labels[flags == CLEAN], minlength=dataset.spec.num_classes)
     clean_rule = "lowest FCT of each label" if opt.clean_per_class else f"FCT <= {low:g}"
     sizes = [int((flags == flag).sum()) for flag in (CLEAN, POISON, UNCERTAIN)]
@@ -158,10 +169,15 @@ def main(argv=None):
         "gamma_low": None if opt.clean_per_class else low,
         "gamma_high": None if opt.poison_classes or opt.poison_order or alike is not None else high,
     }
-    settings = thresholds | {"checkpoint_load": relative(path, folder)}
-    ignored = ["batch_size", "gamma_low", "gamma_high"]
-    record = folder / "options.json"
-    claim(record, opt, ignored=ignored, settle=settle_fct_precision, data=dataset.record, **settings)
+    record, settings = folder / "options.json", {"checkpoint_load": relative(path, folder)}
+    before = (read_record(record) or {}).get("options", {})
+    typed = [name for name in thresholds if getattr(opt, name) is not None or before.get(name) is not None]
+    compared = settings | {
+        name: thresholds[name] for name in typed
+    }  # others follow from the ratios, and vary in the last bits
+    ignored = ["batch_size", *thresholds]
+    claim(record, opt, ignored=ignored, settle=settle_fct_precision, data=dataset.record, **compared)
+    settings |= thresholds
     writers = sample_writers(folder, poisoned, flags)
     if poisoned.is_clean is not None:
         quality = detection_quality(fct, flags, poisoned.is_clean, poisoned.labels, dataset.spec.num_classes)

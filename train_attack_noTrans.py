@@ -8,7 +8,7 @@ import torch
 
 from models import build_model
 from utils import args
-from utils.checkpoints import load_checkpoint
+from utils.checkpoints import load_checkpoint, refuse_rising_rate
 from utils.dataloader_bd import Batches, make_test_sets
 from utils.engine import prepare, train_epoch
 from utils.errors import run_script
@@ -54,11 +54,13 @@ def main(argv=None):
     model = prepare(model, opt, runtime, batches)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=opt.cosine_epochs)
+    refuse_rising_rate(schedule, opt.epochs)
 
     run = Run(opt, STEP, folder / "options.json", poisoned.digest, data=dataset.record)
     first = run.resume(checkpoint, opt.checkpoint_load, model, optimizer, schedule) if checkpoint else run.start()
-    sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
-    run.add(folder / "samples.png")
+    if first < opt.epochs:
+        sample_sheet(run.at(folder / "samples.png"), dataset, poisoned, opt)
+        run.add(folder / "samples.png")
     del dataset  # in memory the training images are held once, as the victim gets them
 
     for epoch in range(first, opt.epochs):

@@ -26,8 +26,7 @@ def get_parser():
 
 
 def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    runtime = fct_runtime(opt, runtime)
+    opt, runtime = args.start(get_parser(), argv, fct_runtime)
     path, command = sd_checkpoint(opt)
     make_folder(path.parent, beside_checkpoint(opt))
     inputs = {path: sha256(path)}  # now: a later run may replace it

@@ -351,24 +351,30 @@ def scores(*values):
 
 
 @pytest.mark.parametrize(
-    ("values", "count", "train_acc", "verdict"),
+    ("values", "classes", "count", "train_acc", "verdict"),
     [
-        ((0.9, 0.1), 2000, 95, "poisoned"),
-        ((0.1, 0.12), 2000, 95, "no evidence"),
-        ((0.1, 0.17), 2000, 95, "cannot tell"),
-        ((0.1, 0.15), 2000, 95, "cannot tell"),
-        ((0.1, 0.22), 2000, 95, "poisoned"),
-        ((0.1, 0.12), 900, 95, "cannot tell"),
-        ((0.9, 0.2), 900, 95, "poisoned"),
-        ((0.1, 0.12), 2000, 55, "cannot tell"),
-        ((0.9,), 2000, 95, "cannot tell"),
-        ((), 2000, 95, "cannot tell"),
+        ((0.9, 0.1), "abc", 2000, 95, "poisoned"),
+        ((0.1, 0.12), "abc", 2000, 95, "no evidence"),
+        ((0.1, 0.17), "abc", 2000, 95, "cannot tell"),
+        ((0.1, 0.15), "abc", 2000, 95, "cannot tell"),
+        ((0.1, 0.22), "abc", 2000, 95, "poisoned"),
+        ((0.1, 0.12), "abc", 900, 95, "cannot tell"),
+        ((0.9, 0.2), "abc", 900, 95, "poisoned"),
+        ((0.1, 0.12), "abc", 2000, 45, "cannot tell"),
+        ((0.9,), "abc", 2000, 95, "cannot tell"),
+        ((), "abc", 2000, 95, "cannot tell"),
+        # Where clean data scores high too: of two classes, of few images, of a network that has learnt next to nothing.
+        ((0.1, 0.49), "ab", 2000, 95, "cannot tell"),
+        ((0.1, 0.5), "ab", 2000, 95, "poisoned"),
+        ((0.1, 0.49), "abc", 900, 95, "cannot tell"),
+        ((0.1, 0.49), "abc", 2000, 40, "cannot tell"),
+        ((0.1, 0.5), "abc", 2000, 40, "poisoned"),
     ],
 )
-def test_the_verdict(values, count, train_acc, verdict):
+def test_the_verdict(values, classes, count, train_acc, verdict):
     module = load_script("audit_dataset.py")
-    labels = np.arange(count) % 2
-    found, best, reason = module.decide(scores(*values), SimpleNamespace(classes=["a", "b"]), labels, train_acc)
+    labels = np.arange(count) % len(classes)
+    found, best, reason = module.decide(scores(*values), SimpleNamespace(classes=list(classes)), labels, train_acc)
     assert found == verdict and (reason is not None) == (verdict == "cannot tell")
     assert best is None or best["score"] == max(values)
 

@@ -421,6 +421,18 @@ def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipelin
     assert 0 < sum(one_class) < 8  # a third, by chance
 
 
+def test_of_a_step_that_was_interrupted_the_next_says_how_to_end_it(copy, words, cli):
+    for folder, script in ((TUNED, "calculate_consistency.py"), (WITH_TRANS, "unlearn_relearn.py")):
+        record = copy / folder / "options.json"
+        content = json.loads(record.read_text())
+        content["options"]["epochs"] = 30
+        record.unlink()  # a link to the file of all tests
+        record.write_text(json.dumps(content))
+        said = cli(script, *words(copy))
+        refused(said, "has 2 of 30 epochs", "--checkpoint_load", f"{folder}/1.tar")
+        assert "--overwrite" not in said.err
+
+
 @pytest.mark.parametrize(
     "script, option, other, good",
     [

@@ -21,6 +21,8 @@ from utils.seeding import generator
 from utils.separation import (
     CLEAN,
     POISON,
+    clean_of_labels,
+    confine,
     gammas_of_distribution,
     gammas_of_ratios,
     ratio_of,
@@ -402,6 +404,30 @@ def test_with_labels_a_sample_taken_as_poisoned_is_never_taken_as_clean():
     np.testing.assert_array_equal(np.flatnonzero(flags == 0), np.arange(18))
 
 
+def test_what_another_poisoned_set_leaves_of_a_label_goes_into_the_clean_set():
+    fct, labels = distinct(), np.repeat(np.arange(4), (10, 20, 30, 40))
+    fct[labels == 1] += 1000  # a label that tau upsets: D_p by FCT takes some of what its share would be
+    low, high = gammas_of_ratios(fct, 0.85, 0.15)
+    by_fct = separate(fct, low, high, 0.85, 0.15, 0, labels=labels)
+    assert ((by_fct == CLEAN) & (labels == 1)).sum() == 5  # of 17
+    confined = confine(by_fct, fct, labels == 3, 0.15, 0)
+    flags = clean_of_labels(confined, fct, labels, 0.85, 0)
+    np.testing.assert_array_equal(flags == POISON, confined == POISON)
+    for label, size in enumerate((8, 17, 25, 34)):
+        rows = np.flatnonzero(labels == label)
+        lowest = set(rows[np.argsort(fct[rows])][:size])
+        assert set(np.flatnonzero((flags == CLEAN) & (labels == label))) == lowest - set(
+            np.flatnonzero(flags == POISON)
+        )
+
+
+@pytest.mark.parametrize(("ratio", "reason"), [(0.2, "lies in D_p"), (0.01, "less than one sample")])
+def test_why_no_label_gives_anything_is_said(ratio, reason):
+    labels = np.arange(100) % 10
+    with pytest.raises(UserError, match=reason):
+        separate(distinct(), 0.0, 0.0 if ratio == 0.2 else 14.0, ratio, 0.05, 0, labels=labels)
+
+
 def test_no_set_is_silently_empty_where_both_thresholds_are_one_tied_value():
     fct = np.repeat(np.array([0, 1], dtype=np.float32), (30, 70))
     assert [len(part) for part in split(fct, gammas=(1.0, 1.0))] == [95, 0, 5]
@@ -451,7 +477,9 @@ def test_step_3_that_sees_no_backdoor_leaves_no_order(copy, words, cli):
 
 
 def test_a_tau_that_changes_nothing_is_refused(copy, words, cli):
-    refused(cli("calculate_consistency.py", *words(copy), "--trans1", "none", "--trans2", "none"), "every FCT is zero")
+    for name in ("none", "flip", "vflip"):
+        said = cli("calculate_consistency.py", *words(copy), "--trans1", name, "--trans2", name)
+        refused(said, f"{name} --trans2 {name}", "every FCT is zero")
 
 
 @pytest.mark.parametrize(("count", "whole"), [(189, 2000), (1, 300), (5, 70000), (2, 3)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -19,6 +20,7 @@ from models import build_model
 from models.pretrained import load_pretrained
 from utils.checkpoints import load_schedule
 from utils.errors import UserError
+from utils.images import decode
 
 NPY = [f"{SAMPLES}/{kind}_samples.npy" for kind in ("clean", "poison")]
 # What a script reads, by the places where the steps before it put it.
@@ -192,6 +194,36 @@ def test_small_files_that_claim_to_be_huge_do_not_fill_the_memory(cli, words, da
     assert cache.stat().st_size < 1 << 20
     assert cli("train_attack_noTrans.py", *common, "--batch_size", 64, "--overwrite").code == 0
     assert np.load(cache)["images"].shape == (400, 32, 32, 3)
+
+
+@pytest.mark.parametrize("count", [10**13, 10**30])
+def test_an_array_whose_header_says_that_it_is_huge_is_one_line(cli, words, copy, tmp_path, count):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, 32, 32, 3)})
+    labels = io.BytesIO()
+    np.save(labels, np.arange(60) % 3)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x_train.npy", header.getvalue() + bytes(1000))
+        archive.writestr("y_train.npy", labels.getvalue())
+    refused(cli("audit_dataset.py", "--data_root", tmp_path / "x.npz", "--out", tmp_path / "report"), "x.npz")
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
+    (tmp_path / "order.npy").write_bytes(header.getvalue() + bytes(1000))
+    refused(
+        cli("separate_samples.py", *words(copy), "--poison_order", tmp_path / "order.npy"), "order.npy is no .npy file"
+    )
+
+
+def test_of_an_image_in_name_alone_no_other_program_is_started(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "eps.png").write_bytes(eps)
+    with pytest.raises(UserError, match=r"eps\.png"):
+        decode(tmp_path / "eps.png", 32, resize=True)
+    assert not (tmp_path / "started").exists()
 
 
 def changed(content, **entries):

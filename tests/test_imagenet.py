@@ -11,7 +11,7 @@ from test_poisoning import options
 
 from models import build_model
 from utils import dataloader_bd as bd
-from utils import poisoning
+from utils import images, poisoning
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.files import read_json, sha256
@@ -87,6 +87,21 @@ def test_files_are_tried_once_and_again_when_one_changes(tmp_path, capsys):
     assert len(load_dataset("imagenet", tmp_path).train_images) == 8
     (folder / ".checked_train.json").write_text("damaged")
     assert len(load_dataset("imagenet", tmp_path).train_images) == 8
+
+
+def test_a_file_that_can_be_read_again_is_read_again(tmp_path, monkeypatch):
+    write_images(tmp_path / "sub-imagenet-200", train=3, val=1)
+    with monkeypatch.context() as unwell:
+        whole = images.open_image
+
+        def fails(path):
+            if str(path).endswith("001.JPEG"):
+                raise OSError("the disk is not well")
+            return whole(path)
+
+        unwell.setattr(images, "open_image", fails)
+        left = len(load_dataset("imagenet", tmp_path).train_images)
+    assert left < 9 == len(load_dataset("imagenet", tmp_path).train_images)
 
 
 def test_a_link_whose_file_has_moved_counts_as_broken(tmp_path, capsys):

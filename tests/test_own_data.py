@@ -12,6 +12,7 @@ import torch
 from conftest import run_all, write_folder
 from PIL import Image
 
+from utils import images as image_files
 from utils.device import Runtime
 from utils.errors import UserError
 from utils.fct import compute_fct
@@ -46,6 +47,23 @@ def load(root, tmp_path, **more):
 
 
 # What is read
+
+
+def test_an_image_that_can_be_read_again_is_read_again(tmp_path, monkeypatch):
+    fill(tmp_path / "data/train", ["a", "b"])
+    whole = image_files.open_image
+
+    def fails(path):
+        if os.path.basename(path) == "1.png":
+            raise OSError("the disk is not well")
+        return whole(path)
+
+    with monkeypatch.context() as unwell:
+        unwell.setattr(image_files, "open_image", fails)
+        assert len(load(tmp_path / "data", tmp_path).train_labels) == 4
+        assert len(load(tmp_path / "data", tmp_path).train_labels) == 4
+    mended = load(tmp_path / "data", tmp_path)
+    assert len(mended.train_labels) == 6 and not mended.skipped
 
 
 def test_images_of_every_kind_are_read_once_and_the_folder_is_not_written_to(tmp_path, capsys):

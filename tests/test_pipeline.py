@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -374,6 +375,26 @@ def test_the_same_seed_gives_the_same_files_at_any_batch_size_of_inference(pipel
     assert run_cli("calculate_consistency.py", *words(pipeline), "--checkpoint_load", path, "--batch_size", 7) == 0
     one, other = (np.loadtxt(folder / "1_all.txt") for folder in (tmp_path, pipeline / TUNED))
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_thresholds_that_nobody_gave_may_differ_in_their_last_bits(copy, words, cli, monkeypatch):
+    (copy / TUNED / "1_fct.json").unlink()  # so that FCT is computed
+    compute = fct.compute_fct
+    for change, more, code in ((1, [], 0), (1 + 1e-5, [], 0), (1, ["--gamma_high", 0.01], 2)):
+        scaled = lambda *a, change=change, **b: tuple(part * np.float32(change) for part in compute(*a, **b))  # noqa: E731
+        monkeypatch.setattr(fct, "compute_fct", scaled)
+        assert cli("separate_samples.py", *words(copy), *more).code == code, change
+
+
+def test_where_nothing_is_left_to_train_nothing_is_written(copy, words, cli, monkeypatch):
+    sheet = copy / NO_TRANS / "samples.png"
+    before = {path: path.read_bytes() for path in (copy / NO_TRANS).iterdir() if path.is_file()}
+    assert sheet in before
+    monkeypatch.setitem(plt.rcParams, "figure.facecolor", "red")  # as another version would draw another picture
+    more = ["--epochs", 2, "--batch_size", 64, "--checkpoint_load", copy / NO_TRANS / "1.tar"]
+    said = cli("train_attack_noTrans.py", *words(copy), *more)
+    assert said.code == 0 and "All 2 epochs are done" in said.out, said.err
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_gamma_says_how_many_samples_lie_beyond_each(copy, words, cli):

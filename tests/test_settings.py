@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_script, run_cli
+from test_bad_input import refused
 from test_pipeline import CLASSIFIER, EXTRACTOR, NO_TRANS, SAMPLES, TUNED, WITH_TRANS, weights
 from torch import nn
 
@@ -318,6 +319,22 @@ def test_cosine_epochs_is_where_the_rate_of_sd_is_zero(words, tmp_path):
     assert group["lr"] == pytest.approx(0.005)
 
 
+def test_the_rate_of_sd_never_rises_again(words, cli, tmp_path):
+    more = [*words(tmp_path), "--batch_size", 200, "--eval_freq", 0]
+    refused(
+        cli("train_attack_noTrans.py", *more, "--epochs", 3, "--cosine_epochs", 2), "--cosine_epochs 2", "3 to train"
+    )
+    assert not (tmp_path / NO_TRANS).exists()
+    assert cli("train_attack_noTrans.py", *more, "--epochs", 1, "--cosine_epochs", 2).code == 0
+    refused(cli("finetune_attack_noTrans.py", *more, "--epochs", 2), "0.tar", "in 1 epochs", "larger --cosine_epochs")
+    assert not (tmp_path / TUNED).exists()
+    assert cli("finetune_attack_noTrans.py", *more, "--epochs", 1).code == 0
+    before = weights(tmp_path / TUNED / "0.tar")
+    go_on = ["--epochs", 2, "--checkpoint_load", tmp_path / TUNED / "0.tar"]
+    refused(cli("finetune_attack_noTrans.py", *more, *go_on), "in 0 epochs", "1 to train")
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / TUNED / "0.tar").items())
+
+
 def test_a_classifier_that_goes_on_has_its_place_in_the_schedule(copy, words):
     common = [*words(copy), "--batch_size", 32, "--learning_rate", 0.25, "--lr_decay_epochs", 2, "--epochs", 3]
     folder = copy / CLASSIFIER.replace("lr_0.5", "lr_0.25")
@@ -334,5 +351,6 @@ def test_fct_is_in_float32_where_the_hardware_computes_in_bfloat16(copy, words, 
     given, plain = [], fct.compute_fct
     monkeypatch.setattr("utils.device._computes_bfloat16", lambda device: True)
     monkeypatch.setattr(fct, "compute_fct", lambda *a, **more: given.append(a[3].dtype) or plain(*a, **more))
-    assert cli("calculate_consistency.py", *words(copy), "--overwrite").code == 0
+    said = cli("calculate_consistency.py", *words(copy), "--overwrite")
+    assert said.code == 0 and "Running on cpu, float32\n" in said.out
     assert given == [torch.float32]

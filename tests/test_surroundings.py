@@ -120,6 +120,12 @@ def test_the_audit_does_not_write_among_the_images(cli, fashion, tmp_path, monke
         refused(said, name, "among the images")
     monkeypatch.chdir(tmp_path / "own/test")
     refused(cli("audit_dataset.py", "--data_root", ".."), "--out report")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/train").symlink_to(tmp_path / "own/train")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("--out", "--output_root", "--write_clean"):
+        said = cli("audit_dataset.py", "--data_root", tmp_path / "linked", name, tmp_path / "linked/train/new")
+        refused(said, "among the images" if name != "--write_clean" else "lies in the folder that is audited")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -110,8 +110,7 @@ def how(opt):
 
 
 def main(argv=None):
-    opt, runtime = args.start(get_parser(), argv)
-    runtime = fct_runtime(opt, runtime)
+    opt, runtime = args.start(get_parser(), argv, fct_runtime)
     if opt.poison_ratios and opt.poison_ratio != opt.defaults["poison_ratio"]:
         raise UserError("--poison_ratios stands in the place of --poison_ratio; give one of them")
     path, command = sd_checkpoint(opt)

@@ -405,8 +405,11 @@ def check(opt, base=None):
             raise UserError(f"--clean_ratio {opt.clean_ratio} and --{name} {ratio} overlap: their sum is above 1")
     if getattr(opt, "trans1", None) == "auto" and opt.trans2 not in ("affine", "none"):
         raise UserError(f"--trans2 {opt.trans2} has no use with --trans1 auto, which decides both parts; leave it out")
-    if getattr(opt, "trans1", None) == "none" == opt.trans2:
-        raise UserError("--trans1 none --trans2 none change no image, so that every FCT is zero; name one that does")
+    if hasattr(opt, "trans1") and opt.trans1 == opt.trans2 in ("none", "flip", "vflip"):  # twice a mirror is none
+        raise UserError(
+            f"--trans1 {opt.trans1} --trans2 {opt.trans2} change no image, so that every FCT is zero; name one that does, or one alone "
+            f"and none beside it"
+        )
     if hasattr(opt, "trans1") and opt.draws > 1 and (opt.trans1 == "auto" or not DRAWN & {opt.trans1, opt.trans2}):
         tau = "auto" if opt.trans1 == "auto" else f"{opt.trans1} --trans2 {opt.trans2}"
         raise UserError(f"--draws {opt.draws} has no use with --trans1 {tau}, which draws nothing; leave it out")
@@ -428,7 +431,7 @@ def refuse_places_in_the_data(opt, names):
     for name in names:
         place = real(getattr(opt, name))
         for split in ("train", "test", "val"):
-            if place.is_relative_to(real(opt.data_root) / split):
+            if place.is_relative_to(real(opt.data_root / split)):
                 raise UserError(
                     f"--{name} {shown(place)} lies among the images of --data_root; give a place outside them"
                 )
@@ -464,10 +467,10 @@ def parse(parser, argv=None, base=None):
     return check(parser.parse_args(argv), base)
 
 
-def start(parser, argv=None):
-    """Parse and check the options of a script that computes; return them and its `Runtime`."""
+def start(parser, argv=None, settle=lambda opt, runtime: runtime):
+    """Parse and check the options of a script that computes; return them and its `Runtime`, in the precision that ``settle`` chooses."""
     opt = parse(parser, argv)
-    runtime = runtime_of(opt)
+    runtime = settle(opt, runtime_of(opt))
     opt.ran_in = runtime.record
     several = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     print(f"Running on {runtime}{several}", flush=True)

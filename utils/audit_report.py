@@ -123,7 +123,10 @@ def page(dataset, labels, flags, fct, order, content, pictures, best):
         ["training accuracy", f"{settings['train_acc']:.1f} %"],
     ]
     if not content["thresholds_calibrated_for_these_settings"]:
-        means += " The thresholds were found with other settings of the network, so their error rates do not hold here."
+        means += (
+            " The thresholds were found with other settings of the network or on other sorts of data, so their error rates do not "
+            "hold here."
+        )
     head = ["class", "images", "in D_p", "score", "turned", "mirrored or smaller", "usual for the class", "into",
             "group"]  # fmt: skip
     by_class = []

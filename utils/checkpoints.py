@@ -51,8 +51,8 @@ def refuse_other_data(made, digest, path, opt):
 
 
 def may_train_longer(opt):
-    """Whether a run of these options may go on to more epochs than it was begun with. A cosine falls over all of them, and would
-    start over."""
+    """Whether a run of these options may go on to more epochs than it was begun with. ``--cosine`` falls over all of them, and would
+    start over. (That of SD has a length of its own, see `refuse_rising_rate`.)"""
     return not getattr(opt, "cosine", False)
 
 
@@ -179,6 +179,18 @@ def load_schedule(scheduler, state, path):
     scheduler.load_state_dict(kept)
 
 
+def refuse_rising_rate(scheduler, epochs, path=None):
+    """Raise a `UserError` where SD's cosine would be at 0 before ``epochs`` more are trained: torch's rises again from there.
+    ``path``: the checkpoint that the schedule came with."""
+    left = scheduler.T_max - scheduler.last_epoch
+    if epochs > left:
+        where = f" after {shown(path)}" if path else ""
+        raise UserError(
+            f"the cosine of --cosine_epochs {scheduler.T_max} takes the learning rate to 0 in {max(0, left)} epochs{where}, fewer than the "
+            f"{epochs} to train; give fewer --epochs, or train step 1 with a larger --cosine_epochs"
+        )
+
+
 def _alike(value, expected):
     """Whether a value read from a file can stand where ``expected`` stands: of its kind, and finite."""
     if isinstance(expected, bool) or expected is None:
@@ -198,14 +210,31 @@ def anew_of(path, script, command):
     return anew(read_record(path.with_name("options.json")) or {}, script, command)
 
 
-def latest_checkpoint(folder, epochs, command):
-    """The last epoch's checkpoint in ``folder``, as a step's own record tells it; ``epochs`` where there is none."""
+def refuse_unfinished(record, path, option):
+    """Raise a `UserError` where the run of a ``record`` (dict) whose last checkpoint is ``path`` has not come to its end; ``option``
+    names such a file by hand."""
+    done, epochs = record.get("epochs_done"), record.get("options", {}).get("epochs")
+    if isinstance(done, int) and isinstance(epochs, int) and done < epochs:
+        raise UserError(
+            f"{shown(path.parent)} has {done} of {epochs} epochs; train it to its end, with the same options and --checkpoint_load "
+            f"{shown(path)}, or name that file by {option}"
+        )
+
+
+def latest_checkpoint(folder, epochs, command, option="--checkpoint_load"):
+    """The last epoch's checkpoint in ``folder``, as a step's own record tells it; ``epochs`` where there is none. ``command`` makes one,
+    ``option`` names one by hand. Raises `UserError` where there is none, or its run has not come to its end."""
     record = read_record(folder / "options.json") or {}
     epochs = record.get("options", {}).get("epochs", epochs)
     if record:
         command = anew(record, f"{record.get('step')}.py", command)
     if not isinstance(epochs, int):
         raise UserError(f"{folder / 'options.json'} is not the record of a step. Make it with: {command}")
+    done = record.get("epochs_done")
+    done = done if isinstance(done, int) else 0
+    kept = [path for path in folder.glob("*.tar") if path.stem.isdigit() and epoch_of(path) < done]
+    if kept:
+        refuse_unfinished(record, max(kept, key=epoch_of), option)
     path = require_file(folder / f"{epochs - 1}.tar", command)
     print(f"Using {shown(path)}")
     return path
@@ -236,11 +265,6 @@ def latest_of_runs(folder, pattern, command, option):
 
     path = max(found, key=lambda path: (begun(path), path.parent, epoch_of(path) or 0))
     record = read_record(path.with_name("options.json")) or {}
-    done, epochs = record.get("epochs_done"), record.get("options", {}).get("epochs")
-    if isinstance(done, int) and isinstance(epochs, int) and done < epochs:
-        raise UserError(
-            f"{shown(path.parent)} has {done} of {epochs} epochs; train it to its end, with the same options and --checkpoint_load "
-            f"{shown(path)}, or name that file by {option}"
-        )
+    refuse_unfinished(record, path, option)
     print(f"Using {shown(path)}")
     return path

@@ -302,7 +302,7 @@ def load_fct(path, command):
     again = anew(record, "calculate_consistency.py", command)
     source = require_file(fct_path(path, "all.txt"), again if record else command)
     try:
-        values = np.loadtxt(source, dtype=np.float64, ndmin=1)
+        values = np.loadtxt(source, dtype=np.float64, ndmin=1) if source.stat().st_size else np.zeros(0)
     except (ValueError, OSError) as error:
         raise UserError(f"{shown(source)} is not one number a line ({error}). Make it anew with: {again}") from None
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values >= 0)).all():

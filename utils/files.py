@@ -34,7 +34,8 @@ except ImportError:  # Windows: no locks there
 
 # What a bad npy or npz can raise.
 BROKEN = (
-    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
+    OSError, ValueError, KeyError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -413,6 +414,12 @@ def load_npz(path, names, limit):
         for name in names:
             if archive.getinfo(f"{name}.npy").file_size > limit:
                 raise ValueError(f"{name} is larger than it can be")
+            with archive.open(f"{name}.npy") as stored:  # memory is taken by what is said here, whatever follows
+                version = np.lib.format.read_magic(stored)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stored)
+            if math.prod(shape) * dtype.itemsize > limit:
+                raise ValueError(f"{name} says that it is larger than it can be")
     with np.load(path, allow_pickle=False) as stored:
         return [stored[name] for name in names]
 

@@ -26,6 +26,16 @@ UNREADABLE = (
 # pixels, and 16 of them, on 16 cores, took 50 s for CIFAR-10's 60 000; from 256x256 on threads cost nothing.
 SMALL = 4096
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "PPM",
+    "BMP",
+    "WEBP",
+    "TIFF",
+    "GIF",
+)  # whatever a suffix says: of EPS Pillow would start Ghostscript
 
 
 class StreamedImages:
@@ -100,7 +110,9 @@ def open_image(path):
     """An image file (path), opened by Pillow and not read yet. Raises one of `UNREADABLE` where it is none."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no file")  # a pipe would be waited for
-    return Image.open(os.fspath(path))  # a Path is resolved by older Pillows, which links in a circle stop
+    return Image.open(
+        os.fspath(path), formats=FORMATS
+    )  # a Path is resolved by older Pillows, which links in a circle stop
 
 
 def decode(path, size, resize):
@@ -153,17 +165,20 @@ def _small(files):
 
 def broken_files(folder, files, cache, title):
     """Names (relative to ``folder``) of the ``files`` that cannot be decoded; all are tried once, with the result in
-    ``cache`` (path of a JSON file), and again when one changes."""
-    digest = listing_digest(folder, files)
-    known = known_of(cache, digest)
-    if known is not None and isinstance(known.get("broken"), list):
-        return known["broken"]
+    ``cache`` (path of a JSON file), and again when one changes, or one that could not be decoded can."""
 
     def fails(file):
         try:
             decode(file, 32, resize=True)
         except UserError:
             return name_below(folder, file)
+
+    digest = listing_digest(folder, files)
+    known = known_of(cache, digest)
+    remembered = known is not None and isinstance(known.get("broken"), list)
+    # Such a file may be readable by now, or the disk be well again, of which the listing tells nothing.
+    if remembered and all(fails(os.path.join(folder, name)) for name in known["broken"]):
+        return known["broken"]
 
     broken = [file for file in in_threads(fails, files, title) if file]
     try:

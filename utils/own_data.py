@@ -195,19 +195,20 @@ def _stored(root, split, files, size, cache):
     digest, length = listing_digest(root, files), size * size * 3
     store, record = (cache / f"{split}_{size}_{digest[:16]}.{kind}" for kind in ("bin", "json"))
     known = known_of(record, digest)
+
+    def attempt(file):
+        try:
+            return decode(file, size, resize=True)
+        except UserError:
+            return None
+
     if (
         not known
         or not isinstance(known.get("broken"), list)
         or not store.is_file()
         or store.stat().st_size != len(files) * length
+        or any(attempt(os.path.join(root, name)) is not None for name in known["broken"])
     ):
-
-        def attempt(file):
-            try:
-                return decode(file, size, resize=True)
-            except UserError:
-                return None
-
         broken = []
         with atomic_write(store) as target:
             bar = tqdm(total=len(files), desc=f"decoding {split}", unit=" images", disable=None, leave=False)

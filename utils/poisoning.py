@@ -180,7 +180,7 @@ def paint(dataset, opt, rows, train):
 
 def _perturbed(dataset, opt, rows, images):
     command = f"{python('train_clean_withTrans.py')} {clean_arguments(opt)} --epochs 200"
-    path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command))
+    path = Path(opt.benign_checkpoint or latest_checkpoint(benign_folder(opt), 200, command, "--benign_checkpoint"))
     settings = {
         "benign_checkpoint": sha256(require_file(path, command)),
         "pgd": [EPSILON, STEP_SIZE, STEPS],

@@ -135,7 +135,9 @@ def load_order(path, count, command):
         UserError: for a file that is missing, or holds something else, or numbers that are not finite.
     """
     try:
-        order = np.load(require_file(path, command), allow_pickle=False)
+        order = np.load(
+            require_file(path, command), allow_pickle=False, mmap_mode="r"
+        )  # it may say that it is larger than the memory
     except BROKEN:
         raise UserError(f"{shown(path)} is no .npy file of numbers; it is made with: {command}") from None
     if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":
@@ -145,7 +147,7 @@ def load_order(path, count, command):
         )
     if not np.isfinite(order).all():
         raise UserError(f"{shown(path)} holds values that are not finite; it is made with: {command}")
-    return order
+    return np.array(order)
 
 
 def images_of(samples, dataset, opt):

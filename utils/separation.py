@@ -81,6 +81,14 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
             )
         flags[order[:n_clean]] = CLEAN
         return flags
+    return clean_of_labels(flags, fct, labels, clean_ratio, seed, even)
+
+
+def clean_of_labels(flags, fct, labels, clean_ratio, seed, even=False):
+    """D_c of every label (not in the paper), beside the D_p of ``flags``, int64 (N,), whose D_c does not count. Arguments, returns and
+    raises otherwise as of `separate`."""
+    flags = np.where(flags == POISON, POISON, UNCERTAIN)
+    order = np.lexsort((generator(seed, "ties").random(len(fct)), fct))
     present, sizes = np.unique(labels, return_counts=True)
     most = np.median(sizes) if even else sizes.max()
     for label, size in zip(present, sizes, strict=True):
@@ -88,7 +96,11 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
         lowest = own[: share_of(clean_ratio, min(size, most))]
         flags[lowest[flags[lowest] != POISON]] = CLEAN
     if not (flags == CLEAN).any():
-        raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label is less than one sample")
+        some = share_of(clean_ratio, min(sizes.max(), most))
+        why = (
+            "lies in D_p; give a larger --gamma_high or a smaller --poison_ratio" if some else "is less than one sample"
+        )
+        raise UserError(f"D_c is empty: --clean_ratio {clean_ratio} of each label {why}")
     return flags
 
 
