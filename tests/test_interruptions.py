@@ -332,13 +332,13 @@ def test_a_polite_end_of_the_workers_too_says_one_line(fashion, tmp_path):
     write_folder(tmp_path / "data", fashion, train=12, test=2)
     own = ["--dataset", "folder", "--data_root", tmp_path / "data", "--image_size", 72, "--workers", 2]
     own += ["--model", "resnet10"]
-    words = [*own, "--output_root", tmp_path / "out", "--epochs", 500, "--batch_size", 8, "--eval_freq", 0]
+    words = [*own, "--output_root", tmp_path / "out", "--epochs", 100, "--batch_size", 8, "--eval_freq", 0]
     command = [sys.executable, ROOT / "train_attack_noTrans.py", *map(str, words)]
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     said["env"] = {**os.environ, "PYTHONWARNINGS": "ignore"}  # torch's, of more workers than cores
     with subprocess.Popen(command, **said) as step:
         for line in step.stdout:
-            if line.startswith("epoch 1/500"):
+            if line.startswith("epoch 1/100"):
                 break
         os.killpg(step.pid, signal.SIGTERM)
         _, errors = step.communicate(timeout=120)

@@ -261,9 +261,9 @@ def test_a_pipe_among_the_images_is_skipped_and_never_opened(tmp_path, monkeypat
     fill(tmp_path, [f"train/{label}/{number}.png" for label in "ab" for number in range(3)])
     os.mkfifo(tmp_path / "train/a/pipe.png")
 
-    def opened(path, *more, whole=Image.open):
+    def opened(path, *more, whole=Image.open, **named):
         assert not str(path).endswith("pipe.png"), "this would wait for ever"
-        return whole(path, *more)
+        return whole(path, *more, **named)
 
     monkeypatch.setattr(Image, "open", opened)
     data = own_data.load("folder", tmp_path, DATASETS["folder"], False, None, tmp_path / "cache")

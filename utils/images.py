@@ -26,16 +26,8 @@ UNREADABLE = (
 # pixels, and 16 of them, on 16 cores, took 50 s for CIFAR-10's 60 000; from 256x256 on threads cost nothing.
 SMALL = 4096
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "PPM",
-    "BMP",
-    "WEBP",
-    "TIFF",
-    "GIF",
-)  # whatever a suffix says: of EPS Pillow would start Ghostscript
+# Whatever a suffix says: of an EPS Pillow would start Ghostscript. JPEG includes MPO, which cameras write.
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "TIFF", "GIF")
 
 
 class StreamedImages:
@@ -110,9 +102,8 @@ def open_image(path):
     """An image file (path), opened by Pillow and not read yet. Raises one of `UNREADABLE` where it is none."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no file")  # a pipe would be waited for
-    return Image.open(
-        os.fspath(path), formats=FORMATS
-    )  # a Path is resolved by older Pillows, which links in a circle stop
+    path = os.fspath(path)  # a Path is resolved by older Pillows, which links in a circle stop
+    return Image.open(path, formats=FORMATS)
 
 
 def decode(path, size, resize):
