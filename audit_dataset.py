@@ -294,10 +294,8 @@ def check_clean(opt):
     for name in ("out", "output_root"):
         if real(getattr(opt, name)).is_relative_to(real(target)):
             raise UserError(f"--{name} would lie in the copy that is --write_clean {shown(target)}; give another place")
-    folders = [
-        opt.data_root,
-        *(opt.data_root / split for split in ("train", "test", "val")),
-    ]  # one may be a link elsewhere
+    # A split may be a link to another place.
+    folders = [opt.data_root, *(opt.data_root / split for split in ("train", "test", "val"))]
     if any(real(target).is_relative_to(real(folder)) for folder in folders):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")

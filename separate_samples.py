@@ -172,9 +172,8 @@ def main(argv=None):
     record, settings = folder / "options.json", {"checkpoint_load": relative(path, folder)}
     before = (read_record(record) or {}).get("options", {})
     typed = [name for name in thresholds if getattr(opt, name) is not None or before.get(name) is not None]
-    compared = settings | {
-        name: thresholds[name] for name in typed
-    }  # others follow from the ratios, and vary in the last bits
+    # Others follow from the ratios, and vary in the last bits with batch size and device.
+    compared = settings | {name: thresholds[name] for name in typed}
     ignored = ["batch_size", *thresholds]
     claim(record, opt, ignored=ignored, settle=settle_fct_precision, data=dataset.record, **compared)
     settings |= thresholds

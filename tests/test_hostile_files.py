@@ -408,6 +408,23 @@ def test_a_strange_file_of_a_tool_is_one_line(script, words, name, content, cli,
     assert [path.name for path in tmp_path.rglob("*")] == [name] and (tmp_path / name).read_bytes() == content
 
 
+@pytest.mark.parametrize("tool", ["figure3", "secure_curve"])
+def test_what_stands_where_a_tool_writes_is_looked_at_before_any_step(tool, cli, tmp_path):
+    names = {"figure3": ("--rows", "figure3_quick"), "secure_curve": ("--row", "secure_curve_Trojan_quick")}
+    option, name = names[tool]
+    words = [f"tools/{tool}.py", "--scale", "quick", option, "Trojan", "--output_root", tmp_path / "runs"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / f"{name}.png").write_text("my notes")
+    refused(cli(*words, "--out", tmp_path / "own"), f"{name}.png", "--overwrite")
+    assert (tmp_path / "own" / f"{name}.png").read_text() == "my notes"
+    refused(cli(*words, "--out", tmp_path / "own" / f"{name}.png"), "--out")
+    tables = ["row,epoch,FCT_clean\nTrojan,x,1\n", "row,epoch\nTrojan,0\n", "row,epoch,FCT_clean\nTrojan,0,abc\n"]
+    for content in tables if tool == "figure3" else ["epoch,ACC\nx,1\n"]:
+        (tmp_path / "own" / f"{name}.csv").write_text(content)
+        refused(cli(*words, "--out", tmp_path / "own"), f"{name}.csv")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "odd",
     ['"seconds": {"a": null}', '"seconds": {"a": NaN}', '"seconds": {"a": 1e999}', f'"seconds": {{"a": {10**400}}}', '"rule": ["x"]',

@@ -22,7 +22,7 @@ from utils import args
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct, zeros_of
 from utils.figures import draw_histogram, save_figure
-from utils.files import make_folder, read_table, write_rows
+from utils.files import make_folder, read_table, refuse_users_own, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
 from utils.poisoning import poison_training_set
@@ -105,9 +105,12 @@ def earlier_lines(table):
     table."""
     if not table.is_file():
         return {}
-    found = read_table(
-        table, ["row", "epoch"], "python tools/figure3.py --out ANOTHER_FOLDER", dtype=str, keep_default_na=False
-    )
+    command, numbers = "python tools/figure3.py --out ANOTHER_FOLDER", ["epoch", "FCT_clean"]
+    found = read_table(table, ["row", *numbers], command, dtype=str, keep_default_na=False)
+    if found[numbers].apply(pd.to_numeric, errors="coerce").isna().any(axis=None):
+        raise UserError(
+            f"{shown(table)} is no table of this tool: its epochs and FCT are not all numbers; give another --out"
+        )
     strange = set(found["row"]) - set(ROWS)
     if strange:
         raise UserError(f"{shown(table)} is no table of this tool: it has the row {min(strange)}; give another --out")
@@ -118,7 +121,7 @@ def with_earlier_epochs(lines, earlier):
     """The ``lines`` of a row and, of those that an ``earlier`` run left (dicts of text), the other epochs', in the order of epochs;
     none of them where the two do not agree on an epoch, for the row was trained anew."""
     own = {line["epoch"]: line for line in lines}
-    others = {int(line["epoch"]): line for line in earlier}
+    others = {int(float(line["epoch"])): line for line in earlier}
     both = [
         (f"{own[epoch]['FCT_clean']:.5g}", f"{float(others[epoch]['FCT_clean']):.5g}")
         for epoch in own.keys() & others.keys()
@@ -154,6 +157,10 @@ def main(argv=None):
     name = "_".join(["figure3", opt.scale, *([opt.model] if opt.model else []), *args.table_and_seed(opt)])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     earlier = earlier_lines(table)
+    if not (opt.dry_run or opt.overwrite or earlier):
+        refuse_users_own([picture], "table", "--out")
+    if not opt.dry_run:
+        make_folder(opt.out, "--out")
     planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}
     lines, drawn, numbers = [], {}, {}
     for row, (steps, resolved, places) in planned.items():
@@ -179,7 +186,6 @@ def main(argv=None):
     if opt.dry_run:
         return
 
-    make_folder(opt.out, "--out")
     draw(picture, drawn, (resolved.clean_ratio, resolved.poison_ratio))  # the same in every row
     write_rows(table, lines)
     print(pd.read_csv(table).to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -18,7 +18,7 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import make_folder, read_table, write_rows
+from utils.files import make_folder, read_table, refuse_users_own, write_rows
 from utils.paths import separated_folder, shown, typed
 from utils.records import MEASURES, log_of, read_figures
 from utils.rows import PRESETS, ROWS, SCALES, VARIANTS, changed, one_cell, plan
@@ -101,7 +101,11 @@ def main(argv=None):
         return
     variant = [opt.variant] if opt.variant else []
     name = "_".join(["secure_curve", opt.row, opt.scale, *variant, *args.table_and_seed(opt)])
-    refuse_what_cannot_be_shown(steps["train_extractor"], results, opt.out / f"{name}.csv", opt.overwrite)
+    picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
+    refuse_what_cannot_be_shown(steps["train_extractor"], results, table, opt.overwrite)
+    if not (opt.overwrite or table.exists()):
+        refuse_users_own([picture], "table", "--out")
+    make_folder(opt.out, "--out")
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
     log, extractor = log_of(steps["train_extractor"], ["loss", "seconds"]), steps["train_extractor"].output
@@ -117,11 +121,11 @@ def main(argv=None):
         seconds = round(part["seconds"].sum())
         lines.append({"epoch": epoch, "loss": round(part["loss"].iloc[-1], 3), "seconds": seconds, **measures})
 
-    table = pd.DataFrame(lines)
+    curve = pd.DataFrame(lines)
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for measure, color in (("ACC", "#3b6fb6"), ("ASR", "#c4453c")):
-        axis.plot(table["epoch"], table[measure], "o-", color=color, label=measure)
-        for epoch, value in zip(table["epoch"], table[measure], strict=True):
+        axis.plot(curve["epoch"], curve[measure], "o-", color=color, label=measure)
+        for epoch, value in zip(curve["epoch"], curve[measure], strict=True):
             axis.annotate(f"{value:.1f}", (epoch, value), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     axis.set(
         xlabel="epochs of the extractor",
@@ -131,11 +135,10 @@ def main(argv=None):
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
-    make_folder(opt.out, "--out")
-    save_figure(figure, opt.out / f"{name}.png")
-    write_rows(opt.out / f"{name}.csv", lines)
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(f"The curve is {shown(opt.out / name)}.png, the table {shown(opt.out / name)}.csv")
+    save_figure(figure, picture)
+    write_rows(table, lines)
+    print(curve.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"The curve is {shown(picture)}, the table {shown(table)}")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,8 @@ NOTHING_BELOW = 0.15  # and below which there is no evidence
 # Of two classes each is all that the other's images can become, and a change of any sort leads many there: clean sets reach 0.37.
 FEWEST_CLASSES, SURE_FROM = 3, 0.5
 EACH_FROM = 0.15  # the score of `PutBack.of_all` from which on each class is led to one of its own
-NO_CLASS, MOST_CLASSES, FOR_EACH = (
-    -1,
-    10,
-    20,
-)  # in the place of a label there, of how many classes, and tried on how many images of each
+# There: what stands in the place of a label, of how many classes at most, and on how many images of each it is tried.
+NO_CLASS, MOST_CLASSES, FOR_EACH = -1, 10, 20
 CERTAIN, PART = 3, 0.06  # standard errors, and share of the pixels, see `SharedPattern`
 FURTHER = 0.5  # share of the highest score from which on a further class is a target, for POISONED_FROM can be reached by chance
 
