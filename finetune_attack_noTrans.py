@@ -62,7 +62,7 @@ def main(argv=None):
     refuse_rising_rate(schedule, opt.epochs - (checkpoint["epoch"] + 1) * (checkpoint["step"] == STEP), path)
     spec = dataset.spec
     del dataset  # in memory the training images are held once, as the victim gets them
-    first = run.resume(checkpoint, path, model, optimizer, schedule)
+    first = run.resume(checkpoint, path, model, optimizer)  # the schedule is loaded above
     del checkpoint  # 90 MB of resnet18
 
     for epoch in range(first, opt.epochs):

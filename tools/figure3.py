@@ -22,7 +22,7 @@ from utils import args
 from utils.errors import UserError, run_script
 from utils.fct import fct_path, load_fct, zeros_of
 from utils.figures import draw_histogram, save_figure
-from utils.files import make_folder, read_table, refuse_users_own, write_rows
+from utils.files import check_place, make_folder, read_table, write_rows
 from utils.metrics import detection_quality
 from utils.paths import shown, typed
 from utils.poisoning import poison_training_set
@@ -157,10 +157,8 @@ def main(argv=None):
     name = "_".join(["figure3", opt.scale, *([opt.model] if opt.model else []), *args.table_and_seed(opt)])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     earlier = earlier_lines(table)
-    if not (opt.dry_run or opt.overwrite or earlier):
-        refuse_users_own([picture], "table", "--out")
     if not opt.dry_run:
-        make_folder(opt.out, "--out")
+        check_place(picture, earlier, opt.overwrite)
     planned = {row: steps_of(opt, row) for row in ROWS if row in {*rows, *earlier}}
     lines, drawn, numbers = [], {}, {}
     for row, (steps, resolved, places) in planned.items():
@@ -186,6 +184,7 @@ def main(argv=None):
     if opt.dry_run:
         return
 
+    make_folder(opt.out, "--out")
     draw(picture, drawn, (resolved.clean_ratio, resolved.poison_ratio))  # the same in every row
     write_rows(table, lines)
     print(pd.read_csv(table).to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -18,7 +18,7 @@ import pandas as pd
 from utils import args
 from utils.errors import UserError, run_script
 from utils.figures import save_figure
-from utils.files import make_folder, read_table, refuse_users_own, write_rows
+from utils.files import check_place, make_folder, read_table, write_rows
 from utils.paths import separated_folder, shown, typed
 from utils.records import MEASURES, log_of, read_figures
 from utils.rows import PRESETS, ROWS, SCALES, VARIANTS, changed, one_cell, plan
@@ -103,9 +103,7 @@ def main(argv=None):
     name = "_".join(["secure_curve", opt.row, opt.scale, *variant, *args.table_and_seed(opt)])
     picture, table = (opt.out / f"{name}.{kind}" for kind in ("png", "csv"))
     refuse_what_cannot_be_shown(steps["train_extractor"], results, table, opt.overwrite)
-    if not (opt.overwrite or table.exists()):
-        refuse_users_own([picture], "table", "--out")
-    make_folder(opt.out, "--out")
+    check_place(picture, table.exists(), opt.overwrite)
     make_folder(root)
     run(steps, opt, root / f"{opt.row}_seconds.json")
     log, extractor = log_of(steps["train_extractor"], ["loss", "seconds"]), steps["train_extractor"].output
@@ -135,6 +133,7 @@ def main(argv=None):
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
+    make_folder(opt.out, "--out")
     save_figure(figure, picture)
     write_rows(table, lines)
     print(curve.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -93,6 +93,15 @@ def refuse_users_own(paths, what, instead):
         )
 
 
+def check_place(picture, known, overwrite):
+    """Before any step of a tool: a `UserError` where its ``picture`` is there and no table of it (``known``) beside it, unless
+    ``overwrite``, or where the folder is there and cannot be written."""
+    if not (known or overwrite):
+        refuse_users_own([picture], "table", "--out")
+    if os.path.lexists(picture.parent):
+        make_folder(picture.parent, "--out")
+
+
 @contextmanager
 def atomic_write(path):
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error."""
