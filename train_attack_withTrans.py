@@ -19,7 +19,7 @@ from utils.paths import backdoored_folder, python, shown
 from utils.poisoning import poison_training_set
 from utils.run import Run
 from utils.transforms import CropFlip
-from utils.validation import HeldOut, best_epoch
+from utils.validation import HeldOut, say_choice
 
 STEP = "train_attack_withTrans"
 
@@ -92,7 +92,7 @@ def train(opt, runtime, step, weight_decay, start_from=None, inputs=()):
         run.finish_epoch(epoch, row, paths, model, optimizer, schedule)
     run.complete()
     if held_out:
-        print(f"The held-out samples would choose epoch {best_epoch(run.history, 'val_acc') + 1}")
+        say_choice(run.history, "val_acc", lambda epoch: folder / f"{epoch}.tar", opt.checkpoint_load)
     print(f"Checkpoints are in {shown(folder)}")
 
 

@@ -25,14 +25,14 @@ from utils.losses import ASCENT_BOUND, cross_entropy, negative_cross_entropy
 from utils.metrics import evaluate
 from utils.paths import relative, shown
 from utils.poisoning import refuse_other_trigger
-from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise
+from utils.removal import STEP, load_start, places_of, refuse_lost_choice, refuse_to_replace, summarise, take_choice
 from utils.run import Run
 from utils.samples import images_of, load_samples, record_of_samples, refuse_samples_of_other_data, sample_files
 from utils.seeding import generator
 from utils.separation import CLEAN, POISON
 from utils.transforms import CropFlip
 from utils.unlearning import Dropped, bound_of, sample_losses
-from utils.validation import HeldOut, best_epoch, is_best
+from utils.validation import HeldOut, is_best, say_choice
 from utils.weights import load_weights
 
 PASSES = ("unlearn", "relearn")  # of an epoch, in their order
@@ -101,6 +101,12 @@ def refuse_contradictions(opt):
         )
     if opt.stay_dropped and not opt.drop_doubtful:
         raise UserError("--stay_dropped is about what --drop_doubtful leaves out; give both")
+    if "unlearn" not in opt.passes:
+        usual = get_parser().get_default
+        of_ascent = ("unlearn_batch_size", "ascent_bound", "bound_growth")
+        given = [f"--{name}" for name in of_ascent if getattr(opt, name) != usual(name)]
+        if given:
+            print(f"Note: {', '.join(given)} says how D_p is unlearnt, which is not among the --passes")
     if opt.bound_growth > 1 and opt.ascent_bound >= ASCENT_BOUND:
         raise UserError(f"--bound_growth has no use without an --ascent_bound below {ASCENT_BOUND:g}, where it ends")
 
@@ -156,7 +162,7 @@ def main(argv=None):
     model = prepare(network, opt, runtime, to_relearn, unused=plain and network.has_auxiliary)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
-    beside = [*places.results, *([places.of_validation] if opt.val_ratio else [])]
+    beside = [*places.results, *places.choices[:1]]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
         beside=beside, option="--checkpoint_save", checkpoint_load=relative(path, places.save.parent),
@@ -166,10 +172,10 @@ def main(argv=None):
     dropped = Dropped(opt.stay_dropped)
     if resumed:
         load_optimizer(optimizer, checkpoint["optimizer"], path)
-        if opt.val_ratio:
-            refuse_lost_choice(places.of_validation, "val_score", checkpoint["history"], path)
+        refuse_lost_choice(places, "val_score", checkpoint["history"], path)
         dropped.load(checkpoint["schedule"], len(to_relearn.labels), path)
         first = run.take_history(checkpoint, path)
+        take_choice(run, places, path)
     else:
         first = run.start()
         measures = {
@@ -211,23 +217,21 @@ def main(argv=None):
             row["val_score"] = row["val_acc_Dc"] - row["val_acc_Dp"]
         # what of the ascents so far has outlived the descents
         row["loss_Dp_after"] = sample_losses(model, to_unlearn, runtime).mean().item()
-        chosen = [places.of_validation] if opt.val_ratio and is_best(row, "val_score", run.history) else []
+        chosen = places.choices if opt.val_ratio and is_best(row, "val_score", run.history) else []
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
-        states = [places.result] if plain and epoch + 1 == opt.epochs else []
-        states += [places.chosen_result] if plain and chosen else []
+        states = [*(places.results[:1] if epoch + 1 == opt.epochs else []), *chosen[1:]]
         results = {place: tensor_writer(plain_state(network, opt.foreign)) for place in states}
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
         # In the place of a schedule, which BR has not, the checkpoint keeps what was last dropped.
-        run.finish_epoch(epoch, row, [*chosen, places.save], model, optimizer, dropped, results)
+        run.finish_epoch(epoch, row, [*chosen[:1], places.save], model, optimizer, dropped, results)
 
     run.complete()
     summarise(run.history)
     if opt.val_ratio:
-        epoch, place = best_epoch(run.history, "val_score"), places.chosen_result if plain else places.of_validation
-        print(f"The held-out samples choose epoch {epoch + 1} (most right of D_c less D_p): {shown(place)}")
+        say_choice(run.history, "val_score", lambda epoch: places.choices[-1], by="most right of D_c less D_p")
     if plain:
-        print(f"The cleaned state dict is {shown(places.result)}; to continue, give {shown(places.save)}")
+        print(f"The cleaned state dict is {shown(places.results[0])}; to continue, give {shown(places.save)}")
     print(f"The model is {shown(places.save)}, the log {shown(places.log)}")
 
 

@@ -31,7 +31,7 @@ from utils.run import Run
 from utils.samples import images_of, load_samples, record_of_samples, sample_files
 from utils.separation import CLEAN, POISON
 from utils.transforms import ContrastiveView
-from utils.validation import HeldOut, best_epoch
+from utils.validation import HeldOut, say_choice
 from utils.weights import load_weights
 
 STEP = "train_classifier"
@@ -136,8 +136,7 @@ def main(argv=None):
         run.finish_epoch(epoch, row, [folder / f"ckpt_epoch_{epoch}.pth"], classifier, optimizer, schedule)
     run.complete()
     if held_out:
-        epoch = best_epoch(run.history, "val_acc_Dc")
-        print(f"The held-out samples choose epoch {epoch + 1}: {shown(folder / f'ckpt_epoch_{epoch}.pth')}")
+        say_choice(run.history, "val_acc_Dc", lambda epoch: folder / f"ckpt_epoch_{epoch}.pth", load)
     say_selection(run.history, "D-ST")
     print(f"Checkpoints are in {shown(folder)}")
 

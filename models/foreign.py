@@ -2,12 +2,13 @@
 
 import math
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torchvision
 from torch import nn
 
-from models.resnet import MODELS, build_model
+from models.resnet import MODELS, build_model, logits_of
 from utils.errors import UserError, first_line
 from utils.weights import load_weights, not_finite
 
@@ -17,15 +18,23 @@ PRECISIONS = ("float16", "bfloat16", "float32", "float64")  # of the weights in 
 
 class Foreign(nn.Module):
     """A classifier of torchvision whose ``forward`` maps float (N, 3, H, W) to logits (N, K) in training as well, where
-    some of them give auxiliary logits beside (``has_auxiliary``), whose weights then have no part in the loss."""
+    some of them give auxiliary logits beside (``has_auxiliary``), whose weights then have no part in the loss. For a prediction the
+    layers with K (``classes``) outputs are computed as `logits_of` says."""
 
-    def __init__(self, network):
+    def __init__(self, network, classes):
         super().__init__()
         self.network, self.has_auxiliary = network, bool(getattr(network, "aux_logits", False))
+        for layer in network.modules():
+            if getattr(layer, "out_features", getattr(layer, "out_channels", None)) == classes:
+                layer.forward = partial(_predicting, layer, layer.forward)
 
     def forward(self, x):
         result = self.network(x)
         return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def _predicting(layer, forward, x):
+    return forward(x) if layer.training else logits_of(forward, x)
 
 
 def is_state_dict(content):
@@ -79,7 +88,7 @@ def build_foreign(name, state, path, dataset, spec):
             f"torchvision's {name}(weights=...) rescales its input (transform_input), and a state dict does not tell. If this network was "
             f"made so, on images normalised with ImageNet's values, give --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5, which is the same"
         )
-    return Foreign(network)
+    return Foreign(network, spec.num_classes)
 
 
 def precision_of(state):

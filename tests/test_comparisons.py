@@ -1,6 +1,8 @@
 """What serves comparison: drawn samples, one pass alone, held-out samples, fewer training images."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from utils.loading import load_dataset
 from utils.paths import python
 from utils.poisoning import poison_training_set
 from utils.removal import summarise
-from utils.validation import HeldOut, best_epoch, is_best
+from utils.validation import HeldOut, best_epoch, is_best, say_choice
 
 
 def do(*commands):
@@ -253,6 +255,13 @@ def test_a_run_that_goes_on_ends_with_the_same_chosen_epoch(copy, words, cli):
     again += ["--checkpoint_load", copy / "b.tar"]
     do(("unlearn_relearn.py", *again, "--epochs", 6))
     assert same_weights(copy / "b_val.tar", copy / "own_val.tar")
+    elsewhere = ["--checkpoint_save", copy / "other/c.tar", "--checkpoint_load", copy / "b.tar"]
+    said = cli("unlearn_relearn.py", *more, *elsewhere, "--epochs", 7)
+    assert said.code == 0, said.err
+    epoch, place = re.search(r"choose epoch (\d+) \(most right of D_c less D_p\): (\S+)", said.out).groups()
+    assert Path(place) == copy / "other/c_val.tar"
+    assert torch.load(place, weights_only=True)["epoch"] == int(epoch) - 1  # whichever of the two runs it was in
+    assert "c_val.tar" in json.loads((copy / "other/c.json").read_text())["outputs"]
     (copy / "b_val.tar").unlink()
     lost = cli("unlearn_relearn.py", *again, "--epochs", 7)
     assert lost.code == 2 and "b_val.tar, the model of epoch" in lost.err and "--overwrite" in lost.err
@@ -260,15 +269,67 @@ def test_a_run_that_goes_on_ends_with_the_same_chosen_epoch(copy, words, cli):
 
 def test_held_out_samples_in_the_other_trainings(copy, words, cli, tmp_path):
     said = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 2, "--val_ratio", 0.2, "--batch_size", 64)
-    assert said.code == 0 and "held-out samples would choose epoch" in said.out
     log = pd.read_csv(next(tmp_path.rglob("withTrans/**/log.csv")))
+    chosen = log["val_acc"].idxmax()
+    assert (
+        said.code == 0 and f"held-out samples choose epoch {chosen + 1}: " in said.out and f"/{chosen}.tar" in said.out
+    )
     assert log["val_acc"].between(0, 100).all() and len(log) == 2
     said = cli("ST/train_classifier.py", *words(copy), "--epochs", 2, "--val_ratio", 0.3, "--batch_size", 32,
                "--learning_rate", 0.5, "--overwrite")  # fmt: skip
-    assert said.code == 0 and "The held-out samples choose epoch" in said.out
-    assert pd.read_csv(copy / CLASSIFIER / "log.csv")["val_acc_Dc"].notna().all()
+    chosen = pd.read_csv(copy / CLASSIFIER / "log.csv")["val_acc_Dc"].idxmax()
+    assert said.code == 0 and f"The held-out samples choose epoch {chosen + 1}: " in said.out
+    assert f"/ckpt_epoch_{chosen}.pth" in said.out
     refused = cli("train_attack_withTrans.py", *words(tmp_path), "--epochs", 2, "--val_ratio", 0.95)
     assert refused.code == 2 and "0.95" in refused.err
+
+
+def test_the_chosen_epoch_is_named_where_its_checkpoint_is(tmp_path, capsys):
+    history = [{"epoch": 0, "a": 1.0}, {"epoch": 1, "a": 3.0}, {"epoch": 2, "a": 2.0}]
+    here, before = tmp_path / "here", tmp_path / "before"
+
+    def said(loaded):
+        say_choice(history, "a", lambda epoch: here / f"{epoch}.tar", loaded)
+        return capsys.readouterr().out
+
+    for folder in (here, before):
+        folder.mkdir()
+    assert "choose epoch 2: its checkpoint is not kept here" in said(None)
+    assert "choose epoch 2: its checkpoint is not kept here" in said(before / "2.tar")
+    (before / "1.tar").touch()
+    assert f"choose epoch 2: {before / '1.tar'}" in said(before / "2.tar")
+    (here / "1.tar").touch()
+    assert f"choose epoch 2: {here / '1.tar'}" in said(before / "2.tar")
+
+
+def test_a_run_that_goes_on_keeps_the_log_it_was_begun_with(copy, words, cli):
+    own = [*words(copy), "--batch_size", 8, "--eval_freq", 0]
+    do(
+        (
+            "unlearn_relearn.py",
+            *own,
+            "--checkpoint_save",
+            copy / "d.tar",
+            "--log",
+            copy / "logs/mine.csv",
+            "--epochs",
+            1,
+        )
+    )
+    before = {*copy.rglob("*.csv")}
+    do(("unlearn_relearn.py", *own, "--checkpoint_load", copy / "d.tar", "--epochs", 2))
+    assert pd.read_csv(copy / "logs/mine.csv")["epoch"].tolist() == [-1, 0, 1]
+    assert {*copy.rglob("*.csv")} == before
+
+
+def test_what_the_ascent_takes_is_said_to_have_no_use_without_it(copy, words, cli):
+    alone = ["unlearn_relearn.py", *words(copy), "--passes", "relearn", "--epochs", 1, "--checkpoint_save", copy / "e.tar",
+             "--log", copy / "e.csv"]  # fmt: skip
+    assert (
+        "Note: --unlearn_batch_size, --ascent_bound says"
+        in cli(*alone, "--unlearn_batch_size", 8, "--ascent_bound", 15).out
+    )
+    assert "Note: --" not in cli(*alone, "--overwrite").out
 
 
 # Fewer training images

@@ -66,6 +66,17 @@ def test_the_network_is_torchvisions_and_its_state_comes_back(name, tmp_path):
     assert all(given[key].dtype == state[key].dtype and given[key].shape == state[key].shape for key in state)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v2"])
+def test_a_prediction_is_not_rounded_to_bfloat16(name):
+    """Of rounded logits the two highest are often equal, and the lower class is taken."""
+    model = build_foreign(name, network(name).state_dict(), "x.pth", "folder", spec_of(7))
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        of_training, logits = model.train()(x), model.eval()(x)
+    assert of_training.dtype == torch.bfloat16  # as fast as before
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).any()
+
+
 def test_a_first_layer_of_3x3_is_this_projects(tmp_path, capsys):
     from models import build_model
 

@@ -8,8 +8,9 @@ from models import MODELS
 from models.foreign import PRECISIONS, is_state_dict, precision_of
 from utils import args
 from utils.checkpoints import fitting, latest_checkpoint
+from utils.distributed import leads
 from utils.errors import UserError, nearest_existing
-from utils.files import load_tensors, read_record
+from utils.files import bytes_writer, load_tensors, read_record, write_together
 from utils.metrics import say_selection
 from utils.paths import backdoored_folder, python, relative, shown
 from utils.validation import best_epoch
@@ -89,9 +90,9 @@ def places_of(opt, path, resumed, plain):
     """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
 
     Returns:
-        A namespace of paths: save (the checkpoint), log, record, of_validation (the checkpoint that held-out samples choose),
-        result and chosen_result (their state dicts), results (those of these two that are written: for a plain one), and written (all
-        that is written but the record).
+        A namespace of paths: save (the checkpoint), log, record, choices (what of the epoch that held-out samples choose is written: its
+        checkpoint and, of a plain state dict, its state dict), results (the state dicts that are written, the last epoch's first), and
+        written (all that is written but the record).
 
     Raises:
         UserError: where two of them have the same name, under which a run keeps them until it is complete, one is what is loaded, or
@@ -101,11 +102,12 @@ def places_of(opt, path, resumed, plain):
     save = opt.checkpoint_save or (own if resumed else path.with_name(f"{path.stem}{CLEANED}.tar"))
     result = save.with_suffix(".pth") if save.suffix == ".tar" else save
     save = save.with_suffix(".tar") if plain else save
-    log, record = opt.log or save.with_name("unlearn_purify.csv"), save.with_suffix(".json")
-    of_validation = save.with_name(f"{save.stem}_val.tar")
-    chosen_result = of_validation.with_suffix(".pth")
-    results = [result, chosen_result][: 1 + bool(opt.val_ratio)] if plain else []
-    written = [save, log, *results, *([of_validation] if opt.val_ratio else [])]
+    record = save.with_suffix(".json")
+    log = opt.log or (save == own and log_beside(path, save.parent)) or save.with_name("unlearn_purify.csv")
+    chosen = save.with_name(f"{save.stem}_val.tar")
+    choices = [chosen, *([chosen.with_suffix(".pth")] if plain else [])] if opt.val_ratio else []
+    results = [result, *choices[1:]] if plain else []
+    written = [save, log, *results, *choices[:1]]
     files = [record, *written]
     onto_itself = not resumed and path.absolute() in {file.absolute() for file in files}
     if onto_itself or len({file.name for file in files}) < len(files):
@@ -121,10 +123,13 @@ def places_of(opt, path, resumed, plain):
             ) from None
         if odd:
             raise UserError(f"{file} is a folder or a device; name a file, by --checkpoint_save or --log")
-    return SimpleNamespace(
-        save=save, log=log, record=record, of_validation=of_validation, result=result, chosen_result=chosen_result, results=results,
-        written=written,
-    )  # fmt: skip
+    return SimpleNamespace(save=save, log=log, record=record, choices=choices, results=results, written=written)
+
+
+def log_beside(path, folder):
+    """The CSV of the run that wrote the checkpoint ``path``, as its record says from ``folder``, or None."""
+    outputs = (read_record(path.with_suffix(".json")) or {}).get("outputs", {})
+    return next((folder / name for name in outputs if name.endswith(".csv")), None)
 
 
 def refuse_to_replace(places, loaded):
@@ -168,15 +173,29 @@ def _is_ours(file, places):
     return isinstance(content, dict) and content.get("step") == STEP
 
 
-def refuse_lost_choice(file, name, history, path):
-    """Refuse to go on after the checkpoint ``path`` where the best epoch so far was not kept beside it. ``file``: of the epoch in
-    which the column ``name`` of the log is highest; history: the rows so far."""
-    kept = path.with_name(file.name)
-    if any(name in row for row in history if row["epoch"] >= 0) and not kept.exists():
+def choice_beside(path, file):
+    """Where the run of the checkpoint ``path`` kept what ``file`` is of this run: of the epoch that held-out samples choose."""
+    return path.with_name(f"{path.stem}_val{file.suffix}")
+
+
+def refuse_lost_choice(places, name, history, path):
+    """Refuse to go on after the checkpoint ``path`` where the best epoch so far, in which the column ``name`` of the log is highest,
+    was not kept beside it; history: the rows so far."""
+    lost = [kept for kept in (choice_beside(path, file) for file in places.choices) if not kept.is_file()]
+    if lost and any(name in row for row in history if row["epoch"] >= 0):
         raise UserError(
-            f"{kept}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs before cannot be chosen "
+            f"{shown(lost[0])}, the model of epoch {best_epoch(history, name) + 1}, is not there, so the epochs before cannot be chosen "
             f"from; begin anew from the backdoored model with --overwrite"
         )
+
+
+def take_choice(run, places, path):
+    """The ``run``, which goes on after the checkpoint ``path``, takes over the best epoch so far where its own files lie elsewhere."""
+    for file in places.choices:
+        kept, own = choice_beside(path, file), run.at(file)
+        if leads() and kept.is_file() and kept.resolve() != own.resolve():
+            write_together({own: bytes_writer(kept.read_bytes())})
+            run.add(file)
 
 
 def summarise(history):

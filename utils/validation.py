@@ -8,6 +8,7 @@ from utils.errors import UserError
 from utils.files import as_logged
 from utils.images import rows_of
 from utils.metrics import percent, predict
+from utils.paths import shown
 from utils.seeding import generator
 from utils.separation import share_of
 
@@ -50,6 +51,20 @@ def best_epoch(history, name):
     """Number, from 0, of the first epoch of a log (list of dicts) with the highest ``name``."""
     rows = [row for row in history if row["epoch"] >= 0 and name in row]
     return int(max(rows, key=lambda row: row[name])["epoch"])
+
+
+def say_choice(history, name, place_of, loaded=None, by=""):
+    """Print which epoch the held-out samples choose, and where its checkpoint is, if it is kept.
+
+    Args:
+        history, name: see `best_epoch`; place_of: gives the path of an epoch's (its number) checkpoint; loaded: path of that which was
+        gone on with, beside which those before it are; by: what is highest then, in words.
+    """
+    epoch = best_epoch(history, name)
+    place = place_of(epoch)
+    kept = [path for path in (place, *([loaded.with_name(place.name)] if loaded else [])) if path.is_file()]
+    where = shown(kept[0]) if kept else "its checkpoint is not kept here"
+    print(f"The held-out samples choose epoch {epoch + 1}{by and f' ({by})'}: {where}")
 
 
 def is_best(row, name, history):
