@@ -354,7 +354,8 @@ def main(argv=None):
 
     steps = plan(opt, resolved, words, where, poisoned)
     say_where()
-    run(steps, opt, out / "seconds.json")
+    seconds = backdoored_folder(resolved, "noTrans") / "audit_seconds.json"
+    run(steps, opt, seconds)
     model_path = steps["train"].output
     known = {TAU: load_fct(model_path, steps["fct"].command)}
     checkpoint, model = sd_network(model_path, steps["train"].command, dataset, poisoned, resolved, runtime)
@@ -364,7 +365,7 @@ def main(argv=None):
     train_acc = checkpoint["history"][-1].get("train_acc", 0.0)
     verdict, best, reason = decide(scores, dataset, labels, train_acc)
 
-    tau, poison_ratio, order = TAU, 0.05, out / "order.npy"
+    tau, poison_ratio, order = TAU, 0.05, fct_path(model_path, "audit_order.npy")
     targets, like = [], None
     if verdict == "poisoned":
         found = targets_of(scores)
@@ -381,7 +382,7 @@ def main(argv=None):
     fct, resolved.poison_ratio = values[tau], poison_ratio
     separate = separation(resolved, words, where, steps, targets, tau, poison_ratio, order)
     refuse_samples_of_others(separate, out / "verdict.json", opt)
-    run({"separate": separate}, opt, out / "seconds.json")
+    run({"separate": separate}, opt, seconds)
     flags = np.full(len(labels), UNCERTAIN)
     for flag in (CLEAN, POISON):
         (file,) = sample_files(resolved, [flag])

@@ -734,7 +734,8 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path,
     assert run_cli(*shlex.split(line)[1:], "--output_root", tmp_path / "proposed") == 0
     taken = np.load(next((tmp_path / "proposed").rglob("poison_samples.npy")))
     assert f"{len(taken)} samples are like those that show it" in result.out
-    like = np.load(tmp_path / "re port/order.npy")  # of the audit itself, held against the poisoned files below
+    # of the audit itself, held against the poisoned files below
+    like = np.load(next((tmp_path / "o").rglob("5_audit_order.npy")))
     assert len(taken) >= 180 and (like[taken["index"]] >= 0).mean() >= 0.95
     region = found["strongest_region"]
     assert region["top"] >= 26 and region["left"] >= 26
@@ -784,6 +785,13 @@ def test_a_poisoned_folder_is_found_and_cleaned(cli, made, in_process, tmp_path,
     looked_at = {os.fspath(path.relative_to(root)) for path in root.rglob("*.png")} - {"train/d/broken.png"}
     assert left_out | kept == looked_at
     assert (tmp_path / "clean" / next(iter(kept))).is_symlink()
+
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/order.npy").write_bytes(b"the user's own")
+    other = cli("audit_dataset.py", *[tmp_path / "second" if word == tmp_path / "re port" else word for word in words])
+    assert other.code == 0 and other.out.count("(already there)") == 3, other.err
+    assert read_json(tmp_path / "second/verdict.json")["statistic"] == found["statistic"]
+    assert (tmp_path / "second/order.npy").read_bytes() == b"the user's own"
 
     # Samples that were separated in another way since are not replaced unasked.
     record = next((tmp_path / "o/saved/separated_samples").rglob("options.json"))
@@ -912,6 +920,8 @@ def test_a_folder_is_poisoned_or_clean_and_its_images_are_counted_once(cli, tmp_
         refused(cli(*words, "--clean", *more), f"{more[0]} has no use with --clean")
     refused(cli(*words, "--images", 300, "--train_images", 200), "--images and --train_images", "leave one out")
     refused(cli(*words, "--images", 70_000), "--images 70000: fashion has", "training images")
+    few = cli(*words, "--images", 12)  # a folder without a class would not be read
+    refused(few, "no training image of class", "more --images")
     assert not list(tmp_path.iterdir())
 
 

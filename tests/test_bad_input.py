@@ -118,6 +118,18 @@ def test_of_a_missing_folder_of_results_the_nearest_path_is_told(cli, tmp_path, 
     refused(cli(*words, tmp_path / "nowhere"), "no such folder", f"Nearest existing path: {tmp_path} (empty)")
 
 
+@pytest.mark.parametrize(
+    "script, option",
+    [
+        ("unlearn_relearn.py", "--checkpoint_load"),
+        ("finetune_attack_noTrans.py", "--checkpoint_load"),
+        ("ST/train_classifier.py", "--ckpt"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_called_one(cli, words, tmp_path, script, option):
+    refused(cli(script, *words(tmp_path / "o"), option, tmp_path), f"{tmp_path} is a folder; give the path of a file")
+
+
 def test_of_a_cleaned_model_that_is_missing_this_step_is_named(cli, words, tmp_path):
     said = cli("unlearn_relearn.py", *words(tmp_path), "--checkpoint_load", tmp_path / "1_unlearn_purify.tar")
     refused(said, "no such file", "Make it with: python unlearn_relearn.py --dataset cifar10")

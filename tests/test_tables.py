@@ -359,6 +359,26 @@ def test_tables_show_paper_ours_and_difference_and_what_was_not_run(results, cli
     assert (results / "cifar10.png").stat().st_size > 10_000 and not (results / "imagenet.png").exists()
 
 
+def test_a_row_that_the_papers_table_lacks_stands_below_its_rows(results, cli, monkeypatch):
+    (results / "cifar10/SSBA_D-BR_cpu_seed0.json").write_text(json.dumps(cell("SSBA", "D-BR", 0, ASR=2.5)))
+    assert cli("tools/make_tables.py", "--results", results).code == 0
+    table = (results / "tables.md").read_text().split("**CIFAR-100**")[0]
+    lines = [line.split(" | ") for line in table.strip().splitlines()]
+    assert [line[:5] for line in lines[-2:]] == [
+        ["| SSBA", "backdoored", "", "79.00 / 99.00", ""],
+        ["| SSBA", "D-BR", "", "77.50 / 2.50", ""],
+    ]
+    assert lines[-1][-1] == "`--scale cpu --rows SSBA --defences D-BR` |" and "nan" not in table
+    module, drawn = load_script("tools/make_tables.py"), []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    paper = pd.read_csv(results / "paper.csv")
+    _, of_table, _ = next(module.tables(results, paper))
+    module.picture(results / "x.png", "cifar10", paper, of_table)
+    of_asr = drawn[0].axes[4]  # of D-BR
+    assert [label.get_text() for label in of_asr.get_xticklabels()] == [*TABLES["cifar10"], "SSBA"]
+    assert of_asr.containers[1][-1].get_height() == 2.5
+
+
 def test_seeds_of_several_precisions_have_a_command_each_and_a_selection_that_is_not_told_is_not_shown(results, cli):
     for seed, more in enumerate(({"paper_selection": None, "commands": ["python x.py --precision bfloat16"]}, {})):
         path = results / f"cifar10/SIG_D-BR_cpu_seed{seed}.json"

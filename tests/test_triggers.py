@@ -190,6 +190,11 @@ def test_a_users_picture_takes_the_place_of_the_cat(tmp_path, monkeypatch):
         os.utime(tmp_path / "hello_kitty.png", ns=(0, sum(colour)))  # two files may be written within one tick
         black = apply_trigger("kittyTrigger", np.zeros((1, 32, 32, 3), np.uint8), train=True)
         assert (black == (0.2 * np.array(colour)).astype(np.uint8)).all()
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "hello_kitty.png")  # grey of 16 bits
+    os.utime(tmp_path / "hello_kitty.png", ns=(0, 1))
+    black = apply_trigger("kittyTrigger", np.zeros((1, 32, 32, 3), np.uint8), train=True)[0]
+    assert (black == (0.2 * (values // 256)).astype(np.uint8)[..., None]).all()
     (tmp_path / "hello_kitty.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="hello_kitty"):
         apply_trigger("kittyTrigger", np.zeros((1, 32, 32, 3), np.uint8), train=True)

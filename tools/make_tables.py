@@ -3,9 +3,9 @@
 Reads <results>/<table>/*.json and paper.csv there, or where it is not there the one in results/; writes <results>/<table>.csv,
 tables.md, tables.tex and <table>.png, and puts the Markdown between the markers of --readme. Of a cell that was run at several
 scales the paper's counts, with full in a line below it, else full, else long, else cpu; quick never does. Several seeds are
-shown as mean ± standard deviation. Of a table of which nothing was run the Markdown has the paper's figures alone. Where there
-are variants of reproduce.py --ablations (<results>/<table>_ablations/*.json), they come as a table of their own, beside the
-defence as it is.
+shown as mean ± standard deviation; a row that the paper's table lacks stands below its rows. Of a table of which nothing was
+run the Markdown has the paper's figures alone. Where there are variants of reproduce.py --ablations
+(<results>/<table>_ablations/*.json), they come as a table of their own, beside the defence as it is.
 """
 
 import itertools
@@ -151,12 +151,22 @@ def from_another(lines, before):
     return f", from {' / '.join(spread(lines[name]) for name in names)}"
 
 
+def cells_shown(table, paper, lines):
+    """The paper's cells of a table, and below them, without figures, ours of rows that it lacks; a DataFrame with the columns `PAPER`."""
+    cells = paper[paper["table"] == table]
+    further = [row for row in ROWS if len(lines) and row not in set(cells["row"]) and row in set(lines["row"])]
+    pairs = itertools.product(further, dict.fromkeys(cells["model"]))
+    more = [{"table": table, "row": row, "model": model} for row, model in pairs if len(ours(lines, row, model))]
+    return pd.concat([cells, pd.DataFrame(more).reindex(columns=[*PAPER]).astype(PAPER)]) if more else cells
+
+
 def body(table, paper, lines):
     """The lines of one table as lists of text, one list an attack and model, under `HEAD`."""
     rows = []
-    for cell in paper[paper["table"] == table].to_dict("records"):
+    for cell in cells_shown(table, paper, lines).to_dict("records"):
         part = ours(lines, cell["row"], cell["model"])
-        start = [cell["row"], cell["model"], f"{cell['ACC']:.2f} / {cell['ASR']:.2f}"]
+        theirs = "" if np.isnan(cell["ACC"]) else f"{cell['ACC']:.2f} / {cell['ASR']:.2f}"
+        start = [cell["row"], cell["model"], theirs]
         if part.empty:
             rows.append([*start, NOT_RUN, *[""] * (len(HEAD) - len(start) - 1)])
             continue
@@ -169,7 +179,8 @@ def body(table, paper, lines):
 
 def figures(cell, part):
     """What a line of a table says of the cells ``part``, from the fourth column of `HEAD` on; ``cell``: the paper's."""
-    differences = " / ".join(f"{part[f].mean() - cell[p]:+.2f}" for f, p in (("ACC_paper", "ACC"), ("ASR", "ASR")))
+    pairs = [] if np.isnan(cell["ACC"]) else [("ACC_paper", "ACC"), ("ASR", "ASR")]
+    differences = " / ".join(f"{part[own].mean() - cell[theirs]:+.2f}" for own, theirs in pairs)
     chosen = part.dropna(subset=["best_ACC_paper", "best_ASR"])  # a record need not tell of the paper's selection
     told = cell["model"] != "backdoored" and len(chosen)
     best = f"{spread(chosen['best_ACC_paper'])} / {spread(chosen['best_ASR'])}" if told else ""
@@ -219,7 +230,7 @@ def latex(table, rows):
 
 def picture(path, table, paper, lines):
     """ACC_paper and ASR of every row as bars, the paper's beside ours."""
-    cells = paper[paper["table"] == table]
+    cells = cells_shown(table, paper, lines)
     models = list(dict.fromkeys(cells["model"]))
     names = list(dict.fromkeys(cells["row"]))
     figure, axes = plt.subplots(2, len(models), figsize=(4.4 * len(models), 6), layout="constrained", sharey="row")

@@ -94,6 +94,11 @@ def main(argv=None):
         poisoned = poison_training_set(dataset, opt)
         images, labels, is_clean = poisoned.images, poisoned.labels, poisoned.is_clean
     classes = [name.replace("/", " or ") for name in dataset.classes]
+    emptied = np.setdiff1d(np.arange(len(classes)), labels)
+    if len(emptied):
+        raise UserError(
+            f"no training image of class {classes[emptied[0]]!r} is left; give more --images, or a smaller --poison_rate"
+        )
     try:
         with new_folder(out, "--out") as staging:
             names = write_split(staging / "train", images, labels, classes, "train", opt.jpeg)

@@ -206,6 +206,8 @@ def require_file(path, command):
         ) from None
     except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
         raise UserError(f"{str(path)[:100]!r} is no file name ({error}). The file is made with: {command}") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the path of a file. Such a file is made with: {command}")
     if not there:
         raise UserError(
             f"no such file: {path}. Make it with: {command}. Nearest existing path: {nearest_existing(path)}"

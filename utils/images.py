@@ -118,10 +118,7 @@ def decode(path, size, resize):
     """
     try:
         with open_image(path) as image:
-            if image.mode.startswith(("I", "F")):
-                image = _eight_bits(image)
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # of the direct way Pillow warns
+            image = eight_bits(image)
             if image.size == (size, size):
                 return np.asarray(image.convert("RGB"))
             if not resize:
@@ -132,8 +129,12 @@ def decode(path, size, resize):
         raise UserError(f"cannot read the image {path} ({error}); remove or replace it") from None
 
 
-def _eight_bits(image):
-    """An image of 16 bits in one of 8; Pillow's own conversion takes all above 255 for white."""
+def eight_bits(image):
+    """An opened image that Pillow converts to RGB as it is meant: one of 16 bits in 8, for Pillow takes all above 255 for white."""
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # of the direct way Pillow warns
+    if not image.mode.startswith(("I", "F")):
+        return image
     # Pillow makes numbers of 32 bits of a PGM's, which it scales to 0 to 65535, and before 10.3 of a PNG's.
     if not image.mode.startswith("I;16") and (image.mode, image.format) not in {("I", "PPM"), ("I", "PNG")}:
         raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}), of which nobody knows what is white")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import UNREADABLE
+from utils.images import UNREADABLE, eight_bits, open_image
 from utils.paths import ROOT, shown
 from utils.seeding import generator
 from utils.SSBA.encode_image import ENCODER, encode_images
@@ -120,8 +120,8 @@ def kitty_trigger(images, train, seed):
 def _kitty(changed, shape):
     """The picture as uint8 (H, W, 3); ``changed`` (the file's time) makes a picture that was replaced count."""
     try:
-        with Image.open(KITTY) as picture:
-            resized = picture.convert("RGB").resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+        with open_image(KITTY) as picture:
+            resized = eight_bits(picture).convert("RGB").resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     except UNREADABLE as error:
         raise UserError(
             f"cannot read the picture {shown(KITTY)} ({error}); draw it with: python tools/draw_kitty.py"
