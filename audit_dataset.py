@@ -38,6 +38,7 @@ from utils.audit import (
     targets_of,
 )
 from utils.audit_report import REPORT, SETS, write_report
+from utils.datasets import SPLITS
 from utils.errors import UserError, refuse_several_processes, run_script
 from utils.fct import fct_path, fct_runtime, load_fct, sd_network
 from utils.files import (
@@ -295,7 +296,7 @@ def check_clean(opt):
         if real(getattr(opt, name)).is_relative_to(real(target)):
             raise UserError(f"--{name} would lie in the copy that is --write_clean {shown(target)}; give another place")
     # A split may be a link to another place.
-    folders = [opt.data_root, *(opt.data_root / split for split in ("train", "test", "val"))]
+    folders = [opt.data_root, *(opt.data_root / split for split in SPLITS)]
     if any(real(target).is_relative_to(real(folder)) for folder in folders):
         raise UserError(f"{shown(target)} lies in the folder that is audited; give --write_clean a place outside it")
     make_folder(target.parent, "--write_clean")

@@ -10,7 +10,7 @@ import torch
 
 from models import MODELS
 from utils import distributed
-from utils.datasets import DATASETS, fewer_images
+from utils.datasets import DATASETS, SPLITS, fewer_images
 from utils.device import PRECISIONS, choose_runtime, cores
 from utils.errors import UserError
 from utils.loading import load_dataset
@@ -430,7 +430,7 @@ def refuse_places_in_the_data(opt, names):
     for a class."""
     for name in names:
         place = real(getattr(opt, name))
-        for split in ("train", "test", "val"):
+        for split in SPLITS:
             if place.is_relative_to(real(opt.data_root / split)):
                 raise UserError(
                     f"--{name} {shown(place)} lies among the images of --data_root; give a place outside them"

@@ -8,10 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from utils.errors import UserError
-from utils.images import (
-    StreamedImages,
-    rows_of,
-)
+from utils.images import StreamedImages, rows_of
 from utils.seeding import generator
 
 
@@ -37,6 +34,7 @@ class Spec:
 
 # Of data of the user's own: the statistics of ImageNet that torchvision's models take.
 OWN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "flip_relearn": True, "resize": True, "own": True}
+SPLITS = ("train", "test", "val")  # folders that a folder of the user's own may have
 TINY = {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2302, 0.2265, 0.2262)}  # the authors' for both of ImageNet's sets
 
 DATASETS = {

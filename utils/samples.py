@@ -135,9 +135,8 @@ def load_order(path, count, command):
         UserError: for a file that is missing, or holds something else, or numbers that are not finite.
     """
     try:
-        order = np.load(
-            require_file(path, command), allow_pickle=False, mmap_mode="r"
-        )  # it may say that it is larger than the memory
+        # Mapped, for its header may say that it is larger than the memory.
+        order = np.load(require_file(path, command), allow_pickle=False, mmap_mode="r")
     except BROKEN:
         raise UserError(f"{shown(path)} is no .npy file of numbers; it is made with: {command}") from None
     if not isinstance(order, np.ndarray) or order.shape != (count,) or order.dtype.kind not in "fiu":

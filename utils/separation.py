@@ -69,7 +69,7 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
         raise UserError(f"D_p is empty: no FCT lies beyond --gamma_high {gamma_high} {span}")
 
     # One order for both ends: equal values stand in a drawn order, and the sets cannot share a sample.
-    order = np.lexsort((generator(seed, "ties").random(len(fct)), fct))
+    order = ascending(fct, seed)
     flags = np.full(len(fct), UNCERTAIN)
     flags[order[len(fct) - n_poison :]] = POISON
     if labels is None:
@@ -84,11 +84,16 @@ def separate(fct, gamma_low, gamma_high, clean_ratio, poison_ratio, seed, labels
     return clean_of_labels(flags, fct, labels, clean_ratio, seed, even)
 
 
+def ascending(values, seed):
+    """Sample numbers, int64 (N,), by their ``values``, float (N,); equal ones in an order that is drawn by ``seed``."""
+    return np.lexsort((generator(seed, "ties").random(len(values)), values))
+
+
 def clean_of_labels(flags, fct, labels, clean_ratio, seed, even=False):
     """D_c of every label (not in the paper), beside the D_p of ``flags``, int64 (N,), whose D_c does not count. Arguments, returns and
     raises otherwise as of `separate`."""
     flags = np.where(flags == POISON, POISON, UNCERTAIN)
-    order = np.lexsort((generator(seed, "ties").random(len(fct)), fct))
+    order = ascending(fct, seed)
     present, sizes = np.unique(labels, return_counts=True)
     most = np.median(sizes) if even else sizes.max()
     for label, size in zip(present, sizes, strict=True):
@@ -117,10 +122,10 @@ def confine(flags, values, among, poison_ratio, seed):
     Raises:
         UserError: where none of D_c is left.
     """
-    count, own = share_of(poison_ratio, len(values)), np.flatnonzero(among)
-    order = own[np.lexsort((generator(seed, "ties").random(len(values))[own], values[own]))]
+    count, order = share_of(poison_ratio, len(values)), ascending(values, seed)
+    order = order[among[order]]
     flags = np.where(flags == POISON, UNCERTAIN, flags)
-    flags[order[len(own) - count :]] = POISON
+    flags[order[len(order) - count :]] = POISON
     if not (flags == CLEAN).any():
         raise UserError("D_c is empty: D_p has taken all of it; give a smaller --poison_ratio")
     return flags
