@@ -421,16 +421,18 @@ def test_batches_of_one_class_stop_step_2_where_all_are_such(cli, words, pipelin
     assert 0 < int(number) < 200
 
     np.savez(tmp_path / "four.npz", x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=[0, 0, 1, 1])
-    one_class = []
-    for seed in range(8):
+    codes = set()
+    for seed in range(8):  # of which a third, by chance
         own = ["--dataset", "npz", "--data_root", tmp_path / "four.npz", "--model", "resnet10", "--seed", seed, "--output_root",
                tmp_path / str(seed), "--batch_size", 2, "--epochs", 1]  # fmt: skip
         assert cli("train_attack_noTrans.py", *own).code == 0
         said = cli("finetune_attack_noTrans.py", *own)
-        one_class.append(said.code == 2)
+        codes.add(said.code)
         if said.code == 2:
             refused(said, "every batch holds a single class", "--batch_size")
-    assert 0 < sum(one_class) < 8  # a third, by chance
+        if codes == {0, 2}:
+            break
+    assert codes == {0, 2}
 
 
 def test_of_a_step_that_was_interrupted_the_next_says_how_to_end_it(copy, words, cli):
