@@ -595,6 +595,32 @@ def test_the_readme_shows_the_tables_of_the_records():
         assert record["scale"] in ("cpu", "long", "full", "paper") and record["commit"]
 
 
+def test_the_readmes_table_of_d_br_is_of_the_records():
+    lines = pd.read_csv(ROOT / "results/cifar10.csv", keep_default_na=False)
+    lines = lines[(lines["defence"] == "D-BR") & (lines["variant"] == "")].set_index(["row", "scale", "seed"])
+
+    def cell(row, scale, seed=0):
+        line = lines.loc[row, scale, seed]
+        return tuple(
+            f"{line[first]:.2f} / {line[last]:.2f}" for first, last in (("before_ACC", "before_ASR"), ("ACC", "ASR"))
+        )
+
+    text = (ROOT / "README.md").read_text().split("- **D-BR**: ACC / ASR of the last epoch")[1].split("Bold: ASR")[0]
+    table = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("  | ")][
+        2:
+    ]
+    assert [row[0] for row in table] == list(TABLES["cifar10"])
+    for row, *shown in table:
+        found = [part.replace("*", "").replace(" ¹", "") for part in shown]
+        (before, paper), (of_full, full) = cell(row, "paper"), cell(row, "full")
+        assert found == [before, paper, full, *(" → ".join(cell(row, "long", seed)) for seed in (0, 1))]
+        assert ("¹" in shown[2]) == (of_full != before)
+        for part, name, seed in zip(shown[1:], ("paper", "full", "long", "long"), (0, 0, 0, 1), strict=True):
+            line = lines.loc[row, name, seed]
+            both = line["ASR"] <= 1 and line["before_ACC"] - line["ACC"] <= 1.5
+            assert ("**" in part) == both, (row, name, seed)
+
+
 def test_a_plan_of_every_cell_resolves(tmp_path):
     parser = load_script("reproduce.py").get_parser()
     for row, preset in product(ROWS, PRESETS):
