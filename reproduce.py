@@ -238,6 +238,8 @@ def run_table(opt):
                 _run_cell(cell, steps, resolved, table, stop, several)
                 return
             except UserError as error:
+                if stop.is_set():  # interrupted, which this script says once
+                    return
                 failed.update([error.command] if isinstance(error, StepError) else [])
                 reason = str(error)
         else:

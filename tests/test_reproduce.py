@@ -520,7 +520,7 @@ def test_steps_of_other_threads_can_be_ended(words, tmp_path):
     assert not (tmp_path / "later").exists()
 
 
-def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeypatch):
+def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeypatch, capsys):
     reproduce, ended, begun = load_script("reproduce.py"), threading.Event(), []
 
     def fake(cell, *rest, **more):
@@ -528,13 +528,19 @@ def test_an_interrupted_table_of_several_jobs_ends_their_steps(tmp_path, monkeyp
         if len(begun) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         assert ended.wait(30)
+        raise UserError("train_attack_noTrans.py ended with code 130")
+
+    def end(stop):
+        stop.set()
+        ended.set()
 
     monkeypatch.setattr(reproduce, "_run_cell", fake)
-    monkeypatch.setattr(reproduce, "end_steps", lambda stop: ended.set())
+    monkeypatch.setattr(reproduce, "end_steps", end)
     words = ["--table", "cifar10", "--rows", "SIG", "CL", "Trojan", "--defences", "D-BR", "--jobs", "2"]
     with pytest.raises(KeyboardInterrupt):
         reproduce.main([*words, "--output_root", str(tmp_path)])
     assert ended.is_set() and len(begun) == 2  # the third row is not begun
+    assert "is not done" not in capsys.readouterr().out  # the end of the script says it once
 
 
 @pytest.mark.slow
