@@ -16,10 +16,10 @@ from utils import args
 from utils.checkpoints import SECURE_IDENTITY, anew_of, latest_of_runs, load_checkpoint, refuse_other_inputs
 from utils.dataloader_bd import Normalize, make_test_sets
 from utils.errors import UserError, run_script
-from utils.files import make_folder
+from utils.files import make_folder, read_record, sha256
 from utils.manifest import write_options
 from utils.metrics import evaluate
-from utils.paths import python, secure_folder, shown
+from utils.paths import python, quoted, secure_folder, shown
 from utils.poisoning import refuse_other_trigger
 from utils.weights import load_weights
 
@@ -39,6 +39,15 @@ def get_parser():
     return parser
 
 
+def own_extractor(classifier_path, digests):
+    """--model_ckpt with the extractor that the record beside a classifier names, where it still is one of the files (``digests``) which
+    that was trained with; else --model_ckpt alone."""
+    named = (read_record(classifier_path.with_name("options.json")) or {}).get("ckpt")
+    path = classifier_path.parent / named if isinstance(named, str) else None
+    known = path and path.is_file() and isinstance(digests, list) and sha256(path) in digests
+    return f"--model_ckpt {quoted(path.resolve())}" if known else "--model_ckpt"
+
+
 def main(argv=None):
     opt, runtime = args.start(get_parser(), argv)
     more = args.secure_arguments(opt)
@@ -52,7 +61,8 @@ def main(argv=None):
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
     on_it = f"--ckpt {shlex.quote(str(extractor_path.absolute()))}"  # in the place of what the command may name
     again = anew_of(classifier_path, "ST/train_classifier.py", commands[1])
-    again = f"{again} {on_it}; or give its own extractor by --model_ckpt"
+    own = own_extractor(classifier_path, classifier_state.get("inputs"))
+    again = f"{again} {on_it}; or give its own extractor by {own}"
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 
     dataset = args.load_data(opt)

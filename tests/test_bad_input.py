@@ -507,6 +507,17 @@ def test_a_classifier_goes_with_its_own_extractor(cli, words, pipeline, tmp_path
     assert tests and {path: snapshot(root)[path] for path in tests} == {path: before[path] for path in tests}
 
 
+def test_of_two_extractors_the_classifiers_own_is_named(cli, words, copy):
+    other = copy / EXTRACTOR.replace("temp_0.1", "temp_0.2")
+    shutil.copytree(copy / EXTRACTOR, other, copy_function=shutil.copyfile)  # its record is newer
+    held = torch.load(other / "last.pth", weights_only=True)
+    held["model"] = {name: value + 1 for name, value in held["model"].items()}
+    torch.save(held, other / "last.pth")
+    said = cli("ST/test.py", *words(copy))
+    refused(said, f"{other.name}/last.pth", f"or give its own extractor by --model_ckpt {copy / EXTRACTOR}/last.pth")
+    assert cli("ST/test.py", *words(copy), *said.err.split()[-2:]).code == 0
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("seed", 7), ("poison_rate", 0.5), ("target_label", 3), ("target_type", "all2all")]
 )
