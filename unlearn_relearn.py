@@ -94,7 +94,7 @@ def get_parser():
 
 
 def refuse_contradictions(opt):
-    """Raise a `UserError` where an option has no use beside another."""
+    """Raise a `UserError` where an option contradicts another, and tell of one that has no use beside another."""
     if opt.drop_doubtful and len(opt.passes) < len(PASSES):
         raise UserError(
             "--drop_doubtful says what the descent leaves out after an ascent; give both --passes, or leave it out"
