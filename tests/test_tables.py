@@ -621,6 +621,35 @@ def test_the_readmes_table_of_d_br_is_of_the_records():
             assert ("**" in part) == both, (row, name, seed)
 
 
+def test_the_readmes_table_of_d_st_is_of_the_records_where_there_are_some():
+    """Of CL's third figure, BadNets with D_p by FCT and most of the last column there is none: results/cifar10.md."""
+    whole, varied = (
+        pd.read_csv(ROOT / f"results/{name}.csv", keep_default_na=False) for name in ("cifar10", "cifar10_ablations")
+    )
+    lines = pd.concat([whole, varied])
+    lines = lines[(lines["defence"] == "D-ST") & (lines["scale"] == "long")].set_index(["row", "variant", "seed"])
+
+    def cell(row, variant="", seed=0, when=""):
+        line = lines.loc[row, variant, seed]
+        return f"{line[f'{when}ACC']:.2f} / {line[f'{when}ASR']:.2f}"
+
+    text = (ROOT / "README.md").read_text().split("- **D-ST: whose labels teach")[1].split("¹ Not bounded")[0]
+    table = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("  | ")][
+        2:
+    ]
+    table = {row: [re.sub("[*¹²³]", "", part).strip() for part in shown] for row, *shown in table if row in ROWS}
+    assert list(table) == list(TABLES["cifar10"])
+    for row, (before, as_in_the_paper, unsuspected, without) in table.items():
+        assert [before, as_in_the_paper] == [cell(row, when="before_"), cell(row)]
+        if row == "CL":
+            assert without == cell(row, "without_poison")
+            continue
+        variant = "unsuspected" if row == "BadNets-all2one" else "unsuspected_bounded"
+        first, _, second = unsuspected.partition("; seed 1 ")
+        assert first.strip() == cell(row, variant)
+        assert second == (cell(row, variant, 1) if (row, variant, 1) in lines.index else "")
+
+
 def test_a_plan_of_every_cell_resolves(tmp_path):
     parser = load_script("reproduce.py").get_parser()
     for row, preset in product(ROWS, PRESETS):
