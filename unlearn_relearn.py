@@ -162,7 +162,7 @@ def main(argv=None):
     model = prepare(network, opt, runtime, to_relearn, unused=plain and network.has_auxiliary)
     optimizer = runtime.sgd(model.parameters(), lr=opt.lr, weight_decay=5e-4)
     inputs = [*([] if resumed else [path]), *sample_files(opt, [POISON, CLEAN])]
-    beside = [*places.results, *places.choices[:1]]
+    beside = [*places.results, *places.choices]
     run = Run(
         opt, STEP, places.record, checkpoint["poisoned_digest"], inputs=inputs, data=dataset.record, log=places.log,
         beside=beside, option="--checkpoint_save", checkpoint_load=relative(path, places.save.parent),
@@ -220,7 +220,7 @@ def main(argv=None):
         chosen = places.choices if opt.val_ratio and is_best(row, "val_score", run.history) else []
         if args.due(opt, epoch):
             row.update(evaluate(model, tests, to_relearn.normalize, runtime))
-        states = [*(places.results[:1] if epoch + 1 == opt.epochs else []), *chosen[1:]]
+        states = [*(places.results if epoch + 1 == opt.epochs else []), *chosen[1:]]
         results = {place: tensor_writer(plain_state(network, opt.foreign)) for place in states}
         # What this run goes on from is written last: a kill before it means that the epoch is done again.
         # In the place of a schedule, which BR has not, the checkpoint keeps what was last dropped.

@@ -39,12 +39,14 @@ def get_parser():
     return parser
 
 
-def own_extractor(classifier_path, digests):
-    """--model_ckpt with the extractor that the record beside a classifier names, where it still is one of the files (``digests``) which
-    that was trained with; else --model_ckpt alone."""
+def own_extractor(classifier_path, digests, taken):
+    """--model_ckpt with the extractor that the record beside a classifier names, where that is another than the one ``taken`` and still
+    one of the files (``digests``) which the classifier was trained with; else --model_ckpt alone."""
     named = (read_record(classifier_path.with_name("options.json")) or {}).get("ckpt")
     path = classifier_path.parent / named if isinstance(named, str) else None
-    known = path and path.is_file() and isinstance(digests, list) and sha256(path) in digests
+    # As a rule it is the same, and need not be read.
+    other = path and path.is_file() and path.resolve() != taken.resolve()
+    known = other and isinstance(digests, list) and sha256(path) in digests
     return f"--model_ckpt {quoted(path.resolve())}" if known else "--model_ckpt"
 
 
@@ -61,7 +63,7 @@ def main(argv=None):
     classifier_state = load_checkpoint(classifier_path, opt, commands[1], ["train_classifier"], SECURE_IDENTITY)
     on_it = f"--ckpt {shlex.quote(str(extractor_path.absolute()))}"  # in the place of what the command may name
     again = anew_of(classifier_path, "ST/train_classifier.py", commands[1])
-    own = own_extractor(classifier_path, classifier_state.get("inputs"))
+    own = own_extractor(classifier_path, classifier_state.get("inputs"), extractor_path)
     again = f"{again} {on_it}; or give its own extractor by {own}"
     refuse_other_inputs(classifier_state, classifier_path, [extractor_path], again)
 

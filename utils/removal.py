@@ -90,9 +90,9 @@ def places_of(opt, path, resumed, plain):
     """Where the results go. path: what is loaded; resumed: a checkpoint of this step; plain: of a plain state dict.
 
     Returns:
-        A namespace of paths: save (the checkpoint), log, record, choices (what of the epoch that held-out samples choose is written: its
-        checkpoint and, of a plain state dict, its state dict), results (the state dicts that are written, the last epoch's first), and
-        written (all that is written but the record).
+        A namespace of paths: save (the checkpoint), log, record, results (of a plain state dict that of the last epoch, else empty),
+        choices (what of the epoch that held-out samples choose is written: its checkpoint and, of a plain state dict, its state dict),
+        and written (all that is written but the record).
 
     Raises:
         UserError: where two of them have the same name, under which a run keeps them until it is complete, one is what is loaded, or
@@ -106,8 +106,8 @@ def places_of(opt, path, resumed, plain):
     log = opt.log or (save == own and log_beside(path, save.parent)) or save.with_name("unlearn_purify.csv")
     chosen = save.with_name(f"{save.stem}_val.tar")
     choices = [chosen, *([chosen.with_suffix(".pth")] if plain else [])] if opt.val_ratio else []
-    results = [result, *choices[1:]] if plain else []
-    written = [save, log, *results, *choices[:1]]
+    results = [result] if plain else []
+    written = [save, log, *results, *choices]
     files = [record, *written]
     onto_itself = not resumed and path.absolute() in {file.absolute() for file in files}
     if onto_itself or len({file.name for file in files}) < len(files):
@@ -164,7 +164,7 @@ def _is_ours(file, places):
     if file == places.log:
         with open(file, "rb") as held:
             return held.read(6) == b"epoch,"
-    if file in places.results:
+    if file in (*places.results, *places.choices[1:]):
         return places.save.is_file()
     try:
         content = load_tensors(file, "", "checkpoint of this project")
